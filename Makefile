@@ -1,0 +1,34 @@
+PYTHON ?= $(if $(shell python3.11 -V 2>/dev/null),python3.11,python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test check format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## train, attack and compare on real digits; writes outputs/demo
+	@. $(BIN)/activate && python recipes/demo.py
+
+test: $(STAMP) ## run the whole test suite
+	@$(BIN)/pytest
+
+check: $(STAMP) ## check format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## format the code and mend what ruff can mend
+	@$(BIN)/ruff check --fix --exit-zero .
+	@$(BIN)/ruff format .
+
+clean: ## remove caches, build files and the demo's output; .venv stays
+	rm -rf outputs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# Made anew when a dependency changed. The test for pip, which comes last, replaces an environment half made.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@echo "Installing into .venv (minutes the first time) ..."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
