@@ -1,0 +1,19 @@
+"""Robust low-rank training for Hugging Face models: W = U S Vᵀ with κ(S) ≤ 1 + τ throughout training."""
+
+from hf_condlr.config import CondLRConfig
+from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_model
+from hf_condlr.diagnostics import condition_report
+from hf_condlr.layers import LowRankConv2d, LowRankLinear
+from hf_condlr.manifold import attach_manifold_step
+
+__all__ = [
+    "CondLRConfig",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "attach_manifold_step",
+    "condition_report",
+    "fold_model",
+    "get_robust_lowrank_model",
+    "to_dense_model",
+]
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,145 @@
+"""`LowRankConv2d`: a convolution with kernel matrix U S Vᵀ, applied as two convolutions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_condlr.errors import ConversionError
+from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, give_weight, weight_matrix
+from hf_condlr.linalg import Center, truncated_svd
+
+
+class LowRankConv2d(LowRankLayer):
+    """A convolution with r filters of size k, the columns of V, and then a 1x1 convolution with U S.
+
+    The kernel (c_out, c_in, k, k) is the matrix W (c_out, c_in·k·k). What `tau` bounds is κ of this matrix, not of the
+    convolution as an operator on images. Stride, padding, padding mode and dilation belong to the first; groups is 1.
+
+    Args:
+        in_channels: c_in; n = c_in · k_h · k_w.
+        out_channels: c_out = m.
+        kernel_size: (k_h, k_w) or one number.
+        r: Rank, 1 ≤ r ≤ min(m, n).
+        stride: As in `nn.Conv2d`.
+        padding: As in `nn.Conv2d`: numbers, "same" or "valid".
+        dilation: As in `nn.Conv2d`.
+        bias: Whether there is a b `(m,)`.
+        padding_mode: zeros, reflect, replicate or circular.
+        tau: Conditioning tolerance, κ(S) ≤ 1 + tau under `attach_manifold_step`.
+        center: Interval of the conditioning.
+        device: As in `nn.Conv2d`.
+        dtype: As in `nn.Conv2d`.
+    """
+
+    _GEOMETRY: ClassVar = (
+        *("in_channels", "out_channels", "kernel_size"),
+        *("stride", "padding", "dilation", "padding_mode"),
+    )
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    padding_mode: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        r: int,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        tau: float = 0.1,
+        center: Center = "nearest",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # nn.Conv2d checks the geometry and spells it out as tuples; on the meta device it costs no memory.
+        dense: Any = nn.Conv2d  # its stubs know the padding modes by name only
+        dense = dense(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, False, padding_mode, device="meta"
+        )
+        shape = tuple(dense.weight.shape)
+        super().__init__(out_channels, math.prod(shape[1:]), r, bias, tau, center, device=device, dtype=dtype)
+        self.weight_shape = shape
+        for name in self._GEOMETRY:
+            setattr(self, name, getattr(dense, name))
+        if not self.U.is_meta:
+            self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Conv2d,
+        r: int,
+        *,
+        factorize: Factorization = truncated_svd,
+        tau: float = 0.1,
+        center: Center = "nearest",
+    ) -> LowRankConv2d:
+        """Factor a dense convolution; as `LowRankLinear.from_dense`."""
+        if dense.groups != 1:
+            raise ConversionError(
+                "only convolutions with groups=1 can be factored",
+                received=f"groups={dense.groups}",
+                remedy="Leave this one out of target_modules.",
+            )
+        W = weight_matrix(dense)
+        geometry: dict[str, Any] = {name: getattr(dense, name) for name in cls._GEOMETRY}
+        layer = cls(**geometry, r=r, bias=False, tau=tau, center=center, device="meta", dtype=W.dtype)
+        layer = layer.to_empty(device=W.device)
+        layer.take_over(dense, factorize(W, r))
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H', W')
+        """The two convolutions."""
+        padding: tuple[int, int] | str | int = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._pad_amounts(), mode=self.padding_mode), 0
+        filters = self.V.mT.reshape(self.r, *self.weight_shape[1:])
+        x = F.conv2d(x, filters, None, self.stride, padding, self.dilation)
+        return F.conv2d(x, (self.U @ self.S)[..., None, None], self.bias)
+
+    def _pad_amounts(self) -> list[int]:
+        """Left, right, top, bottom for `F.pad`, in nn.Conv2d's convention: of an odd "same" the right gets more."""
+        amounts: list[int] = []
+        for axis in (1, 0):  # F.pad counts from the last dimension
+            total = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            if self.padding == "same":
+                amounts += [total // 2, total - total // 2]
+            elif not isinstance(self.padding, str):
+                amounts += [self.padding[axis]] * 2
+            else:  # "valid"
+                amounts += [0, 0]
+        return amounts
+
+    def to_dense(self) -> nn.Conv2d:
+        """The dense convolution with kernel U S Vᵀ."""
+        geometry: dict[str, Any] = {name: getattr(self, name) for name in self._GEOMETRY}
+        dense = nn.Conv2d(**geometry, bias=self.bias is not None, device=self.U.device, dtype=self.U.dtype)
+        return give_weight(dense, self, self.matrix().reshape(self.weight_shape))
+
+    def fold(self) -> FoldedLayer:
+        """Two ordinary convolutions, r filters and a 1x1, for inference."""
+        factory: dict[str, Any] = {"device": self.U.device, "dtype": self.U.dtype}
+        geometry: dict[str, Any] = {name: getattr(self, name) for name in self._GEOMETRY if name != "out_channels"}
+        down = nn.Conv2d(**geometry, out_channels=self.r, bias=False, **factory)
+        up = nn.Conv2d(self.r, self.out_channels, 1, bias=self.bias is not None, **factory)
+        return FoldedLayer.of(self, down, up)
+
+    def extra_repr(self) -> str:
+        """Shapes, rank and bound."""
+        geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
+        extras = f", dilation={self.dilation}, padding_mode={self.padding_mode}"
+        return f"{self.in_channels}, {self.out_channels}, {geometry}{extras}, {self.bound_repr()}"

@@ -1,0 +1,97 @@
+"""`LowRankLinear`: a linear layer with weight U S Vᵀ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, give_weight, weight_matrix
+from hf_condlr.linalg import Center, truncated_svd
+
+
+class LowRankLinear(LowRankLayer):
+    """x ↦ x V Sᵀ Uᵀ + b, that is W x + b with W = U S Vᵀ, for inputs `(*, in_features)`.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        r: Rank, 1 ≤ r ≤ min(m, n).
+        bias: Whether there is a b `(m,)`.
+        tau: Conditioning tolerance, κ(S) ≤ 1 + tau under `attach_manifold_step`.
+        center: Interval of the conditioning.
+        device: As in `nn.Linear`.
+        dtype: As in `nn.Linear`.
+    """
+
+    dense_class: type[nn.Linear] | type[Conv1D] = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        bias: bool = True,
+        *,
+        tau: float = 0.1,
+        center: Center = "nearest",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, r, bias, tau, center, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_shape = (out_features, in_features)
+        if not self.U.is_meta:
+            self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Linear | Conv1D,
+        r: int,
+        *,
+        factorize: Factorization = truncated_svd,
+        tau: float = 0.1,
+        center: Center = "nearest",
+    ) -> LowRankLinear:
+        """Factor a dense layer; dtype, device, training mode, requires_grad and the bias parameter itself are kept.
+
+        Args:
+            dense: An `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed.
+            r: Rank.
+            factorize: The start, `(W (m, n), r) -> U, S, V`.
+            tau: Conditioning tolerance.
+            center: Interval of the conditioning.
+        """
+        W = weight_matrix(dense)
+        m, n = W.shape
+        layer = cls(n, m, r, False, tau=tau, center=center, device="meta", dtype=W.dtype).to_empty(device=W.device)
+        layer.dense_class = Conv1D if isinstance(dense, Conv1D) else nn.Linear
+        layer.take_over(dense, factorize(W, r))
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (*, n) -> (*, m)
+        """W x + b for each row of x."""
+        return F.linear(F.linear(F.linear(x, self.V.mT), self.S), self.U, self.bias)
+
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The dense layer of the class it came from, with weight U S Vᵀ."""
+        factory: dict[str, Any] = {"device": self.U.device, "dtype": self.U.dtype}
+        if self.dense_class is Conv1D:
+            dense: Any = Conv1D(self.out_features, self.in_features).to(**factory)
+        else:
+            dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, **factory)
+        return give_weight(dense, self, self.matrix().mT if self.dense_class is Conv1D else self.matrix())
+
+    def fold(self) -> FoldedLayer:
+        """Two ordinary linear layers, Vᵀ then U S: r(m + n) weights and two matrix products, for inference."""
+        down = nn.Linear(self.in_features, self.r, False, device=self.U.device, dtype=self.U.dtype)
+        up = nn.Linear(self.r, self.out_features, self.bias is not None, device=self.U.device, dtype=self.U.dtype)
+        return FoldedLayer.of(self, down, up)
+
+    def extra_repr(self) -> str:
+        """Shapes, rank and bound."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.bound_repr()}"

@@ -1,0 +1,176 @@
+"""Factors of equal shape as one stack (L, m, r): what the manifold step does to them before and after an optimizer.
+
+A stack lives for one optimizer step. Everything is batched over the L layers; the flags of layers whose gradient or
+update is not finite stay on the device until the end of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.errors import ConditioningError
+from hf_condlr.layers import LowRankLayer
+from hf_condlr.linalg import (
+    Center,
+    clamp_singular_values,
+    is_conditionable,
+    project_horizontal,
+    project_tangent,
+    retract_cholesky,
+    retract_polar,
+)
+
+
+class Stack:
+    """Parameters of equal shape, dtype and device, with their values before the optimizer's step.
+
+    Attributes:
+        old: Values before the step, (L, m, r).
+        usable: (L,) bool: gradient and update are finite. A factor that is not keeps its old value.
+    """
+
+    def __init__(self, names: list[str], parameters: list[nn.Parameter]) -> None:
+        self.names, self.parameters = names, parameters
+        self.old = torch.stack([p.detach() for p in parameters])
+        self.usable = torch.ones(len(parameters), dtype=torch.bool, device=self.old.device)
+
+    def held(self) -> list[str]:
+        """Names of the factors that kept their old value. Waits for the device."""
+        return [name for name, usable in zip(self.names, self.usable.tolist(), strict=True) if not usable]
+
+    def _finite_gradients(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """Gradients, 0 where not finite (they would stay in the optimizer's moments for ever), and which were."""
+        G = torch.stack(_gradients(parameters))
+        finite = torch.isfinite(G).flatten(1).all(1)
+        return torch.where(finite[:, None, None], G, 0.0), finite
+
+    def _write(self, values: Tensor) -> None:
+        _copy_each(self.parameters, values)
+
+
+class BasisStack(Stack):
+    """Bases U or V, (L, m, r), that have a gradient in this step.
+
+    Args:
+        names: Of the factors.
+        parameters: The factors.
+        cores: Each one's S.
+        full_tangent: S is frozen, so that U's rotation within its span matters and is kept.
+    """
+
+    def __init__(
+        self, names: list[str], parameters: list[nn.Parameter], cores: list[nn.Parameter], full_tangent: bool
+    ) -> None:
+        super().__init__(names, parameters)
+        self.cores = cores
+        self.project = project_tangent if full_tangent else project_horizontal
+        self.retract = retract_polar if full_tangent else retract_cholesky
+
+    def project_gradients(self, metric_scaling: bool) -> None:
+        """G ← (I − UUᵀ)G, with `metric_scaling` divided by c² = ‖S‖_F²/r."""
+        G, self.usable = self._finite_gradients(self.parameters)
+        G = self.project(self.old, G)
+        if metric_scaling:
+            r = self.old.shape[-1]
+            c_squared = torch.stack([S.detach().square().sum() / r for S in self.cores]).to(G.dtype)
+            G = G / torch.where(c_squared > 0, c_squared, 1.0)[:, None, None]
+        _copy_each(_gradients(self.parameters), G)
+
+    def retract_update(self) -> None:
+        """U ← R(U + Δ), Δ the tangent part of the optimizer's displacement; what did not move stays bitwise."""
+        new = torch.stack([p.detach() for p in self.parameters])
+        moved = (new != self.old).flatten(1).any(1)
+        self.usable &= torch.isfinite(new).flatten(1).all(1)
+        # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
+        displacement = self.project(self.old, torch.where(self.usable[:, None, None], new - self.old, 0.0))
+        retracted = self.retract(self.old + displacement)
+        self.usable &= torch.isfinite(retracted).flatten(1).all(1)
+        self._write(torch.where((self.usable & moved)[:, None, None], retracted, self.old))
+
+
+class CoreStack(Stack):
+    """Cores S, (L, r, r): all trainable ones, also without a gradient, since their bound may have tightened."""
+
+    def __init__(self, names: list[str], parameters: list[nn.Parameter], center: Center) -> None:
+        super().__init__(names, parameters)
+        self.center = center
+
+    def sanitize_gradients(self) -> None:
+        """Gradients that are not finite become zero; the cores are marked."""
+        index = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        if index:
+            parameters = [self.parameters[i] for i in index]
+            G, self.usable[index] = self._finite_gradients(parameters)
+            _copy_each(_gradients(parameters), G)
+
+    def condition_update(self, bounds: list[float]) -> None:
+        """S ← S with κ(S) ≤ its bound, `bounds` in the order of the names.
+
+        Raises:
+            ConditioningError: An update made a core vanish. All cores of the stack have their old values then.
+        """
+        new = torch.stack([p.detach() for p in self.parameters])
+        self.usable &= torch.isfinite(new).flatten(1).all(1)
+        S = torch.where(self.usable[:, None, None], new, self.old)
+        index = [i for i, bound in enumerate(bounds) if not math.isinf(bound)]
+        if index:
+            tau = torch.tensor([bounds[i] - 1 for i in index], dtype=torch.float64)
+            S[index] = self._condition(S[index], index, tau)
+        self._write(S)
+
+    def _condition(self, S: Tensor, index: list[int], tau: Tensor) -> Tensor:
+        conditionable = is_conditionable(S)
+        if not conditionable.all():
+            self._refuse_vanished(S, conditionable, index)
+            self.usable[index] &= conditionable  # what is left has overflown
+            S = torch.where(conditionable[:, None, None], S, self.old[index])
+        return clamp_singular_values(S, tau, center=self.center)
+
+    def _refuse_vanished(self, S: Tensor, conditionable: Tensor, index: list[int]) -> None:
+        largest = S.abs().amax(dim=(1, 2))
+        for i in (~conditionable & (largest < 1)).nonzero().flatten().tolist():
+            self._write(self.old)
+            raise ConditioningError(
+                f"the core S of {self.names[index[i]]!r} must not vanish: it would have no condition number",
+                received=f"max|S| = {largest[i].item():.3g} after the optimizer's step",
+                remedy="Lower the weight decay or the learning rate of S. Its value before the step is back in place.",
+            )
+
+
+def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
+    """The trainable U and V that have a gradient, stacked by shape, dtype and device."""
+    rows = (
+        (f"{name}.{kind}", p, layer.S, not layer.S.requires_grad)
+        for name, layer in layers.items()
+        for kind, p in (("U", layer.U), ("V", layer.V))
+        if p.requires_grad and p.grad is not None
+    )
+    return [BasisStack(names, ps, cores, flags[0]) for names, ps, cores, flags in _grouped(rows)]
+
+
+def core_stacks(layers: dict[str, LowRankLayer]) -> list[CoreStack]:
+    """The trainable S, stacked by shape, dtype, device and center."""
+    rows = ((name, layer.S, layer.center) for name, layer in layers.items() if layer.S.requires_grad)
+    return [CoreStack(names, ps, centers[0]) for names, ps, centers in _grouped(rows)]
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _copy_each(targets: Sequence[Tensor], values: Tensor) -> None:  # L × (m, r), (L, m, r)
+    torch._foreach_copy_(list(targets), list(values.unbind()))
+
+
+def _grouped(rows: Iterable[tuple]) -> Iterator[tuple[list, ...]]:
+    """Rows (name, parameter, ..., key) with equal shape, dtype, device and key, transposed to lists."""
+    groups: dict[tuple, list[tuple]] = {}
+    for row in rows:
+        p = row[1]
+        groups.setdefault((p.shape, p.dtype, p.device, row[-1]), []).append(row)
+    for group in groups.values():
+        yield tuple(list(column) for column in zip(*group, strict=True))
