@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
-from hf_condlr.config import ALL_LINEAR, CondLRConfig
+from hf_condlr.calibration import input_covariances
+from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import ConfigError, ConversionError
-from hf_condlr.initialization import FACTORIZATIONS, optimal_truncation_error, truncation_error
+from hf_condlr.initialization import (
+    FACTORIZATIONS,
+    activation_aware,
+    optimal_truncation_error,
+    spectral_energy,
+    truncation_error,
+    whiten,
+    whitened_truncation_error,
+)
 from hf_condlr.layers import LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
+from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size
+from hf_condlr.targets import Place, resolve_targets
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,11 +42,13 @@ class LayerConversion:
     """‖W − U S Vᵀ‖_F / ‖W‖_F."""
     optimal_truncation_error: float | None = None
     """The least error at this rank, measured where the start is not the optimum itself (`randomized_svd`)."""
+    whitened_truncation_error: float | None = None
+    """‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data (`activation_aware`)."""
 
     @property
     def parameters(self) -> int:
         """r(m + n) + r², the bias aside."""
-        return self.r * sum(self.shape) + self.r**2
+        return factored_size(*self.shape, self.r)
 
 
 @dataclass
@@ -56,7 +67,9 @@ class ConversionReport:
 
 
 @torch.no_grad()
-def get_robust_lowrank_model(model: Model, config: CondLRConfig) -> Model:
+def get_robust_lowrank_model(
+    model: Model, config: CondLRConfig, *, calibration_data: Iterable[Any] | None = None
+) -> Model:
     """Convert the layers that `config` names to factors W = U S Vᵀ, in place.
 
     The model keeps its class, identity, dtype, device, training mode and `requires_grad`. `model.condlr_config` holds
@@ -66,32 +79,35 @@ def get_robust_lowrank_model(model: Model, config: CondLRConfig) -> Model:
     Args:
         model: Any `nn.Module`; the head is found in transformers models.
         config: What to convert, and how.
+        calibration_data: For `init_weights="activation_aware"`: a data loader or any iterable of batches, of which the
+            model gets what its forward accepts. Some hundred samples of the training data are enough.
 
     Returns:
         The same object.
 
     Raises:
+        ConfigError: A rank exceeds a layer's, the budget cannot be met, or calibration data is missing or superfluous.
         ConversionError: Nothing matches, or a named layer cannot be converted (tied, quantized, grouped, read by its
             parent). The model is as it was.
     """
-    targets, report = _resolve_targets(model, config)
-    ranks = {name: _rank(name, model.get_submodule(name), config, targets[name]) for name in targets}
-    _warn_where_larger(model, ranks)
-    factorize = FACTORIZATIONS[config.init_weights]
+    targets, skipped = resolve_targets(model, config)
+    report = ConversionReport(skipped=skipped)
+    matrices = {name: weight_matrix(model.get_submodule(name)) for name in targets}
+    for name, W in matrices.items():
+        _refuse_unusable(name, W)
+    covariances = _calibrate(model, config, list(targets), calibration_data)
+    ranks = _ranks(matrices, targets, config, covariances, report)
     layers = {}
     for name, r in ranks.items():
+        W, C = matrices[name], covariances.pop(name, None)
+        factorize = FACTORIZATIONS[config.init_weights] if C is None else partial(activation_aware, C=C)
         dense: Any = model.get_submodule(name)
-        W = weight_matrix(dense)
-        _refuse_unusable(name, W)
         layer_class: Any = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
         tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
-        layer = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
-        optimum = optimal_truncation_error(W, r) if config.init_weights == "randomized_svd" else None
-        error = truncation_error(W, layer.U, layer.S, layer.V)
-        report.converted[name] = LayerConversion(r, (W.shape[0], W.shape[1]), error, optimum)
-        layers[name] = layer
-    for name, layer in layers.items():  # only now: an error above leaves the model as it was
-        model.set_submodule(name, layer)
+        layers[name] = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
+        report.converted[name] = _measured(W, layers[name], config, C)
+    # Only now: an error above leaves the model as it was.
+    _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     _set_trainable(model, config)
     object.__setattr__(model, "condlr_config", config)
     object.__setattr__(model, "condlr_conversion", report)
@@ -110,149 +126,115 @@ def fold_model(model: Model) -> Model:
 
 
 def _replace_layers(model: Model, replace: Callable[[LowRankLinear | LowRankConv2d], nn.Module]) -> Model:
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, (LowRankLinear, LowRankConv2d)):
-            if not name:
-                raise ConversionError(
-                    "the model must contain the layer, not be it",
-                    received=type(layer).__name__,
-                    remedy="Call the layer's own to_dense() or fold().",
-                )
-            model.set_submodule(name, replace(layer))
+    if isinstance(model, LowRankLayer):
+        raise ConversionError(
+            "the model must contain factored layers, not be one",
+            received=type(model).__name__,
+            remedy="Call the layer's own to_dense() or fold().",
+        )
+    layers = [m for m in model.modules() if isinstance(m, (LowRankLinear, LowRankConv2d))]
+    _replace(model, {layer: replace(layer) for layer in layers})
     for attribute in ("condlr_config", "condlr_conversion"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     return model
 
 
-# ----------------------------------------------------------------------------------------------------- targets
-
-
-def _resolve_targets(model: nn.Module, config: CondLRConfig) -> tuple[dict[str, str], ConversionReport]:
-    """{name: "body" or "head"} of the layers to convert, and the report with those skipped."""
-    report = ConversionReport()
-    heads = _head_names(model)
-    by_name = config.target_modules != ALL_LINEAR
-    tied = _names_of_tied_weights(model)
-    targets: dict[str, str] = {}
-    for name, module in model.named_modules():
-        is_head = name in heads
-        named = (by_name and _matches(config, name)) or (is_head and config.head == "full_rank")
-        swept = not by_name and isinstance(module, (nn.Linear, Conv1D)) and not _excluded(config, name)
-        if not named and not swept:
-            continue
-        if is_head and config.head == "dense" and not named:
-            continue
-        reason = _obstacle(model, name, module, tied)
-        if reason == "":
-            targets[name] = "head" if is_head else "body"
-        elif reason is not None and named:
-            raise ConversionError(
-                "a named layer must be convertible", received=f"{name!r}: {reason}", remedy="Put it in exclude_modules."
-            )
-        elif reason is not None:
-            report.skipped[name] = reason
-    if not targets:
-        candidates = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Conv2d))]
-        shown = ", ".join(candidates[:40]) + (f" and {len(candidates) - 40} more" if len(candidates) > 40 else "")
-        raise ConversionError(
-            "target_modules must match at least one layer",
-            received=f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}",
-            remedy=f"Linear and Conv2d layers of this {type(model).__name__}: {shown or 'none'}.",
-        )
-    return targets, report
-
-
-def _matches(config: CondLRConfig, name: str) -> bool:
-    found = check_target_module_exists(config, name)
-    return bool(found) and not isinstance(found, _ExcludedModule)
-
-
-def _excluded(config: CondLRConfig, name: str) -> bool:
-    return isinstance(check_target_module_exists(config, name), _ExcludedModule)
-
-
-def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) -> str | None:
-    """Why a matching module cannot be converted: "" it can, None it is no layer with a weight matrix at all."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() < 2:
-        return None
-    known = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward, nn.Conv2d: nn.Conv2d.forward}
-    # A subclass with a forward of its own (quantized, masked, ...) does something else with its weight.
-    if not any(isinstance(module, cls) and type(module).forward is forward for cls, forward in known.items()):
-        return f"a {type(module).__name__} is neither Linear, Conv1D nor Conv2d"
-    if not weight.is_floating_point():
-        return f"its weight is already quantized ({weight.dtype})"
-    if name in tied:
-        return "its weight is tied to another module"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        return f"a convolution with groups={module.groups}"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention multiplies by its weight itself"
-    if not name:
-        return "the model is this layer itself; convert it with LowRankLinear.from_dense"
-    return ""
-
-
-def _names_of_tied_weights(model: nn.Module) -> set[str]:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dim() > 1:
-                owners.setdefault(id(parameter), []).append(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
-
-
-def _head_names(model: nn.Module) -> set[str]:
-    """Output embeddings, or else the linear layers outside the base model with one output per label or token."""
-    if not isinstance(model, PreTrainedModel):
-        return set()
-    embeddings = model.get_output_embeddings()
-    if embeddings is not None:
-        return {name for name, module in model.named_modules() if module is embeddings}
-    base = model.base_model
-    inside = set(base.modules())
-    config = model.config.get_text_config()
-    sizes = {getattr(model.config, "num_labels", None), getattr(config, "vocab_size", None)}
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in inside and module.out_features in sizes
-    }
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules wherever the old ones stand: a module may be used in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
 
 
 # ------------------------------------------------------------------------------------------------------- ranks
 
 
-def _rank(name: str, module: nn.Module, config: CondLRConfig, place: str) -> int:
-    full = min(weight_matrix(module).shape)
-    value: float | None = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name))
-    if value is None and place == "head" and config.head == "full_rank":
-        return full
-    if value is None:
-        value = config.r if config.r is not None else config.rank_ratio
-    assert value is not None
-    if isinstance(value, int) and value > full:
-        raise ConfigError(
-            f"the rank of {name!r} is at most min(in, out) = {full}",
-            received=f"r={value}",
-            remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
-        )
-    return value if isinstance(value, int) else max(1, round(value * full))
+def _ranks(
+    matrices: dict[str, Tensor],
+    targets: dict[str, Place],
+    config: CondLRConfig,
+    covariances: dict[str, Tensor],
+    report: ConversionReport,
+) -> dict[str, int]:
+    """The rank of every layer to convert. Those that stay dense under a budget go to the report."""
+    ranks: dict[str, int] = {}
+    budgeted: dict[str, tuple[int, int]] = {}
+    for name, W in matrices.items():
+        value = _explicit_rank(name, config, is_head=targets[name] == "head")
+        if value is None:
+            budgeted[name] = (W.shape[0], W.shape[1])
+            continue
+        full = min(W.shape)
+        if isinstance(value, int) and value > full:
+            raise ConfigError(
+                f"the rank of {name!r} is at most min(in, out) = {full}",
+                received=f"r={value}",
+                remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
+            )
+        ranks[name] = value if isinstance(value, int) else max(1, round(value * full))
+    _warn_where_larger(matrices, ranks)
+    if not budgeted:
+        return ranks
+    assert config.compression_ratio is not None
+    if config.rank_allocation == "uniform":
+        allocated = allocate_uniform(budgeted, config.compression_ratio)
+    else:
+        metrics = {n: whiten(matrices[n], covariances[n]) if n in covariances else matrices[n] for n in budgeted}
+        energies = {name: spectral_energy(W) for name, W in metrics.items()}
+        allocated = allocate_by_energy(budgeted, energies, config.compression_ratio)
+    report.skipped |= {n: "its factors would not be smaller" for n, r in allocated.items() if r is None}
+    ranks |= {name: r for name, r in allocated.items() if r is not None}
+    return {name: ranks[name] for name in matrices if name in ranks}
 
 
-def _warn_where_larger(model: nn.Module, ranks: dict[str, int]) -> None:
-    larger = []
-    for name, r in ranks.items():
-        m, n = weight_matrix(model.get_submodule(name)).shape
-        if r * (m + n) + r * r >= m * n:
-            larger.append(f"{name} ({m}×{n}, r={r})")
+def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float | None:
+    """int a rank, float a rank ratio, None: from the budget."""
+    value = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name))
+    if value is not None:
+        return value
+    if is_head and config.head == "full_rank":
+        return 1.0
+    return config.r if config.r is not None else config.rank_ratio
+
+
+def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> None:
+    larger = [n for n, r in ranks.items() if r < min(matrices[n].shape) and r > break_even_rank(*matrices[n].shape)]
     if larger:
-        logger.warning("factors are not smaller than the dense weight in %d layers: %s", len(larger), ", ".join(larger))
+        logger.warning("the factors of %d layers are not smaller than their weight: %s", len(larger), ", ".join(larger))
 
 
-def _refuse_unusable(name: str, W: torch.Tensor) -> None:
+# ---------------------------------------------------------------------------------------------------- calibration
+
+
+def _calibrate(
+    model: nn.Module, config: CondLRConfig, names: list[str], data: Iterable[Any] | None
+) -> dict[str, Tensor]:
+    aware = config.init_weights == "activation_aware"
+    if aware != (data is not None):
+        raise ConfigError(
+            "calibration_data is what init_weights='activation_aware' needs, and no other start",
+            received=f"init_weights={config.init_weights!r}, {'no' if data is None else 'with'} calibration_data",
+            remedy="Pass calibration_data=data_loader together with that start." if aware else "Drop one of them.",
+        )
+    return input_covariances(model, names, data) if data is not None else {}
+
+
+def _measured(W: Tensor, layer: LowRankLayer, config: CondLRConfig, C: Tensor | None) -> LayerConversion:
+    U, S, V = layer.U, layer.S, layer.V
+    return LayerConversion(
+        r=layer.r,
+        shape=(W.shape[0], W.shape[1]),
+        truncation_error=truncation_error(W, U, S, V),
+        optimal_truncation_error=optimal_truncation_error(W, layer.r)
+        if config.init_weights == "randomized_svd"
+        else None,
+        whitened_truncation_error=None if C is None else whitened_truncation_error(W, C, U, S, V),
+    )
+
+
+def _refuse_unusable(name: str, W: Tensor) -> None:
     received = "weights on the meta device" if W.is_meta else None
     if received is None and not torch.isfinite(W).all():
         received = "a weight that is not finite"

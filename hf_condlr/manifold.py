@@ -171,7 +171,7 @@ class ManifoldStep:
             for bases in self._bases:
                 bases.retract_update()
             for cores in self._cores:
-                cores.condition_update([self._bound(name, self.layers[name]) for name in cores.names])
+                cores.condition_update([self._bound(name, self.layers[name]) for name in cores.layers])
         self._publish_bounds()
         self._bases, self._cores = [], []
         held = [name for stack in stacks for name in stack.held()]

@@ -56,7 +56,7 @@ class BasisStack(Stack):
     """Bases U or V, (L, m, r), that have a gradient in this step.
 
     Args:
-        names: Of the factors.
+        names: Of the factors, "layer.U" or "layer.V".
         parameters: The factors.
         cores: Each one's S.
         full_tangent: S is frozen, so that U's rotation within its span matters and is kept.
@@ -95,9 +95,9 @@ class BasisStack(Stack):
 class CoreStack(Stack):
     """Cores S, (L, r, r): all trainable ones, also without a gradient, since their bound may have tightened."""
 
-    def __init__(self, names: list[str], parameters: list[nn.Parameter], center: Center) -> None:
-        super().__init__(names, parameters)
-        self.center = center
+    def __init__(self, layers: list[str], parameters: list[nn.Parameter], center: Center) -> None:
+        super().__init__([f"{name}.S" for name in layers], parameters)
+        self.layers, self.center = layers, center
 
     def sanitize_gradients(self) -> None:
         """Gradients that are not finite become zero; the cores are marked."""
@@ -108,7 +108,7 @@ class CoreStack(Stack):
             _copy_each(_gradients(parameters), G)
 
     def condition_update(self, bounds: list[float]) -> None:
-        """S ← S with κ(S) ≤ its bound, `bounds` in the order of the names.
+        """S ← S with κ(S) ≤ its bound, `bounds` in the order of the layers.
 
         Raises:
             ConditioningError: An update made a core vanish. All cores of the stack have their old values then.
@@ -135,7 +135,7 @@ class CoreStack(Stack):
         for i in (~conditionable & (largest < 1)).nonzero().flatten().tolist():
             self._write(self.old)
             raise ConditioningError(
-                f"the core S of {self.names[index[i]]!r} must not vanish: it would have no condition number",
+                f"the core S of {self.layers[index[i]]!r} must not vanish: it would have no condition number",
                 received=f"max|S| = {largest[i].item():.3g} after the optimizer's step",
                 remedy="Lower the weight decay or the learning rate of S. Its value before the step is back in place.",
             )

@@ -1,0 +1,32 @@
+"""What holds for every test: no network, a fixed seed, a fixed number of threads."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+
+import socket
+
+import pytest
+import torch
+import transformers
+
+# Fixed, so that sums are split alike on every machine; small matrices gain nothing from more.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    transformers.set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        is_local = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
+        if not is_local:
+            raise OSError(f"tests have no network, but this one connects to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)

@@ -1,0 +1,578 @@
+"""The manifold step: the guarantee after every step, the formula of one step, and everything that may go wrong."""
+
+import copy
+import io
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
+from hf_condlr.errors import ConditioningError, OptimizerError
+from hf_condlr.layers import LowRankConv2d, LowRankLayer, LowRankLinear
+from hf_condlr.linalg import condition_number, orthonormality_error
+
+INF = math.inf
+
+
+class Net(nn.Module):
+    """Two pairs of equal shapes, a tall one, a convolution, and a dense layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.tall = nn.Linear(24, 10)
+        self.dense = nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.conv(x)).mean((2, 3)).repeat(1, 4)
+        return self.dense(torch.tanh(self.tall(torch.tanh(self.b(torch.tanh(self.a(x)))))))
+
+
+def make_model(tau=0.1, dtype=torch.float32, **kwargs):
+    config = CondLRConfig(target_modules=["conv", "a", "b", "tall"], tau=tau, **({"rank_ratio": 0.4} | kwargs))
+    return get_robust_lowrank_model(Net().to(dtype), config)
+
+
+def layers_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
+def random_gradients(model, scale=1.0):
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * scale
+
+
+def assert_guarantee(model, handle):
+    """‖UᵀU−I‖_F ≤ 1e-5 √r (measured: 5e-7 √r), κ(S) ≤ bound (1+1e-4) (measured: 1e-6 for τ = 0, else below)."""
+    for name, bound in handle.bounds().items():
+        layer = model.get_submodule(name)
+        assert layer.bound == bound
+        for basis in (layer.U, layer.V):
+            assert orthonormality_error(basis.detach()).item() <= 1e-5 * math.sqrt(layer.r), name
+        assert torch.isfinite(layer.S).all(), name
+        if math.isfinite(bound):
+            assert condition_number(layer.S.detach()).item() <= bound * (1 + 1e-4), name
+
+
+OPTIMIZERS = {
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=False, fused=False),
+    "adamw-foreach": lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=True),
+    "adamw-fused": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True),
+    "adafactor": lambda p, lr: torch.optim.Adafactor(p, lr=lr),
+    "rmsprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr, momentum=0.5),
+}
+
+
+TAUS = {"tau_0": 0.0, "tau_01": 0.1, "tau_05": 0.5, "tau_3": 3.0, "tau_inf": INF}
+
+
+def make_model_of_all_tolerances():
+    """Every τ on a square, a tall, a wide layer and a convolution; never run forward."""
+
+    def block():
+        return nn.ModuleDict(
+            {
+                "square": nn.Linear(20, 20),
+                "tall": nn.Linear(8, 24),
+                "wide": nn.Linear(24, 8),
+                "conv": nn.Conv2d(3, 8, 3),
+            }
+        )
+
+    config = CondLRConfig(
+        target_modules=["square", "tall", "wide", "conv"],
+        rank_ratio=0.4,
+        rank_pattern={"tau_0.wide": 1, "tau_3.wide": 1.0},
+        tau_pattern={rf"{name}\..*": tau for name, tau in TAUS.items()},
+    )
+    return get_robust_lowrank_model(nn.ModuleDict({name: block() for name in TAUS}), config)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_guarantee_after_every_step(optimizer, warmup_steps):
+    model = make_model_of_all_tolerances()
+    step = OPTIMIZERS[optimizer](model.parameters(), 0.02)
+    handle = attach_manifold_step(step, model, warmup_steps=warmup_steps)
+    for t in range(1, 201):
+        random_gradients(model, scale=10.0 ** ((t % 5) - 2))
+        step.step()
+        assert handle.step_count == t
+        assert_guarantee(model, handle)
+    final = {name: 1 + TAUS[name.partition(".")[0]] for name in layers_of(model)}
+    assert len(final) == 20
+    assert handle.bounds() == pytest.approx(final)
+
+
+@pytest.mark.parametrize("lr", [10.0, 1e6, 1e20])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw-fused"])
+def test_guarantee_at_absurd_learning_rates(optimizer, lr):
+    model = make_model(0.5)
+    step = OPTIMIZERS[optimizer](model.parameters(), lr)
+    for group in step.param_groups:
+        group["weight_decay"] = 0.0
+    handle = attach_manifold_step(step, model)
+    for _ in range(20):
+        random_gradients(model)
+        step.step()
+        assert_guarantee(model, handle)
+
+
+def test_one_sgd_step_is_the_formula():
+    """U⁺ spans U − lr (I−UUᵀ)G_U/c², V⁺ likewise, S⁺ = clip(S − lr G_S): W⁺ against float64 NumPy."""
+    torch.manual_seed(3)
+    tau, lr = 0.3, 0.07
+    model = make_model(tau, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    attach_manifold_step(optimizer, model)
+    random_gradients(model)
+    before = {
+        name: [getattr(layer, k).detach().numpy().copy() for k in "USV"]
+        + [getattr(layer, k).grad.numpy().copy() for k in "USV"]
+        for name, layer in layers_of(model).items()
+    }
+    optimizer.step()
+    for name, layer in layers_of(model).items():
+        U, S, V, G_U, G_S, G_V = before[name]
+        c_squared = (S**2).sum() / len(S)
+        new_bases = []
+        for basis, gradient in ((U, G_U), (V, G_V)):
+            X = basis - lr * (gradient - basis @ (basis.T @ gradient)) / c_squared
+            Q, R = np.linalg.qr(X)
+            new_bases.append(Q * np.sign(np.diag(R)))
+        P, sigma, Qh = np.linalg.svd(S - lr * G_S)
+        grid = np.linspace(sigma[-1] / (1 + tau), sigma[0], 200001)
+        cost = (np.clip(grid[:, None] - sigma, 0, None) ** 2).sum(1)
+        cost += (np.clip(sigma - (1 + tau) * grid[:, None], 0, None) ** 2).sum(1)
+        low = grid[cost.argmin()]  # brute force, to the width of the grid
+        expected = new_bases[0] @ (P * np.clip(sigma, low, (1 + tau) * low)) @ Qh @ new_bases[1].T
+        assert np.abs(layer.matrix().detach().numpy() - expected).max() < 1e-4 * np.abs(expected).max(), name
+        assert np.abs(layer.U.detach().numpy() - new_bases[0]).max() < 1e-12, name
+
+
+def test_unconstrained_core_takes_the_plain_step():
+    model = make_model(INF)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_manifold_step(optimizer, model)
+    random_gradients(model)
+    expected = {name: layer.S.detach() - 0.1 * layer.S.grad for name, layer in layers_of(model).items()}
+    optimizer.step()
+    for name, layer in layers_of(model).items():
+        torch.testing.assert_close(layer.S.detach(), expected[name], rtol=0, atol=1e-7)
+
+
+def test_gradients_are_horizontal_when_the_optimizer_sees_them():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    attach_manifold_step(optimizer, model)
+    random_gradients(model)
+    bases = {n: (x.U.detach().clone(), x.V.detach().clone()) for n, x in layers_of(model).items()}
+    optimizer.step()
+    for name, layer in layers_of(model).items():
+        for old, p in zip(bases[name], (layer.U, layer.V), strict=True):
+            assert (old.mT @ p.grad).abs().max() < 1e-5
+
+
+def test_metric_scaling_is_on_for_sgd_and_off_for_others_and_settable():
+    for optimizer_class, default in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
+        for setting in (None, True, False):
+            model = make_model()
+            optimizer = optimizer_class(model.parameters(), lr=0.1)
+            attach_manifold_step(optimizer, model, metric_scaling=setting)
+            layer = model.a
+            random_gradients(model)
+            U, G = layer.U.detach().clone(), layer.U.grad.clone()
+            c_squared = layer.S.detach().square().sum().item() / layer.r
+            optimizer.step()
+            scale = 1 / c_squared if (default if setting is None else setting) else 1.0
+            torch.testing.assert_close(layer.U.grad, (G - U @ (U.mT @ G)) * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_falls_geometrically_from_each_layers_own_condition():
+    tau, steps = 0.1, 10
+    model = make_model(tau)
+    initial = {n: max(condition_number(x.S.detach()).item(), 1 + tau) for n, x in layers_of(model).items()}
+    assert len(set(initial.values())) > 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    handle = attach_manifold_step(optimizer, model, warmup_steps=steps)
+    for t in range(1, steps + 3):
+        random_gradients(model)
+        optimizer.step()
+        p = min(1, t / steps)
+        for name, bound in handle.bounds().items():
+            assert bound == pytest.approx(initial[name] ** (1 - p) * (1 + tau) ** p)
+        assert_guarantee(model, handle)
+
+
+def test_schedule_starts_at_ten_thousand_at_most():
+    model = make_model()
+    with torch.no_grad():
+        model.a.S[-1] *= 1e-9
+    handle = attach_manifold_step(torch.optim.SGD(model.parameters(), lr=0.1), model, warmup_steps=5)
+    assert handle.initial_condition["a"] == 1e4
+
+
+def test_zero_gradients_change_nothing():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    attach_manifold_step(optimizer, model)
+    random_gradients(model)
+    optimizer.step()  # S is feasible from here on
+    optimizer.state.clear()
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_layer_without_gradient_stays_but_its_bound_tightens():
+    model = make_model(0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handle = attach_manifold_step(optimizer, model, warmup_steps=4)
+    U = model.b.U.detach().clone()
+    for _ in range(4):
+        random_gradients(model)
+        for p in model.b.parameters():
+            p.grad = None
+        optimizer.step()
+        assert_guarantee(model, handle)
+    assert torch.equal(model.b.U, U)
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw-fused"])
+def test_gradients_that_are_not_finite_change_no_factor_and_poison_no_moment(optimizer, bad, caplog):
+    model = make_model()
+    step = OPTIMIZERS[optimizer](model.parameters(), 0.01)
+    handle = attach_manifold_step(step, model)
+    random_gradients(model)
+    step.step()
+    before = {n: [getattr(x, k).detach().clone() for k in "USV"] for n, x in layers_of(model).items()}
+    for _ in range(3):
+        random_gradients(model)
+        model.a.U.grad[0, 0] = bad
+        model.b.S.grad[1, 1] = bad
+        with caplog.at_level(logging.WARNING, logger="hf_condlr"):
+            step.step()
+        assert_guarantee(model, handle)
+    assert torch.equal(model.a.U, before["a"][0])
+    assert torch.equal(model.b.S, before["b"][1])
+    assert not torch.equal(model.b.U, before["b"][0])
+    for name, layer in layers_of(model).items():
+        for p in (layer.U, layer.S, layer.V):
+            for moment in step.state[p].values():
+                assert torch.isfinite(torch.as_tensor(moment)).all(), name
+    said = [r for r in caplog.records if "not finite" in r.getMessage()]
+    assert len(said) == 1  # once
+    assert "a.U" in said[0].getMessage() and "b.S" in said[0].getMessage()
+
+
+def test_fused_optimizer_with_found_inf_is_a_skipped_step():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    handle = attach_manifold_step(optimizer, model, warmup_steps=5)
+    random_gradients(model)
+    model.a.U.grad[0, 0] = INF
+    before = copy.deepcopy(model.state_dict())
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)  # as GradScaler sets them
+    optimizer.step()
+    assert handle.step_count == 0
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    optimizer.found_inf = torch.tensor(0.0)
+    random_gradients(model)
+    optimizer.step()
+    assert handle.step_count == 1
+    assert_guarantee(model, handle)
+
+
+def test_update_that_makes_a_core_vanish_is_refused_and_undone():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    attach_manifold_step(optimizer, model)
+    S = model.a.S.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.a.S.grad = S.clone()
+    with pytest.raises(ConditioningError, match=r"core S of 'a' must not vanish.*max\|S\| = 0 "):
+        optimizer.step()
+    assert torch.equal(model.a.S, S)
+
+
+def test_frozen_factors_do_not_move():
+    model = make_model()
+    model.a.U.requires_grad_(False)
+    model.b.requires_grad_(False)
+    model.b.S.copy_(torch.eye(model.b.r))  # feasible
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    handle = attach_manifold_step(optimizer, model)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
+        assert_guarantee(model, handle)
+    for key in ("a.U", "b.U", "b.S", "b.V"):
+        assert torch.equal(model.state_dict()[key], before[key]), key
+    assert not torch.equal(model.a.V, before["a.V"])
+
+
+def test_frozen_core_keeps_the_rotation_of_the_bases():
+    """With S frozen the whole tangent space is used: the gradient keeps U Ω, Ω skew, which S cannot absorb."""
+    model = make_model()
+    with torch.no_grad():
+        model.a.S.copy_(torch.eye(model.a.r))
+    model.a.S.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    handle = attach_manifold_step(optimizer, model)
+    skew = torch.randn(model.a.r, model.a.r)
+    skew = skew - skew.mT
+    U = model.a.U.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    model.a.U.grad = U @ skew
+    optimizer.step()
+    torch.testing.assert_close(model.a.U.grad, U @ skew, rtol=1e-4, atol=1e-5)
+    assert (model.a.U - U).norm() > 1e-2
+    assert_guarantee(model, handle)
+
+
+def test_frozen_core_outside_its_bound_is_refused():
+    model = make_model(0.1)
+    model.a.S.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    with pytest.raises(OptimizerError, match=r"a frozen S must obey its bound already.*a\.S \(κ = .*bound 1\.1\)"):
+        attach_manifold_step(optimizer, model)
+
+
+def test_factors_of_one_layer_in_different_groups():
+    model = make_model()
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n.endswith(".S")], "lr": 0.001},
+        {"params": [p for n, p in model.named_parameters() if not n.endswith(".S")], "lr": 0.05, "weight_decay": 0.5},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    handle = attach_manifold_step(optimizer, model)
+    for _ in range(5):
+        random_gradients(model)
+        optimizer.step()
+        assert_guarantee(model, handle)
+
+
+def test_equal_shapes_with_different_centers_and_tolerances():
+    model = make_model(tau_pattern={"b": 2.0})
+    model.b.center = "rms"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = attach_manifold_step(optimizer, model)
+    for _ in range(5):
+        random_gradients(model)
+        optimizer.step()
+        assert_guarantee(model, handle)
+    assert handle.bounds()["a"] == pytest.approx(1.1)
+    assert handle.bounds()["b"] == pytest.approx(3.0)
+    assert condition_number(model.b.S.detach()).item() > 1.2
+
+
+def _train(model, optimizer, steps, start=0):
+    for t in range(start, start + steps):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(8, 2, 5, 5, generator=generator)
+        y = torch.randint(0, 3, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def test_resume_equals_no_interruption():
+    """Model, optimizer and handle states are all there is; bit for bit."""
+    torch.manual_seed(0)
+    model = make_model()
+    start = copy.deepcopy(model)
+
+    def fresh(of):
+        optimizer = torch.optim.AdamW(of.parameters(), lr=0.01)
+        return optimizer, attach_manifold_step(optimizer, of, warmup_steps=8)
+
+    optimizer, _ = fresh(model)
+    _train(model, optimizer, 12)
+
+    first = copy.deepcopy(start)
+    optimizer, handle = fresh(first)
+    _train(first, optimizer, 5)
+    buffer = io.BytesIO()
+    torch.save({"m": first.state_dict(), "o": optimizer.state_dict(), "h": handle.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    second = copy.deepcopy(start)
+    optimizer, handle = fresh(second)
+    second.load_state_dict(saved["m"])
+    optimizer.load_state_dict(saved["o"])
+    handle.load_state_dict(saved["h"])
+    assert handle.step_count == 5
+    assert second.a.bound == first.a.bound
+    _train(second, optimizer, 7, start=5)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_state_of_other_layers_is_refused():
+    model = make_model()
+    handle = attach_manifold_step(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    state = handle.state_dict()
+    state["initial_condition"].pop("a")
+    with pytest.raises(OptimizerError, match="must name the layers of this model; received a difference in a"):
+        handle.load_state_dict(state)
+
+
+def test_accumulated_gradients_equal_the_joined_batch():
+    """k · b samples in k backward passes against one, after 5 Adam steps in float64 to 1e-9 (measured: 1e-11)."""
+    joined = make_model(dtype=torch.float64)
+    accumulated = copy.deepcopy(joined)
+    results = []
+    for model, parts in ((joined, 1), (accumulated, 4)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        handle = attach_manifold_step(optimizer, model, warmup_steps=3)
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(5):
+            x = torch.randn(16, 2, 5, 5, generator=generator, dtype=torch.float64)
+            y = torch.randint(0, 3, (16,), generator=generator)
+            optimizer.zero_grad()
+            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (nn.functional.cross_entropy(model(xs), ys) / parts).backward()
+            optimizer.step()
+        assert handle.step_count == 5
+        results.append(torch.cat([layer.matrix().flatten() for layer in layers_of(model).values()]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-9)
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(0)
+    model = make_model(0.1, rank_ratio=0.75)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    attach_manifold_step(optimizer, model)
+    x = torch.randn(64, 2, 5, 5)
+    y = (x.mean((1, 2, 3)) > 0).long()
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_removed_handle_no_longer_acts():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = attach_manifold_step(optimizer, model)
+    handle.remove()
+    random_gradients(model)
+    optimizer.step()
+    assert orthonormality_error(model.a.U.detach()).item() > 1e-2
+    attach_manifold_step(optimizer, model)  # and another can take its place
+
+
+def test_step_ignores_autocast_and_reduced_precision_outside():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    handle = attach_manifold_step(optimizer, model)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for _ in range(3):
+            random_gradients(model)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                optimizer.step()
+            assert_guarantee(model, handle)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_accelerate_wrapper_before_and_after_prepare():
+    from accelerate import Accelerator
+
+    for attach_first in (True, False):
+        accelerator = Accelerator(cpu=True)
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        handle = attach_manifold_step(optimizer, model) if attach_first else None
+        model, optimizer = accelerator.prepare(model, optimizer)
+        handle = handle or attach_manifold_step(optimizer, model)
+        random_gradients(model)
+        optimizer.step()
+        assert handle.step_count == 1
+        assert_guarantee(model, handle)
+
+
+def test_module_used_twice_is_one_layer():
+    shared = nn.Linear(12, 12)
+    model = get_robust_lowrank_model(nn.Sequential(shared, nn.Tanh(), shared), CondLRConfig(rank_ratio=0.5))
+    assert isinstance(model[0], LowRankLinear) and model[0] is model[2]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    handle = attach_manifold_step(optimizer, model)
+    model(torch.randn(4, 12)).square().sum().backward()
+    optimizer.step()
+    assert len(handle.layers) == 1
+    assert_guarantee(model, handle)
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+def test_closures_are_refused():
+    model = make_model()
+    for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.LBFGS(model.parameters())):
+        handle = attach_manifold_step(optimizer, model)
+        with pytest.raises(OptimizerError, match="without a closure"):
+            optimizer.step(lambda: torch.tensor(0.0))
+        with pytest.raises(OptimizerError, match="without a closure"):
+            optimizer.step(closure=lambda: torch.tensor(0.0))
+        handle.remove()
+
+
+def test_optimizer_without_the_factors_is_refused():
+    dense = Net()
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=0.1)  # made before the conversion: a classic
+    model = get_robust_lowrank_model(dense, CondLRConfig(rank_ratio=0.5))
+    with pytest.raises(OptimizerError, match=r"must hold every trainable factor; received a\.U, a\.S, a\.V"):
+        attach_manifold_step(optimizer, model)
+
+
+def test_attaching_twice_is_refused():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    attach_manifold_step(optimizer, model)
+    with pytest.raises(OptimizerError, match="must be called once"):
+        attach_manifold_step(optimizer, model)
+
+
+def test_half_precision_factors_are_refused():
+    model = make_model(dtype=torch.bfloat16)
+    with pytest.raises(OptimizerError, match=r"factors must be float32 or float64.*conv\.U \(torch\.bfloat16\)"):
+        attach_manifold_step(torch.optim.AdamW(model.parameters(), lr=0.1), model)
+
+
+def test_model_without_factored_layers_is_refused():
+    model = Net()
+    with pytest.raises(OptimizerError, match="must have factored layers"):
+        attach_manifold_step(torch.optim.AdamW(model.parameters(), lr=0.1), model)
+
+
+@pytest.mark.parametrize("steps", [-1, 0.5])
+def test_warmup_steps_must_count(steps):
+    model = make_model()
+    with pytest.raises(OptimizerError, match="warmup_steps must be an integer ≥ 0"):
+        attach_manifold_step(torch.optim.AdamW(model.parameters(), lr=0.1), model, warmup_steps=steps)
+
+
+def test_conversion_covers_a_convolution():
+    assert isinstance(make_model().conv, LowRankConv2d)
