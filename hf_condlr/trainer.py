@@ -1,0 +1,267 @@
+"""`CondLRTrainer`: transformers' Trainer with the manifold step attached to whatever optimizer it makes.
+
+The logic is a mixin, so that `Seq2SeqTrainer` and trainers of other libraries get it too:
+`class CondLRSFTTrainer(CondLRTrainerMixin, SFTTrainer)`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+from hf_condlr.diagnostics import condition_report
+from hf_condlr.errors import ConfigError, OptimizerError
+from hf_condlr.layers import LowRankLayer
+from hf_condlr.manifold import ManifoldStep, attach_manifold_step
+
+logger = logging.getLogger(__name__)
+STATE_FILE = "manifold_step.json"
+
+
+@dataclass
+class CondLRArguments:
+    """What robust low-rank training adds to `TrainingArguments`."""
+
+    conditioning_warmup_ratio: float = field(
+        default=0.3,
+        metadata={"help": "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."},
+    )
+    factor_learning_rate: float = field(
+        default=1.0, metadata={"help": "Multiplier of the learning rate for the orthonormal factors U and V."}
+    )
+    core_learning_rate: float = field(
+        default=1.0, metadata={"help": "Multiplier of the learning rate for the cores S."}
+    )
+    metric_scaling: bool | None = field(
+        default=None,
+        metadata={"help": "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for others."},
+    )
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ T² KL(teacher ‖ student); needs a teacher."},
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature T that divides both logits in the distillation term."}
+    )
+
+    def __post_init__(self) -> None:
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()  # type: ignore[misc]
+        for name, valid, rule in (
+            ("conditioning_warmup_ratio", 0 <= self.conditioning_warmup_ratio <= 1, "lie in [0, 1]"),
+            ("factor_learning_rate", self.factor_learning_rate >= 0, "be ≥ 0"),
+            ("core_learning_rate", self.core_learning_rate >= 0, "be ≥ 0"),
+            ("distillation_weight", 0 <= self.distillation_weight <= 1, "lie in [0, 1]"),
+            ("distillation_temperature", self.distillation_temperature > 0, "be > 0"),
+        ):
+            if not valid:
+                raise ConfigError(f"{name} must {rule}", received=getattr(self, name), remedy="See its help.")
+
+
+@dataclass
+class CondLRTrainingArguments(CondLRArguments, TrainingArguments):
+    """`TrainingArguments` and `CondLRArguments`."""
+
+
+@dataclass
+class CondLRSeq2SeqTrainingArguments(CondLRArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and `CondLRArguments`."""
+
+
+class CondLRTrainerMixin:
+    """Attaches the manifold step, keeps U and V out of weight decay, logs κ, and saves where the schedule stands.
+
+    To be put before a Trainer class. Gradient clipping (`max_grad_norm`) sees the gradients as backward left them,
+    before their projection on the tangent space. Evaluations during the warm-up cannot become the best model: their κ
+    is above 1 + τ.
+
+    Args:
+        teacher: A dense model whose logits the student also learns (`distillation_weight` > 0).
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    model_accepts_loss_kwargs: bool
+    manifold_step: ManifoldStep | None = None
+
+    def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        weight = self.args.distillation_weight
+        if (teacher is not None) != (weight > 0):
+            raise ConfigError(
+                "a teacher and distillation_weight > 0 belong together",
+                received=f"{'no teacher' if teacher is None else 'a teacher'}, distillation_weight={weight}",
+                remedy="CondLRTrainer(..., teacher=dense_model) with distillation_weight=0.5, say; or neither.",
+            )
+        self.teacher = teacher.to(self.args.device).eval() if teacher is not None else None
+
+    # ---------------------------------------------------------------------------------------------- optimization
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All but U and V: their decay would be projected away. ‖S‖_F = ‖W‖_F, so S decays as W would."""
+        bases = {f"{name}.{k}".lstrip(".") for name, _ in _factored(model) for k in "UV"}
+        return [name for name in super().get_decay_parameter_names(model) if name not in bases]  # type: ignore[misc]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with its own groups for U, V and for S, and the manifold step attached."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self.manifold_step is None:
+            if not given:
+                self._split_groups(optimizer)
+            self.manifold_step = attach_manifold_step(
+                optimizer, self.model if model is None else model, metric_scaling=self.args.metric_scaling
+            )
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's scheduler; the number of steps also says how long the conditioning warms up."""
+        if self.manifold_step is not None:
+            self.manifold_step.warmup_steps = math.ceil(self.args.conditioning_warmup_ratio * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        multipliers: dict[int, float] = {}
+        for _, layer in _factored(self.model):
+            multipliers |= {id(p): self.args.factor_learning_rate for p in (layer.U, layer.V)}
+            multipliers[id(layer.S)] = self.args.core_learning_rate
+        if set(multipliers.values()) <= {1.0}:
+            return
+        for group in list(optimizer.param_groups):
+            if group.get("lr") is None:
+                raise OptimizerError(
+                    "factor_learning_rate and core_learning_rate multiply the optimizer's learning rate",
+                    received=f"{type(optimizer).__name__} with lr=None",
+                    remedy="Leave both at 1, or give the optimizer a learning rate.",
+                )
+            for multiplier in sorted({multipliers.get(id(p), 1.0) for p in group["params"]} - {1.0}):
+                parameters = [p for p in group["params"] if multipliers.get(id(p), 1.0) == multiplier]
+                group["params"] = [p for p in group["params"] if multipliers.get(id(p), 1.0) != multiplier]
+                settings = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group(settings | {"params": parameters, "lr": group["lr"] * multiplier})
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """(1 − λ) loss + λ T² KL(softmax(z_teacher/T) ‖ softmax(z/T)) in training; the plain loss in evaluation."""
+        plain = super().compute_loss  # type: ignore[misc]
+        if self.teacher is None or not model.training:
+            return plain(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+        teacher_inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        loss, outputs = plain(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        with torch.no_grad():
+            target = self.teacher(**teacher_inputs).logits
+        if labels is not None and labels.shape == target.shape[:-1]:
+            mask = labels != -100
+        term = distillation_loss(outputs["logits"], target, self.args.distillation_temperature, mask)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and labels is not None:
+            # The loss is this part's share of the mean over the whole accumulated batch: so must the term be.
+            term = term * (labels != -100).sum() / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                term = term * self.accelerator.num_processes
+        loss = (1 - self.args.distillation_weight) * loss + self.args.distillation_weight * term
+        return (loss, outputs) if return_outputs else loss
+
+    # --------------------------------------------------------------------------------------------------- records
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds κ, its bound, the orthonormality error and the compression to each training and evaluation log."""
+        if any(key == "loss" or key.endswith("_loss") for key in logs):
+            report = condition_report(self.accelerator.unwrap_model(self.model))
+            logs["kappa_max"] = report.max_condition_number
+            logs["kappa_mean"] = report.mean_condition_number
+            logs["kappa_bound"] = max(layer.bound for layer in report.layers)
+            logs["orthonormality_error"] = report.max_orthonormality_error
+            logs["compression"] = report.compression
+            for key in [key for key, value in logs.items() if isinstance(value, float) and math.isinf(value)]:
+                del logs[key]  # trainer_state.json is read by strict parsers
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; says so when it ends before the conditioning warm-up does."""
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        step = self.manifold_step
+        if step is not None and step.step_count < step.warmup_steps:
+            finite = [bound for bound in step.bounds().values() if math.isfinite(bound)]
+            logger.warning(
+                "training ended at step %d of a conditioning warm-up of %d: κ is bounded by %.4g, not yet by 1 + tau",
+                step.step_count,
+                step.warmup_steps,
+                max(finite, default=math.inf),
+            )
+        return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        step = self.manifold_step
+        if step is not None and step.step_count < step.warmup_steps:
+            return False
+        return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save and self.manifold_step is not None:
+            temporary = Path(output_dir, STATE_FILE + ".tmp")
+            temporary.write_text(json.dumps(self.manifold_step.state_dict(), indent=1))
+            os.replace(temporary, Path(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or self.manifold_step is None:
+            return
+        path = Path(checkpoint, STATE_FILE)
+        if not path.is_file():
+            raise OptimizerError(
+                "a checkpoint to resume from must hold the state of the conditioning schedule",
+                received=f"no {STATE_FILE} in {checkpoint}",
+                remedy="Resume from a checkpoint that this trainer wrote, or start without resume_from_checkpoint.",
+            )
+        self.manifold_step.load_state_dict(json.loads(path.read_text()))
+
+
+class CondLRTrainer(CondLRTrainerMixin, Trainer):
+    """`Trainer` with the manifold step; takes `CondLRTrainingArguments`."""
+
+
+class CondLRSeq2SeqTrainer(CondLRTrainerMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with the manifold step; takes `CondLRSeq2SeqTrainingArguments`."""
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:  # (*, classes), (*, classes), (*) -> ()
+    """T² KL(softmax(z_t/T) ‖ softmax(z/T)), mean over samples or tokens that a mask of their shape leaves.
+
+    Source: Hinton, Vinyals, Dean 2015, section 2.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(logits.float() / temperature, dim=-1),
+        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    if mask is not None and mask.shape == divergence.shape:
+        divergence = divergence[mask.bool()]
+    return temperature**2 * divergence.mean()
+
+
+def _factored(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
