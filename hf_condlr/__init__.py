@@ -5,9 +5,21 @@ from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.layers import LowRankConv2d, LowRankLinear
 from hf_condlr.manifold import attach_manifold_step
+from hf_condlr.trainer import (
+    CondLRSeq2SeqTrainer,
+    CondLRSeq2SeqTrainingArguments,
+    CondLRTrainer,
+    CondLRTrainerMixin,
+    CondLRTrainingArguments,
+)
 
 __all__ = [
     "CondLRConfig",
+    "CondLRSeq2SeqTrainer",
+    "CondLRSeq2SeqTrainingArguments",
+    "CondLRTrainer",
+    "CondLRTrainerMixin",
+    "CondLRTrainingArguments",
     "LowRankConv2d",
     "LowRankLinear",
     "attach_manifold_step",
