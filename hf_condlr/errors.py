@@ -40,5 +40,9 @@ class OptimizerError(CondLRError, ValueError):
     """The manifold step cannot keep its guarantee with this optimizer, or this call of it."""
 
 
+class CheckpointError(CondLRError, ValueError):
+    """A file of a checkpoint is missing, damaged, or belongs to another model."""
+
+
 class AttackError(CondLRError, ValueError):
     """The parameters of an attack contradict each other or its inputs."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from hf_condlr.checkpoints import restore_weights
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import ConfigError, OptimizerError
 from hf_condlr.layers import LowRankLayer
@@ -93,7 +94,10 @@ class CondLRTrainerMixin:
     model: Any
     optimizer: Any
     accelerator: Any
+    state: Any
     model_accepts_loss_kwargs: bool
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     manifold_step: ManifoldStep | None = None
 
     def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any) -> None:
@@ -215,6 +219,17 @@ class CondLRTrainerMixin:
         return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        restore_weights(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()  # type: ignore[misc]
+        logger.info("loading the best model from %s", self.state.best_model_checkpoint)
+        restore_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

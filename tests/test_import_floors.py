@@ -18,7 +18,7 @@ FLOORS = (
     {"config", "layers", "attacks"},
     {"initialization", "calibration", "ranks", "stacks", "targets"},
     {"conversion", "manifold", "diagnostics", "metrics"},
-    {"evaluation", "loading", "hub", "plots"},
+    {"checkpoints", "evaluation", "loading", "hub", "plots"},
     {"trainer", "cli"},
     {"__init__"},
 )
