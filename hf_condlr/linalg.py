@@ -223,7 +223,8 @@ def _nearest_low(sigma: Tensor, bound: Tensor) -> Tensor:  # (b, r) ascending, (
     """argmin over a of Σ_{σ<a} (a − σ)² + Σ_{σ>βa} (σ − βa)², β = bound.
 
     Half the derivative, h(a) = Σ_{σ<a} (a − σ) − β Σ_{σ>βa} (σ − βa), is continuous, increasing and linear between the
-    breakpoints σ_i and σ_i/β. The last breakpoint with h ≤ 0 fixes both index sets, and there the root is explicit.
+    breakpoints σ_i and σ_i/β. The root lies between the last breakpoint with h ≤ 0 and the next; the index sets are
+    constant there and are read in the middle, where no rounding of β · (σ_i/β) can turn an equality around.
     """
     r = sigma.shape[-1]
     beta = bound.unsqueeze(-1)
@@ -231,7 +232,7 @@ def _nearest_low(sigma: Tensor, bound: Tensor) -> Tensor:  # (b, r) ascending, (
     cumulative = torch.nn.functional.pad(sigma.cumsum(-1), (1, 0))  # (b, r + 1): sum of the i smallest
 
     def sets(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Count and sum of σ ≤ a, and of σ > βa; values equal to a bound contribute nothing to h."""
+        """Count and sum of σ ≤ a, and of σ > βa."""
         below = torch.searchsorted(sigma, a.contiguous(), right=True)
         upto = torch.searchsorted(sigma, (beta * a).contiguous(), right=True)
         return below, cumulative.gather(-1, below), r - upto, cumulative[..., -1:] - cumulative.gather(-1, upto)
@@ -239,9 +240,10 @@ def _nearest_low(sigma: Tensor, bound: Tensor) -> Tensor:  # (b, r) ascending, (
     n_low, sum_low, n_high, sum_high = sets(breakpoints)
     h = n_low * breakpoints - sum_low - beta * (sum_high - n_high * beta * breakpoints)
     last = ((h <= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
-    n_low, sum_low, n_high, sum_high = sets(breakpoints.gather(-1, last))
-    weight = n_low + beta.square() * n_high
-    return ((sum_low + beta * sum_high) / weight.clamp_min(1)).squeeze(-1)
+    left, right = (breakpoints.gather(-1, i) for i in (last, (last + 1).clamp_max(2 * r - 1)))
+    n_low, sum_low, n_high, sum_high = sets((left + right) / 2)
+    root = (sum_low + beta * sum_high) / (n_low + beta.square() * n_high).clamp_min(1)
+    return torch.minimum(torch.maximum(root, left), right).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------- factorisations

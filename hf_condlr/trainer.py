@@ -6,6 +6,7 @@ The logic is a mixin, so that `Seq2SeqTrainer` and trainers of other libraries g
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -102,6 +103,7 @@ class CondLRTrainerMixin:
 
     def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs &= _normalises_by_items(self.accelerator.unwrap_model(self.model))
         weight = self.args.distillation_weight
         if (teacher is not None) != (weight > 0):
             raise ConfigError(
@@ -267,15 +269,22 @@ def distillation_loss(
 
     Source: Hinton, Vinyals, Dean 2015, section 2.
     """
-    divergence = F.kl_div(
-        F.log_softmax(logits.float() / temperature, dim=-1),
-        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_q, log_p = (F.log_softmax(z.to(wide) / temperature, dim=-1) for z in (logits, teacher_logits))
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     if mask is not None and mask.shape == divergence.shape:
         divergence = divergence[mask.bool()]
     return temperature**2 * divergence.mean()
+
+
+def _normalises_by_items(model: nn.Module) -> bool:
+    """Whether the model's loss uses `num_items_in_batch`, rather than only swallowing it in **kwargs.
+
+    BERT's classification head among others drops it. Trainer then neither divides the loss by the accumulation steps
+    nor does the model, and 4 × 8 trains with four times the loss of 32 (huggingface/transformers#47688).
+    """
+    code = inspect.unwrap(type(model).forward).__code__
+    return bool({"loss_function", "num_items_in_batch"} & {*code.co_names, *code.co_varnames})
 
 
 def _factored(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
