@@ -27,6 +27,12 @@ def resolve_targets(model: nn.Module, config: CondLRConfig) -> tuple[dict[str, P
     tied = _names_of_tied_weights(model)
     targets: dict[str, Place] = {}
     for name, module in model.named_modules():
+        if (
+            not by_name
+            and type(module).__name__.endswith("Experts")
+            and any(p.dim() == 3 for p in module.parameters(False))
+        ):
+            skipped[name] = "its experts are fused into tensors of three dimensions, not linear layers"
         is_head = name in heads
         named = (by_name and _matches(config, name)) or (is_head and config.head == "full_rank")
         swept = not by_name and isinstance(module, (nn.Linear, Conv1D)) and not _excluded(config, name)
