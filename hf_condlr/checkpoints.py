@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_condlr.errors import CheckpointError
+from hf_condlr.layers import LowRankLayer
 
 
 @torch.no_grad()
@@ -52,6 +53,9 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # a safe_open is no mapping
                 places[key].copy_(file.get_tensor(key))
+    for module in model.modules():
+        if isinstance(module, LowRankLayer):
+            module.refresh_bound()
 
 
 _RULE = "a checkpoint must hold the tensors of this model"

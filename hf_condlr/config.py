@@ -6,12 +6,15 @@ field is an error and the file is strict JSON, τ = ∞ included.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from hf_condlr.errors import ConfigError
 from hf_condlr.linalg import CENTERS
@@ -61,8 +64,8 @@ class CondLRConfig(PeftConfig):
     head: Literal["dense", "full_rank", "low_rank"] = field(
         default="dense",
         metadata={
-            "help": "Output embeddings and classifier: left alone; factored at full rank and conditioned (the last "
-            "layer in the paper); or like any other layer."
+            "help": "Output embeddings and classifier: left alone, unless target_modules names them; factored at full "
+            "rank and conditioned (the last layer in the paper); or like any other layer."
         },
     )
     r: int | None = field(default=None, metadata={"help": "Rank of every layer, at most min(in, out) of each."})
@@ -112,23 +115,32 @@ class CondLRConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            setattr(self, name, _as_list(getattr(self, name)))
+        for name in ("rank_pattern", "tau_pattern"):
+            value = getattr(self, name)
+            valid = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+            _require(valid, f"{name} must be a dict from names or regexes", repr(value), "Leave it out for none.")
         self.tau = _as_tau("tau", self.tau)
         self.tau_pattern = {key: _as_tau(f"tau_pattern[{key!r}]", value) for key, value in self.tau_pattern.items()}
-        self._validate_targets()
-        self._validate_ranks()
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}", repr(value), "Choose one.")
-        _require(
-            self.peft_type == PEFT_TYPE,
-            f"peft_type must be {PEFT_TYPE}",
-            repr(self.peft_type),
-            "This file configures another PEFT method: load it with peft.",
-        )
+        self._validate_targets()
+        self._validate_ranks()
+        _require_peft_type(self.peft_type)
 
     def _validate_targets(self) -> None:
+        for name, alone in (("target_modules", True), ("exclude_modules", True), ("modules_to_save", False)):
+            value = getattr(self, name)
+            names = [] if value is None or (alone and isinstance(value, str)) else value
+            valid = isinstance(names, list) and all(isinstance(entry, str) for entry in names)
+            allowed = "a regex or a list of names" if alone else "a list of names"
+            _require(valid, f"{name} must be {allowed}", repr(value), "['classifier'], say.")
+        indices = self.layers_to_transform
+        listed = indices if isinstance(indices, list) else [] if indices is None else [indices]
+        valid = all(_is_int(index) and index >= 0 for index in listed)
+        _require(valid, "layers_to_transform must hold integers ≥ 0", repr(indices), "[0, 1], say.")
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
         elif not self.target_modules:
@@ -171,6 +183,7 @@ class CondLRConfig(PeftConfig):
         if self.rank_ratio is not None:
             in_range = _is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1
             _require(in_range, "rank_ratio must lie in (0, 1]", repr(self.rank_ratio), "For an integer rank use r.")
+            self.rank_ratio = float(self.rank_ratio)
         if self.compression_ratio is not None:
             in_range = _is_number(self.compression_ratio) and 0 < self.compression_ratio < 1
             remedy = "It is the share removed: 0.6 keeps 40 % of the converted layers' weights."
@@ -193,9 +206,17 @@ class CondLRConfig(PeftConfig):
         values["tau_pattern"] = {key: _as_json(value) for key, value in self.tau_pattern.items()}
         return values
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`. In the order of the fields: PEFT would sort patterns, whose first match wins."""
+        os.makedirs(save_directory, exist_ok=True)
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> CondLRConfig:
         """Build the config from the fields of a file; `from_pretrained` ends here. Unknown fields are an error."""
+        _require_peft_type(kwargs.get("peft_type", PEFT_TYPE))
         unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
         _require(
             not unknown,
@@ -231,6 +252,18 @@ def _as_tau(name: str, value: object) -> float:
     valid = _is_number(value) and value >= 0  # type: ignore[operator]  # NaN fails the comparison
     _require(valid, f"{name} must be a number ≥ 0 or 'inf'", repr(value), "tau = 0.1 bounds κ by 1.1.")
     return float(value)  # type: ignore[arg-type]
+
+
+def _as_list(value: Any) -> Any:
+    """Sets in a fixed order, tuples and ranges as lists: what JSON gives back."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _require_peft_type(value: object) -> None:
+    remedy = "This file configures another PEFT method: load it with peft."
+    _require(value == PEFT_TYPE, f"peft_type must be {PEFT_TYPE}", repr(value), remedy)
 
 
 def _as_json(tau: float) -> float | str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +28,7 @@ from hf_condlr.initialization import (
 )
 from hf_condlr.layers import LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
 from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size
-from hf_condlr.targets import Place, resolve_targets
+from hf_condlr.targets import Place, head_names, resolve_targets
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -109,6 +111,10 @@ def get_robust_lowrank_model(
     # Only now: an error above leaves the model as it was.
     _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     _set_trainable(model, config)
+    earlier = getattr(model, "condlr_conversion", None)
+    if earlier is not None:  # a second conversion, of other layers
+        report.converted = earlier.converted | report.converted
+    _warn_of_names_without_a_match(model, config, report)
     object.__setattr__(model, "condlr_config", config)
     object.__setattr__(model, "condlr_conversion", report)
     logger.info("%s", report)
@@ -133,6 +139,12 @@ def _replace_layers(model: Model, replace: Callable[[LowRankLinear | LowRankConv
             remedy="Call the layer's own to_dense() or fold().",
         )
     layers = [m for m in model.modules() if isinstance(m, (LowRankLinear, LowRankConv2d))]
+    if not layers:
+        raise ConversionError(
+            "the model must have factored layers",
+            received="none",
+            remedy="Call get_robust_lowrank_model(model, config) first.",
+        )
     _replace(model, {layer: replace(layer) for layer in layers})
     for attribute in ("condlr_config", "condlr_conversion"):
         if hasattr(model, attribute):
@@ -173,7 +185,7 @@ def _ranks(
                 received=f"r={value}",
                 remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
             )
-        ranks[name] = value if isinstance(value, int) else max(1, round(value * full))
+        ranks[name] = value if isinstance(value, int) else max(1, math.floor(value * full + 0.5))
     _warn_where_larger(matrices, ranks)
     if not budgeted:
         return ranks
@@ -200,7 +212,7 @@ def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float |
 
 
 def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> None:
-    larger = [n for n, r in ranks.items() if r < min(matrices[n].shape) and r > break_even_rank(*matrices[n].shape)]
+    larger = [name for name, r in ranks.items() if r > break_even_rank(*matrices[name].shape)]
     if larger:
         logger.warning("the factors of %d layers are not smaller than their weight: %s", len(larger), ", ".join(larger))
 
@@ -249,12 +261,37 @@ def _refuse_unusable(name: str, W: Tensor) -> None:
 
 
 def _set_trainable(model: nn.Module, config: CondLRConfig) -> None:
-    saved = config.modules_to_save or []
+    saved = [module for name, module in model.named_modules() if _is_saved(name, config)]
     if config.trainable == "factors":
         model.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, LowRankLayer):
                 module.requires_grad_(True)
-    for name, module in model.named_modules():
-        if any(name == key or name.endswith(f".{key}") for key in saved):
-            module.requires_grad_(True)
+        frozen = [n for n in sorted(head_names(model)) if not model.get_submodule(n).weight.requires_grad]
+        if frozen := [name for name in frozen if not _is_saved(name, config)]:
+            logger.warning("the head %s is frozen; modules_to_save=%s trains it", ", ".join(frozen), frozen)
+    for module in saved:
+        module.requires_grad_(True)
+
+
+def _is_saved(name: str, config: CondLRConfig) -> bool:
+    """PEFT's rule: the name of the module, of a parent, or its end."""
+    return any(re.match(rf"(^|.*\.){key}($|\..*)", name) for key in config.modules_to_save or [])
+
+
+def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, report: ConversionReport) -> None:
+    """A misspelt name would otherwise be ignored without a word."""
+    names = [name for name, _ in model.named_modules()]
+    unused = [
+        f"{field_name}[{key!r}]"
+        for field_name in ("rank_pattern", "tau_pattern")
+        for key in getattr(config, field_name)
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in report.converted)
+    ]
+    unused += [
+        f"modules_to_save {key!r}"
+        for key in config.modules_to_save or []
+        if not any(re.match(rf"(^|.*\.){key}($|\..*)", name) for name in names)
+    ]
+    if unused:
+        logger.warning("no layer matches %s", ", ".join(unused))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_condlr.errors import CondLRError
+from hf_condlr.errors import CondLRError, MissingExtraError
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import orthonormality_error, orthonormalize, singular_values
 
@@ -24,9 +24,9 @@ class LayerRecord:
     """(m, n) = (out, in) of the matrix W."""
     r: int
     condition_number: float
-    """σ_max/σ_min over the r singular values of W = U S Vᵀ; κ(S) where U and V are orthonormal."""
+    """σ_max/σ_min over the r singular values of W = U S Vᵀ; inf where one is 0 or the factors are not finite."""
     bound: float
-    """The bound on κ in force; inf before the first step, and where tau is inf."""
+    """The bound on κ in force; inf where none is: before the first step, without a manifold step, for tau = inf."""
     orthonormality_error: float
     """The larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F."""
     singular_values: list[float]
@@ -72,14 +72,15 @@ class ConditionReport:
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             layer["shape"] = list(layer["shape"])
-            layer["condition_number"] = _finite(layer["condition_number"])
-            layer["bound"] = _finite(layer["bound"])
+            layer["singular_values"] = [_finite(sigma) for sigma in layer["singular_values"]]
+            for name in ("condition_number", "bound", "orthonormality_error"):
+                layer[name] = _finite(layer[name])
         return {
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "max_condition_number": _finite(self.max_condition_number),
             "mean_condition_number": _finite(self.mean_condition_number),
-            "max_orthonormality_error": self.max_orthonormality_error,
+            "max_orthonormality_error": _finite(self.max_orthonormality_error),
             "layers": layers,
         }
 
@@ -108,12 +109,12 @@ class ConditionReport:
         """Draw the spectra and κ per layer into an image file (its ending chooses the format).
 
         Raises:
-            CondLRError: matplotlib is not installed.
+            MissingExtraError: matplotlib is not installed; an `ImportError`.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise CondLRError(
+            raise MissingExtraError(
                 "plot needs matplotlib", received="no such package", remedy="pip install 'hf_condlr[plot]'."
             ) from error
         figure = Figure(figsize=(11, max(3.2, 1.2 + 0.19 * len(self.layers))), layout="constrained")
@@ -169,9 +170,10 @@ def _record(name: str, layer: LowRankLayer) -> LayerRecord:
     _, core, _ = orthonormalize(U, S, V)
     if torch.isfinite(core).all():
         sigma = singular_values(core)
-        kappa = (sigma[0] / sigma[-1]).item()
+        kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
     else:
-        sigma, kappa = torch.full((layer.r,), math.nan), math.nan
+        sigma, kappa = torch.full((layer.r,), math.nan), math.inf
+    errors = torch.stack((orthonormality_error(U), orthonormality_error(V))).nan_to_num(math.inf, math.inf)
     m, n = U.shape[0], V.shape[0]
     bias = 0 if layer.bias is None else layer.bias.numel()
     return LayerRecord(
@@ -179,8 +181,9 @@ def _record(name: str, layer: LowRankLayer) -> LayerRecord:
         shape=(m, n),
         r=layer.r,
         condition_number=kappa,
-        bound=layer.bound,
-        orthonormality_error=max(orthonormality_error(U).item(), orthonormality_error(V).item()),
+        # Nothing holds a layer to its bound that was trained without the manifold step.
+        bound=layer.bound if kappa <= layer.bound * (1 + 1e-4) else math.inf,
+        orthonormality_error=errors.max().item(),
         singular_values=sigma.tolist(),
         parameters=layer.r * (m + n) + layer.r**2 + bias,
         dense_parameters=m * n + bias,

@@ -44,5 +44,9 @@ class CheckpointError(CondLRError, ValueError):
     """A file of a checkpoint is missing, damaged, or belongs to another model."""
 
 
+class MissingExtraError(CondLRError, ImportError):
+    """An optional dependency is not installed."""
+
+
 class AttackError(CondLRError, ValueError):
     """The parameters of an attack contradict each other or its inputs."""

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.errors import ConversionError
-from hf_condlr.linalg import Center, condition_number, is_conditionable, random_factors
+from hf_condlr.errors import ConfigError, ConversionError
+from hf_condlr.linalg import (
+    CENTERS,
+    FEASIBILITY_TOLERANCE,
+    Center,
+    condition_number,
+    is_conditionable,
+    random_factors,
+)
 
 Factors = tuple[Tensor, Tensor, Tensor]
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
@@ -40,6 +47,11 @@ class LowRankLayer(nn.Module):
             raise ConversionError(
                 f"the rank of a {m}×{n} weight lies in 1 … {min(m, n)}", received=f"r={r}", remedy="Choose r in it."
             )
+        if not tau >= 0:
+            raise ConfigError("tau must be ≥ 0", received=tau, remedy="tau = 0.1 bounds κ by 1.1.")
+        if center not in CENTERS:
+            rule = f"center must be one of {', '.join(CENTERS)}"
+            raise ConfigError(rule, received=repr(center), remedy="Choose one.")
         self.tau, self.center, self.bound = float(tau), center, math.inf
         self.U = nn.Parameter(torch.empty(m, r, **factory))
         self.S = nn.Parameter(torch.empty(r, r, **factory))
@@ -53,11 +65,11 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A stand-in for code that asks for `weight.dtype`, `.device` or `.shape`; one NaN, expanded, not the matrix.
+        """Answers code that asks for `weight.dtype`, `.device` or `.shape`; computing with it is an error.
 
-        Whoever computes with it gets NaN, not a plausible wrong number. The matrix is `to_dense().weight`.
+        The matrix itself is `matrix()`.
         """
-        return _stand_in(self.U, self.weight_shape)
+        return stand_in(self.U, self.weight_shape)
 
     def matrix(self) -> Tensor:  # (m, n)
         """W = U S Vᵀ, multiplied out in at least float32."""
@@ -78,9 +90,20 @@ class LowRankLayer(nn.Module):
         """Copy the factors in, and find out whether S obeys 1 + tau already."""
         for parameter, value in zip((self.U, self.S, self.V), (U, S, V), strict=True):
             parameter.copy_(value)
+        self.refresh_bound()
+
+    @torch.no_grad()
+    def refresh_bound(self) -> None:
+        """`bound` from S itself: 1 + tau where it obeys that, inf where it does not."""
         target = 1 + self.tau
-        feasible = bool(is_conditionable(self.S)) and bool(condition_number(self.S) <= target)
+        tolerance = 1 + FEASIBILITY_TOLERANCE.get(self.S.dtype, torch.finfo(self.S.dtype).eps)
+        feasible = bool(is_conditionable(self.S)) and bool(condition_number(self.S) <= target * tolerance)
         self.bound = target if feasible else math.inf
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.S.is_meta:
+            self.refresh_bound()
 
     def take_over(self, dense: Any, factors: Factors) -> None:
         """Factors of the dense layer's weight; its bias itself, training mode and requires_grad."""
@@ -108,20 +131,43 @@ class FoldedLayer(nn.Sequential):
         US = layer.U.double() @ layer.S.double() if layer.U.device.type != "mps" else layer.U @ layer.S
         down.weight.copy_(layer.V.mT.reshape(down.weight.shape))
         up.weight.copy_(US.reshape(up.weight.shape))
-        if layer.bias is not None:
-            up.bias.copy_(layer.bias)
+        up.bias = layer.bias  # itself, as `to_dense` does
         folded = cls(OrderedDict(down=down, up=up)).train(layer.training)
         folded.weight_shape = layer.weight_shape
-        return folded.requires_grad_(layer.U.requires_grad)
+        for part in (down, up):
+            part.weight.requires_grad_(layer.U.requires_grad)
+        return folded
 
     @property
     def weight(self) -> Tensor:
         """As `LowRankLayer.weight`."""
-        return _stand_in(self.up.weight, self.weight_shape)
+        return stand_in(self.up.weight, self.weight_shape)
 
 
-def _stand_in(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return like.detach().new_full((), math.nan).expand(shape)
+class WeightStandIn(Tensor):
+    """A tensor without values: it has a dtype, a device and a shape, and refuses to be computed with."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(getattr(func, "__self__", None), "__name__", "") or getattr(func, "__name__", "")
+        if name in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise ConversionError(
+            "the weight of a factored layer exists only as U, S and V",
+            received=f"{name or func} on its `.weight`, which the model around it must compute with by itself",
+            remedy="Put the layer in exclude_modules, or compute with layer.matrix().",
+        )
+
+
+_FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta", "is_cuda", "is_cpu", "is_sparse"}
+_FACTS |= {"size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "get_device", "is_quantized"}
+
+
+def stand_in(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One NaN, expanded: no memory. A plain tensor while a graph is traced, where subclasses get in the way."""
+    plain = like.detach().new_full((), math.nan).expand(shape)
+    return plain if torch.compiler.is_compiling() else plain.as_subclass(WeightStandIn)
 
 
 def weight_matrix(dense: nn.Module) -> Tensor:  # (m, n)
@@ -130,11 +176,17 @@ def weight_matrix(dense: nn.Module) -> Tensor:  # (m, n)
     return weight.mT if isinstance(dense, Conv1D) else weight.reshape(weight.shape[0], -1)
 
 
+def allocate(build: Callable[[], nn.Module], like: Tensor) -> Any:
+    """A dense layer without values on the device and in the dtype of `like`; draws no random numbers."""
+    with torch.device("meta"):
+        layer = build()
+    return layer.to(dtype=like.dtype).to_empty(device=like.device)
+
+
 @torch.no_grad()
 def give_weight(dense: Any, layer: LowRankLayer, weight: Tensor) -> Any:
     """Fill a fresh dense layer: weight, the bias itself, requires_grad, training mode."""
     dense.weight.copy_(weight)
     dense.weight.requires_grad_(layer.U.requires_grad)
-    if layer.bias is not None:
-        dense.bias = layer.bias
+    dense.bias = layer.bias
     return dense.train(layer.training)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.errors import ConversionError
-from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, give_weight, weight_matrix
+from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, allocate, give_weight, weight_matrix
 from hf_condlr.linalg import Center, truncated_svd
 
 
@@ -127,15 +127,14 @@ class LowRankConv2d(LowRankLayer):
     def to_dense(self) -> nn.Conv2d:
         """The dense convolution with kernel U S Vᵀ."""
         geometry: dict[str, Any] = {name: getattr(self, name) for name in self._GEOMETRY}
-        dense = nn.Conv2d(**geometry, bias=self.bias is not None, device=self.U.device, dtype=self.U.dtype)
+        dense = allocate(lambda: nn.Conv2d(**geometry, bias=False), self.U)
         return give_weight(dense, self, self.matrix().reshape(self.weight_shape))
 
     def fold(self) -> FoldedLayer:
         """Two ordinary convolutions, r filters and a 1x1, for inference."""
-        factory: dict[str, Any] = {"device": self.U.device, "dtype": self.U.dtype}
-        geometry: dict[str, Any] = {name: getattr(self, name) for name in self._GEOMETRY if name != "out_channels"}
-        down = nn.Conv2d(**geometry, out_channels=self.r, bias=False, **factory)
-        up = nn.Conv2d(self.r, self.out_channels, 1, bias=self.bias is not None, **factory)
+        geometry: dict[str, Any] = {n: getattr(self, n) for n in self._GEOMETRY if n != "out_channels"}
+        down = allocate(lambda: nn.Conv2d(**geometry, out_channels=self.r, bias=False), self.U)
+        up = allocate(lambda: nn.Conv2d(self.r, self.out_channels, 1, bias=False), self.U)
         return FoldedLayer.of(self, down, up)
 
     def extra_repr(self) -> str:

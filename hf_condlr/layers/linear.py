@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, give_weight, weight_matrix
+from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, allocate, give_weight, weight_matrix
 from hf_condlr.linalg import Center, truncated_svd
 
 
@@ -69,7 +67,8 @@ class LowRankLinear(LowRankLayer):
         W = weight_matrix(dense)
         m, n = W.shape
         layer = cls(n, m, r, False, tau=tau, center=center, device="meta", dtype=W.dtype).to_empty(device=W.device)
-        layer.dense_class = Conv1D if isinstance(dense, Conv1D) else nn.Linear
+        if isinstance(dense, Conv1D):
+            layer.dense_class, layer.weight_shape = Conv1D, (n, m)
         layer.take_over(dense, factorize(W, r))
         return layer
 
@@ -79,17 +78,15 @@ class LowRankLinear(LowRankLayer):
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The dense layer of the class it came from, with weight U S Vᵀ."""
-        factory: dict[str, Any] = {"device": self.U.device, "dtype": self.U.dtype}
-        if self.dense_class is Conv1D:
-            dense: Any = Conv1D(self.out_features, self.in_features).to(**factory)
-        else:
-            dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, **factory)
-        return give_weight(dense, self, self.matrix().mT if self.dense_class is Conv1D else self.matrix())
+        m, n, bias = self.out_features, self.in_features, self.bias is not None
+        transposed = self.dense_class is Conv1D
+        dense = allocate(lambda: Conv1D(m, n) if transposed else nn.Linear(n, m, bias), self.U)
+        return give_weight(dense, self, self.matrix().mT if transposed else self.matrix())
 
     def fold(self) -> FoldedLayer:
         """Two ordinary linear layers, Vᵀ then U S: r(m + n) weights and two matrix products, for inference."""
-        down = nn.Linear(self.in_features, self.r, False, device=self.U.device, dtype=self.U.dtype)
-        up = nn.Linear(self.r, self.out_features, self.bias is not None, device=self.U.device, dtype=self.U.dtype)
+        down = allocate(lambda: nn.Linear(self.in_features, self.r, bias=False), self.U)
+        up = allocate(lambda: nn.Linear(self.r, self.out_features, bias=False), self.U)
         return FoldedLayer.of(self, down, up)
 
     def extra_repr(self) -> str:
