@@ -26,7 +26,7 @@ from hf_condlr.initialization import (
     whiten,
     whitened_truncation_error,
 )
-from hf_condlr.layers import LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
+from hf_condlr.layers import FoldedLayer, LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
 from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size
 from hf_condlr.targets import Place, head_names, resolve_targets
 
@@ -122,7 +122,10 @@ def get_robust_lowrank_model(
 
 
 def to_dense_model(model: Model) -> Model:
-    """Multiply every factored layer out to an ordinary dense one, in place. κ and the outputs stay (to rounding)."""
+    """Multiply every factored layer out to an ordinary dense one, in place. κ and the outputs stay (to rounding).
+
+    A model that has none is dense already and stays as it is.
+    """
     return _replace_layers(model, lambda layer: layer.to_dense())
 
 
@@ -139,11 +142,11 @@ def _replace_layers(model: Model, replace: Callable[[LowRankLinear | LowRankConv
             remedy="Call the layer's own to_dense() or fold().",
         )
     layers = [m for m in model.modules() if isinstance(m, (LowRankLinear, LowRankConv2d))]
-    if not layers:
+    if any(isinstance(m, FoldedLayer) for m in model.modules()):
         raise ConversionError(
-            "the model must have factored layers",
-            received="none",
-            remedy="Call get_robust_lowrank_model(model, config) first.",
+            "a folded layer has lost its U and S",
+            received="a folded model",
+            remedy="Fold or multiply out a copy (copy.deepcopy) of the factored model.",
         )
     _replace(model, {layer: replace(layer) for layer in layers})
     for attribute in ("condlr_config", "condlr_conversion"):

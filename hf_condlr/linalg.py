@@ -52,9 +52,7 @@ def orthonormality_error(U: Tensor) -> Tensor:  # (*, m, r) -> (*,)
 
 def retract_qr(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r)
     """Q of the Householder decomposition X = QR with diag(R) > 0. Orthonormal for every finite X, singular ones too."""
-    X_ = _at_least_float32(X)
-    scale = X_.abs().amax(dim=(-2, -1), keepdim=True)  # Q does not depend on it, and inner products cannot overflow
-    Q, R = torch.linalg.qr(X_ / torch.where(scale > 0, scale, torch.ones_like(scale)))
+    Q, R = torch.linalg.qr(_normalised(X))
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
     return (Q * sign.unsqueeze(-2)).to(X.dtype)
 
@@ -68,16 +66,25 @@ def retract_cholesky(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r)
     """
     X_ = _at_least_float32(X)
     gram = X_.mT @ X_
+    eps = torch.finfo(gram.dtype).eps
     L, info = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     L = torch.where((info == 0)[..., None, None], L, identity)
     inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
     kappa_squared = _max_row_sum(gram) * _max_row_sum(inverse) * _max_row_sum(inverse.mT)
-    trusted = (info == 0) & (kappa_squared <= 32)  # a NaN is not
+    # A NaN is not trusted, nor squares that are no longer normal numbers.
+    trusted = (info == 0) & (kappa_squared <= 32) & (_max_row_sum(gram) > torch.finfo(L.dtype).tiny / eps)
     Q = X_ @ inverse.mT
     if not trusted.all():
         Q[~trusted] = retract_qr(X_[~trusted])
     return Q.to(X.dtype)
+
+
+def _normalised(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r), at least float32
+    """X/max|X|, of which Q and the polar factor are the same: no inner product overflows."""
+    X = _at_least_float32(X)
+    scale = X.abs().amax(dim=(-2, -1), keepdim=True)
+    return X / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _max_row_sum(A: Tensor) -> Tensor:  # (*, m, n) -> (*,)
@@ -89,8 +96,7 @@ def retract_polar(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r)
 
     By QR and the SVD of the small triangular factor, so that nothing is squared and any X of full column rank is safe.
     """
-    X_ = _at_least_float32(X)
-    Q, R = torch.linalg.qr(X_)
+    Q, R = torch.linalg.qr(_normalised(X))
     P, _, Zh = robust_svd(R)
     return (Q @ (P @ Zh)).to(X.dtype)
 
@@ -141,8 +147,8 @@ def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "n
 
     Returns:
         Cores with κ ≤ 1 + τ after rounding to their dtype: the interval is narrowed by what rounding can move, a
-        relative 2 eps (1+τ). Only where that would ask for less than κ = 1 (τ of the order of eps) the excess can
-        reach `FEASIBILITY_TOLERANCE`.
+        relative 2 eps (1+τ). Only where that would ask for less than κ = 1 (τ of the order of eps) an excess
+        remains, at most `FEASIBILITY_TOLERANCE`, in half precision eps.
 
     Raises:
         ConditioningError: A core is zero or not finite.
@@ -175,8 +181,10 @@ def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "n
 def is_conditionable(S: Tensor) -> Tensor:  # (*, r, r) -> (*,) bool
     """Whether S is finite, not zero, and of a scale at which its dtype still resolves relative differences."""
     info = torch.finfo(S.dtype)
+    # Subnormal numbers may be flushed to zero; float16, which has little else, keeps them.
+    least = 16 * info.tiny if S.dtype == torch.float16 else info.tiny / info.eps
     largest = S.abs().amax(dim=(-2, -1))
-    return torch.isfinite(largest) & (largest >= info.tiny / info.eps) & (largest <= info.max / (4 * S.shape[-1]))
+    return torch.isfinite(largest) & (largest >= least) & (largest <= info.max / (4 * S.shape[-1]))
 
 
 def _clamp(X: Tensor, bound: Tensor, center: Center, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -271,8 +279,8 @@ def robust_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*, m, n) -> (*, 
     which is a fresh problem with the same singular values.
     """
     try:
-        P, sigma, Qh = torch.linalg.svd(X, full_matrices=False)
-        return P, sigma, Qh
+        P, sigma, Qh = torch.linalg.svd(_at_least_float32(X), full_matrices=False)
+        return P.to(X.dtype), sigma.to(X.dtype), Qh.to(X.dtype)
     except LinAlgError:
         flat = X.reshape(-1, *X.shape[-2:])
         triples = zip(*(_svd_of_one(_float64(x)) for x in flat), strict=True)

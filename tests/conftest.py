@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads would spin against torch's
 
 import socket
 

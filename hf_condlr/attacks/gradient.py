@@ -30,12 +30,12 @@ class FGSM:
         _check(self.epsilon, self.bounds)
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs of the same shape and dtype; the model is left as it was found."""
+        """Adversarial inputs of the same shape, in at least float32; the model is left as it was found."""
         _check_inputs(inputs, self.bounds)
         with _evaluation(model):
-            x = inputs.float()
+            x = _at_least_float32(inputs)
             _, gradient = _loss_and_gradient(model, x, labels, "ce")
-            return (x + self.epsilon * gradient.sign()).clamp(*self.bounds).to(inputs.dtype)
+            return (x + self.epsilon * gradient.sign()).clamp(*self.bounds)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class PGD:
             raise AttackError("step_size must be > 0", received=self.step_size, remedy="None chooses 2.5 ε/steps.")
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs of the same shape and dtype; the model is left as it was found."""
+        """Adversarial inputs of the same shape, in at least float32; the model is left as it was found."""
         _check_inputs(inputs, self.bounds)
         generator = torch.Generator().manual_seed(self.seed)
         step_size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
         with _evaluation(model):
-            x0 = inputs.float()
-            worst, worst_score = x0.clone(), torch.full((len(x0),), -torch.inf, device=x0.device)
+            x0 = _at_least_float32(inputs)
+            worst, worst_score = x0, _score(model, x0, labels, self.loss)  # an attack never mends an error
             for _ in range(self.restarts):
                 x = self._random_start(x0, generator)
                 for _ in range(self.steps):
@@ -94,7 +94,7 @@ class PGD:
                     x = self._project(x0, x + step_size * _direction(gradient, self.norm))
                 score = _score(model, x, labels, self.loss)
                 worst, worst_score = _keep_worse(worst, worst_score, x, score)
-        return worst.to(inputs.dtype)
+        return worst
 
     def _random_start(self, x0: Tensor, generator: torch.Generator) -> Tensor:
         if self.norm == "linf":
@@ -127,6 +127,10 @@ def _check(epsilon: float, bounds: tuple[float, float]) -> None:
 
 
 def _check_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
+    if not inputs.is_floating_point():
+        raise AttackError("inputs must be floating point", received=inputs.dtype, remedy="Divide 8-bit pixels by 255.")
+    if not len(inputs):
+        raise AttackError("inputs must hold at least one sample", received="none", remedy="Skip empty batches.")
     low, high = inputs.min().item(), inputs.max().item()
     if not (bounds[0] <= low and high <= bounds[1]):
         raise AttackError(
@@ -134,6 +138,11 @@ def _check_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
             received=f"values from {low:.3g} to {high:.3g}",
             remedy="Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std).",
         )
+
+
+def _at_least_float32(inputs: Tensor) -> Tensor:
+    """Detached; rounding to half precision would leave the ball."""
+    return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
 
 
 @contextmanager
@@ -163,7 +172,7 @@ def _score(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> Tensor:
 
 
 def _score_of_logits(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
-    """The loss, or inf where the label is not the argmax: the first misclassified iterate is kept."""
+    """The loss, or inf where the label is not the argmax: a misclassified iterate is the worst."""
     return torch.where(logits.argmax(-1) != labels, torch.inf, _losses(logits, labels, loss))
 
 
@@ -176,7 +185,7 @@ def _losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes
 
 
 def _keep_worse(worst: Tensor, worst_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    worse = score > worst_score
+    worse = score >= worst_score  # a saturated loss is 0 at every iterate: the last one went furthest
     mask = worse.reshape(-1, *[1] * (x.dim() - 1))
     return torch.where(mask, x.detach(), worst), torch.where(worse, score, worst_score)
 
@@ -186,5 +195,7 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:  # (B, ...) -> (B, ...), each sample of ℓ2 norm 1, or 0
-    norm = x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
-    return x / norm.clamp_min(1e-12)
+    shape = (-1, *[1] * (x.dim() - 1))
+    largest = x.flatten(1).abs().amax(1).reshape(shape)  # first: the squares of a confident model's gradient vanish
+    x = x / torch.where(largest > 0, largest, 1.0)
+    return x / x.flatten(1).norm(dim=1).clamp_min(1.0).reshape(shape)

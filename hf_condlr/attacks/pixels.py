@@ -30,7 +30,7 @@ class PixelModel(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
         """Logits of the normalised pixels, in float32 whatever the model's dtype."""
-        parameter = next(self.model.parameters())
+        parameter = next(self.model.parameters(), pixels)
         normalised = (pixels.float() - self.mean.to(pixels.device)) / self.std.to(pixels.device)
         output = self.model(normalised.to(parameter.dtype))
         return (output if isinstance(output, Tensor) else output.logits).float()
