@@ -217,7 +217,7 @@ def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float |
 def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> None:
     larger = [name for name, r in ranks.items() if r > break_even_rank(*matrices[name].shape)]
     if larger:
-        logger.warning("the factors of %d layers are not smaller than their weight: %s", len(larger), ", ".join(larger))
+        logger.warning("factors are not smaller than the weight they replace in: %s", ", ".join(larger))
 
 
 # ---------------------------------------------------------------------------------------------------- calibration

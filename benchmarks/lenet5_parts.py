@@ -1,0 +1,245 @@
+"""Data, network, training and test of `lenet5_mnist.py`; what is varied and how results are kept is there."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
+from hf_condlr.attacks import PGD, PixelModel
+
+logger = logging.getLogger("lenet5_mnist")
+
+MEAN, STD = 0.1307, 0.3081  # of the training pixels in [0, 1]
+LAST_LAYER = {"paper": "fc2", "classic": "fc3"}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a trained model depends on, apart from method, learning rate and seed."""
+
+    architecture: str = field(
+        default="paper", metadata={"help": "LeNet5 of which kind.", "choices": ["paper", "classic"]}
+    )
+    init_weights: str = field(
+        default="orthogonal",
+        metadata={"help": "Start of all factored models; `svd` for the truncated SVD of the fresh dense weights."},
+    )
+    rank_ratio: float = field(default=0.2, metadata={"help": "Of every layer but the last, which keeps its full rank."})
+    epochs: int = field(default=4, metadata={"help": "Passes over the training images."})
+    batch_size: int = field(default=128, metadata={"help": "Images of one step."})
+    momentum: float = field(default=0.3, metadata={"help": "Of SGD."})
+    validation_images: int = field(default=5000, metadata={"help": "Training images held out for the choice."})
+
+
+@dataclass(frozen=True)
+class TestOptions:
+    """What a test depends on, apart from the model."""
+
+    epsilon: float = field(default=0.1, metadata={"help": "Radius of the attack, in pixels of [0, 1]."})
+    attack_steps: int = field(default=10, metadata={"help": "Steps of PGD, each of 2.5 epsilon/steps."})
+    attack_restarts: int = field(default=1, metadata={"help": "Random starts of PGD, the worst counts."})
+    attack_loss: str = field(default="ce", metadata={"help": "Loss of PGD.", "choices": ["ce", "margin"]})
+    test_images: int = field(default=10000, metadata={"help": "The first so many test images."})
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Split:
+    """Images (N, 1, 28, 28) uint8 and labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [0, 1], and labels."""
+        return self.images[index].float() / 255, self.labels[index]
+
+    def take(self, index: Tensor) -> Split:
+        """The rows of `index`."""
+        return Split(self.images[index], self.labels[index])
+
+
+def load_mnist(validation_images: int) -> dict[str, Split]:
+    """Train, validation and test; the validation images are the same for every seed, method and learning rate."""
+    folder = Path(os.environ.get("CONDLR_DATA", Path(__file__).resolve().parents[1] / "../shared/data")) / "mnist"
+    if not folder.is_dir():
+        sys.exit(f"MNIST is not at {folder}: set CONDLR_DATA to the folder that holds mnist/ (train and test parquet).")
+    splits = {}
+    for name, rows in datasets.load_dataset(str(folder)).items():
+        if isinstance(rows.features["image"], datasets.Image):
+            rows = rows.cast_column("image", datasets.Image(decode=False))  # decoding the bytes ourselves is faster
+        images = np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L")) for cell in rows["image"]])
+        splits[name] = Split(torch.from_numpy(images).unsqueeze(1), torch.tensor(list(rows["label"])))
+    order = torch.randperm(len(splits["train"].labels), generator=torch.Generator().manual_seed(0))
+    return {
+        "train": splits["train"].take(order[validation_images:]),
+        "validation": splits["train"].take(order[:validation_images]),
+        "test": splits["test"],
+    }
+
+
+class LeNet5(nn.Module):
+    """Two convolutions and two ("paper") or three ("classic") linear layers; see the module's docstring."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__()
+        if architecture == "paper":
+            self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
+            widths, self.activation = [800, 500, 10], F.leaky_relu
+        else:
+            self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+            widths, self.activation = [400, 120, 84, 10], F.relu
+        self.linears = len(widths) - 1
+        for i in range(self.linears):
+            self.add_module(f"fc{i + 1}", nn.Linear(widths[i], widths[i + 1]))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1, 28, 28) -> (B, 10)
+        """Logits of normalised images."""
+        # Pooling before the activation, which is increasing, computes the same on a quarter of the data.
+        x = self.activation(F.max_pool2d(self.conv1(x), 2))
+        x = self.activation(F.max_pool2d(self.conv2(x), 2)).flatten(1)
+        for i in range(1, self.linears):
+            x = self.activation(getattr(self, f"fc{i}")(x))
+        return getattr(self, f"fc{self.linears}")(x)
+
+
+def build_model(method: str, seed: int, options: TrainingOptions) -> LeNet5:
+    """A fresh model: for one seed the same dense start, and the same factors for all factored methods."""
+    torch.manual_seed(seed)
+    model = LeNet5(options.architecture)
+    if method == "dense":
+        return model
+    last = LAST_LAYER[options.architecture]
+    config = CondLRConfig(
+        target_modules=[name for name, _ in model.named_children()],
+        rank_ratio=options.rank_ratio,
+        rank_pattern={last: 1.0},  # the last layer keeps its rank and is conditioned like the others
+        tau=tolerance(method),
+        init_weights=options.init_weights,
+    )
+    return get_robust_lowrank_model(model, config)
+
+
+def tolerance(method: str) -> float:
+    """τ of a factored method; inf where nothing is conditioned."""
+    if method == "unconstrained":
+        return math.inf
+    name, _, value = method.partition("=")
+    if name != "tau":
+        sys.exit(f"Unknown method {method!r}: dense, unconstrained or tau=NUMBER.")
+    return float(value)
+
+
+def condition_numbers(model: nn.Module) -> dict[str, float | None]:
+    """κ of the weight matrix of each layer, over its r singular values where it has rank r; None if not finite."""
+    kappa = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            sigma = torch.linalg.svdvals(layer.weight.detach().flatten(1).double().nan_to_num(nan=0.0))
+            kappa[name] = (sigma[0] / sigma[-1]).item()
+    if hasattr(model, "condlr_config"):
+        kappa |= {layer.name: layer.condition_number for layer in condition_report(model).layers}
+    return {name: value if math.isfinite(value) else None for name, value in kappa.items()}
+
+
+def train(
+    method: str, learning_rate: float, seed: int, data: dict[str, Split], options: TrainingOptions
+) -> tuple[dict[str, Any], LeNet5]:
+    """Train one model; returns what happened, and the model. A loss that is not finite ends the training."""
+    model = build_model(method, seed, options)
+    # Normalisation is part of the attacked model, so it is trained through the same wrapper.
+    pixel_model = PixelModel(model, mean=MEAN, std=STD)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=options.momentum)
+    if method not in ("dense", "unconstrained"):
+        attach_manifold_step(optimizer, model)
+    order = torch.Generator().manual_seed(seed)  # of its own: each method sees the images in the same order
+    start, losses = time.perf_counter(), []
+    for epoch in range(options.epochs):
+        losses.append(_epoch(pixel_model, optimizer, data["train"], order, options.batch_size))
+        logger.info("  %s lr=%g seed=%d epoch %d: loss %s", method, learning_rate, seed, epoch + 1, losses[-1])
+        if losses[-1] is None:
+            break
+    row = {
+        "training_loss": losses,
+        "diverged": losses[-1] is None,
+        "training_seconds": round(time.perf_counter() - start, 1),
+        "validation_accuracy": accuracy(pixel_model, data["validation"]),
+        "condition_numbers": condition_numbers(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if hasattr(model, "condlr_config"):
+        row["orthonormality_error"] = condition_report(model).max_orthonormality_error
+    return row, model
+
+
+def _epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, order: torch.Generator, batch_size: int
+) -> float | None:
+    """Mean loss of one pass over the split; None, at once, when the loss is not finite."""
+    total, batches = 0.0, torch.randperm(len(split.labels), generator=order).split(batch_size)
+    for index in batches:
+        pixels, labels = split.batch(index)
+        loss = F.cross_entropy(model(pixels), labels)
+        if not loss.isfinite():
+            return None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / len(batches)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Share of the split classified correctly."""
+    correct = 0
+    for index in torch.arange(len(split.labels)).split(500):
+        pixels, labels = split.batch(index)
+        correct += (model(pixels).argmax(-1) == labels).sum().item()
+    return correct / len(split.labels)
+
+
+def test(model: LeNet5, split: Split, options: TestOptions) -> dict[str, float]:
+    """Clean accuracy, and accuracy under PGD in the ℓ∞ ball, on the same images."""
+    model.requires_grad_(False)
+    pixel_model = PixelModel(model, mean=MEAN, std=STD)
+    attack = PGD(
+        epsilon=options.epsilon,
+        norm="linf",
+        steps=options.attack_steps,
+        restarts=options.attack_restarts,
+        loss=options.attack_loss,
+    )
+    split, start = split.take(torch.arange(min(options.test_images, len(split.labels)))), time.perf_counter()
+    correct = 0
+    for index in torch.arange(len(split.labels)).split(250):
+        pixels, labels = split.batch(index)
+        adversarial = attack(pixel_model, pixels, labels)
+        # The threat model is checked on what is evaluated, not taken from what the attack promises.
+        outside = adversarial.min() < 0 or adversarial.max() > 1
+        if outside or (adversarial - pixels).abs().max() > options.epsilon + 1e-6:
+            raise RuntimeError("an adversarial image left the ball or the pixel range")
+        correct += (pixel_model(adversarial).argmax(-1) == labels).sum().item()
+    robust = correct / len(split.labels)
+    return {
+        "clean_accuracy": accuracy(pixel_model, split),
+        "robust_accuracy": robust,
+        "test_seconds": round(time.perf_counter() - start, 1),
+    }
