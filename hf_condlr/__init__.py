@@ -1,4 +1,4 @@
-"""Robust low-rank training for Hugging Face models: W = U S Vᵀ with κ(S) ≤ 1 + τ throughout training."""
+"""Robust low-rank training for Hugging Face models: W = U S Vᵀ with orthonormal U, V and κ(S) ≤ 1 + τ."""
 
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_model

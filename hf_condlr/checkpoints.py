@@ -70,7 +70,13 @@ def _saved_names(model: nn.Module) -> dict[str, Tensor]:
     saved = revert_weight_conversion(model, state)
     # Pure renames hand the tensors through. A fusing conversion makes new ones: copying there would be lost.
     own = {id(tensor) for tensor in state.values()}
-    return saved if all(id(tensor) in own for tensor in saved.values()) else state
+    if not all(id(tensor) in own for tensor in saved.values()):
+        raise CheckpointError(
+            "checkpoints of architectures that transformers splits or fuses on saving cannot be restored into a model",
+            received=type(model).__name__,
+            remedy="Train without resuming and without load_best_model_at_end.",
+        )
+    return saved
 
 
 def _files(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ CHOICES = {
 
 @dataclass
 class CondLRConfig(PeftConfig):
-    """Robust low-rank training: κ(S) ≤ 1 + τ for every converted layer, throughout training.
+    """Robust low-rank training: κ(S) ≤ 1 + τ for every converted layer, once a warm-up of the bound is over.
 
     Exactly one of `r`, `rank_ratio`, `compression_ratio` is given. Every field is validated on construction, with a
     `ConfigError` (a `ValueError`) that names the rule, the value and the remedy.

@@ -114,6 +114,7 @@ def get_robust_lowrank_model(
     earlier = getattr(model, "condlr_conversion", None)
     if earlier is not None:  # a second conversion, of other layers
         report.converted = earlier.converted | report.converted
+        report.skipped = earlier.skipped | report.skipped
     _warn_of_names_without_a_match(model, config, report)
     object.__setattr__(model, "condlr_config", config)
     object.__setattr__(model, "condlr_conversion", report)

@@ -14,13 +14,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_condlr.errors import OptimizerError
+from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.layers import LowRankLayer
-from hf_condlr.linalg import condition_number
+from hf_condlr.linalg import condition_number, orthonormality_error, orthonormalize
 from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def attach_manifold_step(
 
     Nothing else changes in a training loop: `loss.backward(); optimizer.step(); optimizer.zero_grad()`, under plain
     torch or accelerate, before or after `accelerator.prepare`. Gradient clipping sees the gradients as backward left
-    them, before the projection.
+    them, before the projection. Bases that are not orthonormal yet are made so, and W stays what it is. A copy or a
+    pickle of the optimizer has lost the step, as torch drops its hooks: attach again.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` that holds the trainable factors, or accelerate's wrapper of it.
@@ -53,7 +55,7 @@ def attach_manifold_step(
 
     Raises:
         OptimizerError: The guarantee cannot be kept: factors missing from the optimizer, in half precision, sharded,
-            attached already, or a frozen S that is worse conditioned than its bound.
+            attached already, a frozen S that is worse conditioned than its bound, or a schedule-free optimizer.
     """
     return ManifoldStep(optimizer, model, warmup_steps=warmup_steps, metric_scaling=metric_scaling)
 
@@ -68,13 +70,16 @@ class ManifoldStep:
             raise OptimizerError(
                 "warmup_steps must be an integer ≥ 0", received=repr(warmup_steps), remedy="0 conditions at once."
             )
-        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-        unwrapped = extract_model_from_parallel(model)
+        # Only accelerate's wrapper: others (Lookahead, ...) move the factors after the optimizer inside them.
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        self.optimizer: torch.optim.Optimizer = inner
+        unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
         self.layers = {name: m for name, m in unwrapped.named_modules() if isinstance(m, LowRankLayer)}
         self.warmup_steps = warmup_steps
         self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
         self.step_count = 0
         _check(self.optimizer, self.layers)
+        self._orthonormalize()
         self.initial_condition = {
             name: min(max(condition_number(layer.S.detach()).item(), 1 + layer.tau), MAX_INITIAL_CONDITION)
             for name, layer in self.layers.items()
@@ -124,13 +129,23 @@ class ManifoldStep:
         self.step_count = int(state["step_count"])
         self.warmup_steps = int(state["warmup_steps"])
         self.initial_condition = {name: float(value) for name, value in state["initial_condition"].items()}
+        self._orthonormalize()  # weights may have been loaded too
         if self.step_count:
             self._publish_bounds()
 
+    @torch.no_grad()
+    def _orthonormalize(self) -> None:
+        """Bases that are not orthonormal (rounded to bfloat16 once, say) become so; W stays: S takes what they lose."""
+        for layer in self.layers.values():
+            limit = 1e-5 * math.sqrt(layer.r)
+            if max(orthonormality_error(layer.U).item(), orthonormality_error(layer.V).item()) > limit:
+                wide = (p.detach().double() for p in (layer.U, layer.S, layer.V))
+                layer.set_factors(*orthonormalize(*wide))
+
     def _bound(self, name: str, layer: LowRankLayer) -> float:
         """κ_0^{1−p} (1+τ)^p with p = min(1, t/T_w)."""
-        if math.isinf(layer.tau) or not layer.S.requires_grad:
-            return 1 + layer.tau
+        if math.isinf(layer.tau):
+            return math.inf
         progress = min(1.0, self.step_count / self.warmup_steps) if self.warmup_steps else 1.0
         return self.initial_condition[name] ** (1 - progress) * (1 + layer.tau) ** progress
 
@@ -154,8 +169,11 @@ class ManifoldStep:
         self._skipped = found_inf is not None and bool(found_inf.item())
         if self._skipped:
             return
+        _check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
         with _full_precision():
-            self._bases, self._cores = basis_stacks(self.layers), core_stacks(self.layers)
+            # While bounds still tighten, a core that was frozen in the meantime has to follow.
+            warming_up = self.step_count <= self.warmup_steps
+            self._bases, self._cores = basis_stacks(self.layers), core_stacks(self.layers, all_cores=warming_up)
             for bases in self._bases:
                 bases.project_gradients(self.metric_scaling)
             for cores in self._cores:
@@ -174,6 +192,12 @@ class ManifoldStep:
                 cores.condition_update([self._bound(name, self.layers[name]) for name in cores.layers])
         self._publish_bounds()
         self._bases, self._cores = [], []
+        if vanished := [name for stack in stacks if isinstance(stack, CoreStack) for name in stack.vanished]:
+            raise ConditioningError(
+                "a core S must not vanish: it would have no condition number",
+                received=f"no finite scale after step {self.step_count} in {_shown(vanished)}",
+                remedy="Lower the weight decay or the learning rate of S. Its value before the step is back in place.",
+            )
         held = [name for stack in stacks for name in stack.held()]
         if held and not self._warned:
             self._warned = True
@@ -203,10 +227,11 @@ def _check(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) ->
         "the optimizer must hold every trainable factor",
         "Make the optimizer after the conversion, from model.parameters(); one optimizer for all factors.",
     )
+    _check_dtypes(factors)
     _refuse(
-        [f"{name} ({p.dtype})" for name, p in factors.items() if p.dtype not in (torch.float32, torch.float64)],
-        "factors must be float32 or float64: rounding to half precision alone breaks orthonormality",
-        "Call model.float() and train under autocast (bf16=True or fp16=True in TrainingArguments).",
+        [type(optimizer).__name__] if callable(getattr(optimizer, "eval", None)) else [],
+        "an optimizer must not swap parameters for evaluation, as schedule-free ones do: they would be unconstrained",
+        "Use AdamW, SGD or another one that steps the parameters themselves.",
     )
     _refuse(
         [name for name, p in factors.items() if isinstance(p, DTensor)],
@@ -230,6 +255,14 @@ def _check(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) ->
         [name for name, layer in layers.items() if id(layer) in attached],
         "attach_manifold_step must be called once for an optimizer and model",
         "Keep the handle of the first call, or remove() it before.",
+    )
+
+
+def _check_dtypes(factors: dict[str, nn.Parameter]) -> None:
+    _refuse(
+        [f"{name} ({p.dtype})" for name, p in factors.items() if p.dtype not in (torch.float32, torch.float64)],
+        "factors must be float32 or float64: rounding to half precision alone breaks orthonormality",
+        "Call model.float() and train under autocast (bf16=True or fp16=True in TrainingArguments).",
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.errors import ConditioningError
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import (
     Center,
@@ -78,6 +77,8 @@ class BasisStack(Stack):
             r = self.old.shape[-1]
             c_squared = torch.stack([S.detach().square().sum() / r for S in self.cores]).to(G.dtype)
             G = G / torch.where(c_squared > 0, c_squared, 1.0)[:, None, None]
+            self.usable &= _finite(G)  # a tiny S can overflow what was finite
+            G = _select(self.usable, G, torch.zeros(()))
         _copy_each(_gradients(self.parameters), G)
 
     def retract_update(self) -> None:
@@ -94,11 +95,16 @@ class BasisStack(Stack):
 
 
 class CoreStack(Stack):
-    """Cores S, (L, r, r): all trainable ones, also without a gradient, since their bound may have tightened."""
+    """Cores S, (L, r, r), also without a gradient, since their bound may have tightened.
+
+    Attributes:
+        vanished: Layers whose update would have made S zero; they keep their old values.
+    """
 
     def __init__(self, layers: list[str], parameters: list[nn.Parameter], center: Center) -> None:
         super().__init__([f"{name}.S" for name in layers], parameters)
         self.layers, self.center = layers, center
+        self.vanished: list[str] = []
 
     def sanitize_gradients(self) -> None:
         """Gradients that are not finite become zero; the cores are marked."""
@@ -109,11 +115,7 @@ class CoreStack(Stack):
             _copy_each(_gradients(parameters), G)
 
     def condition_update(self, bounds: list[float]) -> None:
-        """S ← S with κ(S) ≤ its bound, `bounds` in the order of the layers.
-
-        Raises:
-            ConditioningError: An update made a core vanish. All cores of the stack have their old values then.
-        """
+        """S ← S with κ(S) ≤ its bound, `bounds` in the order of the layers."""
         new = torch.stack([p.detach() for p in self.parameters])
         self.usable &= _finite(new)
         S = _select(self.usable, new, self.old)
@@ -126,20 +128,11 @@ class CoreStack(Stack):
     def _condition(self, S: Tensor, index: list[int], tau: Tensor) -> Tensor:
         conditionable = is_conditionable(S)
         if not conditionable.all():
-            self._refuse_vanished(S, conditionable, index)
-            self.usable[index] &= conditionable  # what is left has overflown
+            vanished = ~conditionable & (S.abs().amax(dim=(1, 2)) < 1)
+            self.vanished += [self.layers[i] for i, gone in zip(index, vanished.tolist(), strict=True) if gone]
+            self.usable[index] &= conditionable  # the others have overflown
             S = _select(conditionable, S, self.old[index])
         return clamp_singular_values(S, tau, center=self.center)
-
-    def _refuse_vanished(self, S: Tensor, conditionable: Tensor, index: list[int]) -> None:
-        largest = S.abs().amax(dim=(1, 2))
-        for i in (~conditionable & (largest < 1)).nonzero().flatten().tolist():
-            self._write(self.old)
-            raise ConditioningError(
-                f"the core S of {self.layers[index[i]]!r} must not vanish: it would have no condition number",
-                received=f"max|S| = {largest[i].item():.3g} after the optimizer's step",
-                remedy="Lower the weight decay or the learning rate of S. Its value before the step is back in place.",
-            )
 
 
 def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
@@ -153,9 +146,9 @@ def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
     return [BasisStack(names, ps, cores, flags[0]) for names, ps, cores, flags in _grouped(rows)]
 
 
-def core_stacks(layers: dict[str, LowRankLayer]) -> list[CoreStack]:
-    """The trainable S, stacked by shape, dtype, device and center."""
-    rows = ((name, layer.S, layer.center) for name, layer in layers.items() if layer.S.requires_grad)
+def core_stacks(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> list[CoreStack]:
+    """The trainable S, or all of them, stacked by shape, dtype, device and center."""
+    rows = ((name, layer.S, layer.center) for name, layer in layers.items() if all_cores or layer.S.requires_grad)
     return [CoreStack(names, ps, centers[0]) for names, ps, centers in _grouped(rows)]
 
 

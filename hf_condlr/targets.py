@@ -78,9 +78,9 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
     weight = module._parameters.get("weight")
     if weight is None and known is not None:
         return "its weight is computed from other parameters (parametrized or pruned)"
-    if weight is None or (known is None and weight.dim() < 2):
+    if known is None and not _has_weight_matrix(module):
         return None
-    if known is None:
+    if known is None or weight is None:
         return f"a {type(module).__name__} is neither Linear, Conv1D nor Conv2d"
     # A forward of its own (quantized, masked, moved between devices, ...) does something else with the weight.
     if type(module).forward is not FORWARDS[known] or "forward" in vars(module):
@@ -99,6 +99,12 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "its hooks would be lost"
     return ""
+
+
+def _has_weight_matrix(module: nn.Module) -> bool:
+    """Its own `weight`, or the packed `qweight` of a quantized layer."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return any(name in ("weight", "qweight") and tensor.dim() > 1 for name, tensor in tensors.items())
 
 
 def _names_of_tied_weights(model: nn.Module) -> set[str]:

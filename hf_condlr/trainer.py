@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_condlr.checkpoints import restore_weights
 from hf_condlr.diagnostics import condition_report
@@ -65,6 +66,8 @@ class CondLRArguments:
             ("core_learning_rate", self.core_learning_rate >= 0, "be ≥ 0"),
             ("distillation_weight", 0 <= self.distillation_weight <= 1, "lie in [0, 1]"),
             ("distillation_temperature", self.distillation_temperature > 0, "be > 0"),
+            ("bf16_full_eval", not getattr(self, "bf16_full_eval", False), "be off: rounding breaks the bound"),
+            ("fp16_full_eval", not getattr(self, "fp16_full_eval", False), "be off: rounding breaks the bound"),
         ):
             if not valid:
                 raise ConfigError(f"{name} must {rule}", received=getattr(self, name), remedy="See its help.")
@@ -103,6 +106,12 @@ class CondLRTrainerMixin:
 
     def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise OptimizerError(
+                "factors must be whole parameters on each device",
+                received="FSDP" if self.is_fsdp_enabled else "DeepSpeed",
+                remedy="Use DDP (torchrun or accelerate launch without them).",
+            )
         self.model_accepts_loss_kwargs &= _normalises_by_items(self.accelerator.unwrap_model(self.model))
         weight = self.args.distillation_weight
         if (teacher is not None) != (weight > 0):
@@ -124,9 +133,10 @@ class CondLRTrainerMixin:
         """The Trainer's optimizer, with its own groups for U, V and for S, and the manifold step attached."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        if self.manifold_step is None:
-            if not given:
-                self._split_groups(optimizer)
+        if self.manifold_step is None or not given:  # a new optimizer, also where model_init made a new model
+            self._split_groups(optimizer, given)
+            if self.manifold_step is not None:
+                self.manifold_step.remove()
             self.manifold_step = attach_manifold_step(
                 optimizer, self.model if model is None else model, metric_scaling=self.args.metric_scaling
             )
@@ -134,17 +144,23 @@ class CondLRTrainerMixin:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's scheduler; the number of steps also says how long the conditioning warms up."""
-        if self.manifold_step is not None:
+        if self.manifold_step is not None and not self.manifold_step.step_count:  # a bound once reached stays
             self.manifold_step.warmup_steps = math.ceil(self.args.conditioning_warmup_ratio * num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
-    def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+    def _split_groups(self, optimizer: torch.optim.Optimizer, given: bool) -> None:
         multipliers: dict[int, float] = {}
         for _, layer in _factored(self.model):
             multipliers |= {id(p): self.args.factor_learning_rate for p in (layer.U, layer.V)}
             multipliers[id(layer.S)] = self.args.core_learning_rate
         if set(multipliers.values()) <= {1.0}:
             return
+        if given:
+            raise ConfigError(
+                "factor_learning_rate and core_learning_rate apply to the optimizer that the Trainer makes",
+                received="an optimizer of your own",
+                remedy="Give the factors parameter groups of their own in it, and leave both at 1.",
+            )
         for group in list(optimizer.param_groups):
             if group.get("lr") is None:
                 raise OptimizerError(
@@ -174,9 +190,12 @@ class CondLRTrainerMixin:
         loss, outputs = plain(model, inputs, True, num_items_in_batch=num_items_in_batch)
         with torch.no_grad():
             target = self.teacher(**teacher_inputs).logits
+        logits = outputs["logits"]
         if labels is not None and labels.shape == target.shape[:-1]:
+            if type(self.accelerator.unwrap_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+                logits, target, labels = logits[:, :-1], target[:, :-1], labels[:, 1:]  # position t predicts t + 1
             mask = labels != -100
-        term = distillation_loss(outputs["logits"], target, self.args.distillation_temperature, mask)
+        term = distillation_loss(logits, target, self.args.distillation_temperature, mask)
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and labels is not None:
             # The loss is this part's share of the mean over the whole accumulated batch: so must the term be.
             term = term * (labels != -100).sum() / num_items_in_batch
@@ -189,15 +208,19 @@ class CondLRTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds κ, its bound, the orthonormality error and the compression to each training and evaluation log."""
-        if any(key == "loss" or key.endswith("_loss") for key in logs):
+        loss_key = next((key for key in logs if key == "loss" or key.endswith("_loss")), None)
+        if loss_key is not None and _factored(self.model):
             report = condition_report(self.accelerator.unwrap_model(self.model))
-            logs["kappa_max"] = report.max_condition_number
-            logs["kappa_mean"] = report.mean_condition_number
-            logs["kappa_bound"] = max(layer.bound for layer in report.layers)
-            logs["orthonormality_error"] = report.max_orthonormality_error
-            logs["compression"] = report.compression
-            for key in [key for key, value in logs.items() if isinstance(value, float) and math.isinf(value)]:
-                del logs[key]  # trainer_state.json is read by strict parsers
+            records = {
+                "kappa_max": report.max_condition_number,
+                "kappa_mean": report.mean_condition_number,
+                "kappa_bound": max(layer.bound for layer in report.layers),
+                "orthonormality_error": report.max_orthonormality_error,
+                "compression": report.compression,
+            }
+            prefix = loss_key.removesuffix("loss")  # "eval_" among an evaluation's metrics
+            # Infinite ones are left out: trainer_state.json is read by strict parsers.
+            logs.update({prefix + key: value for key, value in records.items() if math.isfinite(value)})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,20 +239,16 @@ class CondLRTrainerMixin:
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         step = self.manifold_step
-        if step is not None and step.step_count < step.warmup_steps:
+        if step is not None and any(step.bounds()[name] > 1 + layer.tau for name, layer in step.layers.items()):
             return False
         return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         restore_weights(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()  # type: ignore[misc]
         logger.info("loading the best model from %s", self.state.best_model_checkpoint)
         restore_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
@@ -249,7 +268,7 @@ class CondLRTrainerMixin:
             raise OptimizerError(
                 "a checkpoint to resume from must hold the state of the conditioning schedule",
                 received=f"no {STATE_FILE} in {checkpoint}",
-                remedy="Resume from a checkpoint that this trainer wrote, or start without resume_from_checkpoint.",
+                remedy="Resume from one that this trainer wrote without save_only_model, or start anew.",
             )
         self.manifold_step.load_state_dict(json.loads(path.read_text()))
 

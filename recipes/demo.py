@@ -135,7 +135,7 @@ def draw(results: list[dict[str, dict]], path: Path) -> None:
     right.set_title("Accuracy under attack (PGD, ℓ∞)")
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -295,16 +295,20 @@ def test_fused_optimizer_with_found_inf_is_a_skipped_step():
 
 
 def test_update_that_makes_a_core_vanish_is_refused_and_undone():
+    """The other layers, in its stack and in others, have taken the step and obey their bounds."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    attach_manifold_step(optimizer, model)
-    S = model.a.S.detach().clone()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    handle = attach_manifold_step(optimizer, model)
+    random_gradients(model)
+    optimizer.step()
+    S, other = model.a.S.detach().clone(), model.tall.S.detach().clone()
+    random_gradients(model)
     model.a.S.grad = S.clone()
-    with pytest.raises(ConditioningError, match=r"core S of 'a' must not vanish.*max\|S\| = 0 "):
+    with pytest.raises(ConditioningError, match=r"core S must not vanish: .* after step 2 in a\. "):
         optimizer.step()
-    assert torch.equal(model.a.S, S)
+    assert torch.equal(model.a.S, S) and not torch.equal(model.tall.S, other)
+    assert handle.step_count == 2
+    assert_guarantee(model, handle)
 
 
 def test_frozen_factors_do_not_move():
@@ -525,7 +529,90 @@ def test_module_used_twice_is_one_layer():
     assert_guarantee(model, handle)
 
 
+def test_bases_rounded_to_half_precision_are_orthonormal_again_and_w_stays():
+    """Also where they do not move at first: a learning rate that warms up from 0, a frozen U."""
+    model = make_model().bfloat16().float()
+    model.a.U.requires_grad_(False)
+    W = {name: layer.matrix() for name, layer in layers_of(model).items()}
+    assert orthonormality_error(model.a.U.detach()).item() > 1e-3
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    handle = attach_manifold_step(optimizer, model, warmup_steps=10)
+    for name, layer in layers_of(model).items():
+        torch.testing.assert_close(layer.matrix(), W[name], rtol=0, atol=1e-6)
+    random_gradients(model)
+    optimizer.step()
+    assert_guarantee(model, handle)
+
+
+def test_core_frozen_in_the_warm_up_still_follows_its_bound():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handle = attach_manifold_step(optimizer, model, warmup_steps=6)
+    for t in range(8):
+        model.b.S.requires_grad_(t < 2)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
+        assert_guarantee(model, handle)
+    assert handle.bounds()["b"] == pytest.approx(1.1)
+
+
+class Averaging(torch.optim.Optimizer):
+    """Moves the parameters after an optimizer inside it, as Lookahead does."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure=None):
+        before = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+        self.optimizer.step()
+        for p, old in zip((p for g in self.param_groups for p in g["params"]), before, strict=True):
+            p.data.lerp_(old, 0.5)
+
+
+def test_the_step_comes_after_a_wrapping_optimizer():
+    model = make_model()
+    optimizer = Averaging(torch.optim.SGD(model.parameters(), lr=0.5))
+    handle = attach_manifold_step(optimizer, model)
+    for _ in range(3):
+        random_gradients(model)
+        optimizer.step()
+        assert_guarantee(model, handle)
+
+
+def test_metric_scaling_that_overflows_stays_out_of_the_moments():
+    model = make_model()
+    with torch.no_grad():
+        model.a.S.mul_(1e-20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    handle = attach_manifold_step(optimizer, model)
+    random_gradients(model, scale=5.0)
+    model.a.S.grad.zero_()
+    optimizer.step()
+    assert torch.isfinite(optimizer.state[model.a.U]["momentum_buffer"]).all()
+    assert_guarantee(model, handle)
+
+
 # --------------------------------------------------------------------------------------------------- refusals
+
+
+def test_factors_made_half_precision_later_are_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_manifold_step(optimizer, model)
+    model.bfloat16()
+    random_gradients(model)
+    with pytest.raises(OptimizerError, match=r"factors must be float32 or float64.*conv\.U \(torch\.bfloat16\)"):
+        optimizer.step()
+
+
+def test_schedule_free_optimizers_are_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.eval = lambda: None
+    with pytest.raises(OptimizerError, match="must not swap parameters for evaluation"):
+        attach_manifold_step(optimizer, model)
 
 
 def test_closures_are_refused():

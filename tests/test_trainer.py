@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -29,6 +31,7 @@ from hf_condlr import (
     CondLRTrainingArguments,
     condition_report,
     get_robust_lowrank_model,
+    to_dense_model,
 )
 from hf_condlr.checkpoints import restore_weights
 from hf_condlr.errors import CheckpointError, ConfigError, OptimizerError
@@ -207,7 +210,71 @@ def test_multipliers_without_a_learning_rate_are_refused(tmp_path):
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(OptimizerError, match=r"multiply the optimizer's learning rate; received SGD with lr=None"):
-        trainer._split_groups(optimizer)
+        trainer._split_groups(optimizer, given=False)
+
+
+def test_multipliers_for_an_optimizer_of_ones_own_are_refused(tmp_path):
+    model = convert(dense_bert())
+    optimizers = torch.optim.SGD(model.parameters(), lr=0.05), None
+    args = arguments(tmp_path, core_learning_rate=2.0)
+    trainer = CondLRTrainer(model=model, args=args, train_dataset=text_data(8), optimizers=optimizers)
+    with pytest.raises(ConfigError, match="received an optimizer of your own"):
+        trainer.train()
+
+
+def test_a_new_model_of_model_init_is_constrained_too(tmp_path):
+    args = arguments(tmp_path, conditioning_warmup_ratio=0.0)
+    trainer = CondLRTrainer(model_init=lambda: convert(dense_bert()), args=args, train_dataset=text_data())
+    for _ in range(2):
+        trainer.train()
+        assert condition_report(trainer.model).max_condition_number <= 1.1 * (1 + 1e-4)
+        assert condition_report(trainer.model).max_orthonormality_error <= 1e-5
+
+
+def test_training_on_does_not_lift_the_bound(tmp_path):
+    trainer = CondLRTrainer(model=convert(dense_bert()), args=arguments(tmp_path), train_dataset=text_data())
+    trainer.train()
+    trainer.args.num_train_epochs = 20
+    trainer.add_callback(StopAt(2))
+    trainer.train()
+    assert set(trainer.manifold_step.bounds().values()) == {1.1}
+    assert condition_report(trainer.model).max_condition_number <= 1.1 * (1 + 1e-4)
+
+
+def test_evaluation_metrics_hold_the_condition_and_what_is_the_users_own(tmp_path):
+    rows = text_data(8)
+    args = arguments(tmp_path)
+    trainer = CondLRTrainer(
+        model=convert(dense_bert()),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda output: {"perplexity": math.inf},
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_perplexity"] == math.inf
+    assert metrics["eval_kappa_max"] > 1.1
+    to_dense_model(trainer.model)
+    assert "eval_kappa_max" not in trainer.evaluate()
+
+
+def test_distillation_of_a_causal_model_counts_the_predicted_tokens(tmp_path):
+    """Only position 4 predicts the one label, at position 5."""
+    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    teacher = GPT2LMHeadModel(config)
+    student = convert(copy.deepcopy(teacher)).train()
+    args = arguments(tmp_path, distillation_weight=1.0, distillation_temperature=1.0)
+    trainer = CondLRTrainer(model=student, args=args, train_dataset=text_data(8), teacher=teacher)
+    ids, labels = torch.randint(0, 30, (1, 7)), torch.full((1, 7), -100)
+    labels[0, 5] = 3
+    loss = trainer.compute_loss(student, {"input_ids": ids, "labels": labels})
+    p, q = teacher.eval()(ids).logits[0, 4].log_softmax(-1), student(ids).logits[0, 4].log_softmax(-1)
+    assert loss.item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-4)
+
+
+def test_evaluation_in_half_precision_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="bf16_full_eval must be off"):
+        arguments(tmp_path, bf16_full_eval=True)
 
 
 def test_a_users_own_optimizer_gets_the_step(tmp_path):
