@@ -113,6 +113,7 @@ class ConditionReport:
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import FuncFormatter, NullFormatter
         except ImportError as error:
             raise MissingExtraError(
                 "plot needs matplotlib", received="no such package", remedy="pip install 'hf_condlr[plot]'."
@@ -133,7 +134,13 @@ class ConditionReport:
             bars.plot(*zip(*bounds, strict=True), "|", color="#c1432e", markersize=9, markeredgewidth=2, label="bound")
             bars.legend(loc="lower right")
         bars.set(xscale="log", xlabel="condition number κ", title="κ(W) of each layer")
-        bars.set_xlim(left=0.9)
+        bars.set_xlim(0.9, max(2.0, 1.3 * max(kappa), *(1.3 * bound for bound, _ in bounds)))
+        spectra.set_ylim(bottom=min(0.5, spectra.get_ylim()[0]), top=1.1)
+        plain = FuncFormatter(lambda value, _: f"{value:g}")  # 1.5, not 1.5 × 10⁰
+        for axis in (bars.xaxis, spectra.yaxis):
+            low, high = axis.get_view_interval()
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
         bars.invert_yaxis()
         bars.tick_params(axis="y", labelsize=7)
         figure.savefig(path, dpi=150)
