@@ -5,13 +5,8 @@ from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.layers import LowRankConv2d, LowRankLinear
 from hf_condlr.manifold import attach_manifold_step
-from hf_condlr.trainer import (
-    CondLRSeq2SeqTrainer,
-    CondLRSeq2SeqTrainingArguments,
-    CondLRTrainer,
-    CondLRTrainerMixin,
-    CondLRTrainingArguments,
-)
+from hf_condlr.trainer import CondLRSeq2SeqTrainer, CondLRTrainer, CondLRTrainerMixin
+from hf_condlr.training_args import CondLRSeq2SeqTrainingArguments, CondLRTrainingArguments
 
 __all__ = [
     "CondLRConfig",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors"},
     {"linalg"},
-    {"config", "layers", "attacks"},
+    {"config", "layers", "attacks", "training_args"},
     {"initialization", "calibration", "ranks", "stacks", "targets"},
     {"conversion", "manifold", "diagnostics", "metrics"},
     {"checkpoints", "evaluation", "loading", "hub", "plots"},
