@@ -1,0 +1,191 @@
+"""The manifold step alone: what one step costs beside other ways to take it, on the factor shapes of real models.
+
+Compared, interleaved in one run, per round once each in turn:
+
+- `manifold step`: the two hooks of `attach_manifold_step`, the optimizer's own work (SGD) taken off;
+- `loop of QR and SVD`: the same mathematics layer by layer, Householder QR for the bases, an SVD clip for the core;
+- `published update`: a transcription of the paper's formulas: dense m×m projector, QR, SVD, layer by layer;
+- `stacked SVD polar`: stacked polar retraction by SVD, no conditioning at all;
+- `matrix products`: the eleven products of the step and nothing else, the floor.
+
+    python benchmarks/manifold_step.py --models bert-base-3-layers --rank_ratio 0.2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import HfArgumentParser
+
+from hf_condlr import LowRankLinear, attach_manifold_step
+
+# (m, n) of the linear layers of one block, and the number of blocks
+SHAPES = {
+    "bert-base-3-layers": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 3),
+    "vit-b": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 12),
+    "vit-l": ([(1024, 1024)] * 4 + [(4096, 1024), (1024, 4096)], 24),
+    "llama-1b": ([(2048, 2048)] * 2 + [(512, 2048)] * 2 + [(8192, 2048)] * 2 + [(2048, 8192)], 16),
+}
+
+
+@dataclass
+class Options:
+    """What is measured."""
+
+    models: list[str] = field(default_factory=lambda: ["bert-base-3-layers"], metadata={"help": ", ".join(SHAPES)})
+    rank_ratio: float = field(default=0.2, metadata={"help": "Rank as a share of min(m, n)."})
+    tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
+    rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; the median counts."})
+    threads: int = field(default=2, metadata={"help": "Threads of torch on a CPU."})
+    output: str = field(default="outputs/manifold_step.json", metadata={"help": "Where the numbers go."})
+
+
+class Case:
+    """Layers of a model, their gradients, and every way to take the step. Times are of the step, in seconds."""
+
+    def __init__(self, name: str, options: Options, device: torch.device) -> None:
+        block, repeats = SHAPES[name]
+        self.device = device
+        self.layers = nn.ModuleList(
+            LowRankLinear(n, m, max(1, round(options.rank_ratio * min(m, n))), False, tau=options.tau, device=device)
+            for m, n in block * repeats
+        )
+        self.tau = options.tau
+        self.lr = 1e-3
+        self.optimizer = torch.optim.SGD(self.layers.parameters(), lr=self.lr)
+        self.handle = attach_manifold_step(self.optimizer, self.layers, metric_scaling=False)
+        for p in self.layers.parameters():
+            p.grad = torch.randn_like(p) / p.shape[0] ** 0.5
+        self.start = [p.detach().clone() for p in self.layers.parameters()]
+        self.gradients = [p.grad.clone() for p in self.layers.parameters()]
+
+    def reset(self) -> None:
+        """The same problem for every method and round."""
+        for p, value, gradient in zip(self.layers.parameters(), self.start, self.gradients, strict=True):
+            p.data.copy_(value)
+            p.grad.copy_(gradient)
+
+    def timed(self, step: Callable[[], None]) -> float:
+        self.reset()
+        _wait(self.device)
+        start = time.perf_counter()
+        with torch.no_grad():
+            step()
+        _wait(self.device)
+        return time.perf_counter() - start
+
+    def methods(self) -> dict[str, Callable[[], float]]:
+        """{name: a call that resets, takes one step and returns its seconds}."""
+        return {
+            "manifold step": lambda: self.timed(self.optimizer.step) - self.plain_sgd(),
+            "loop of QR and SVD": lambda: self.timed(lambda: self.loop(self.project)),
+            "published update": lambda: self.timed(lambda: self.loop(self.project_densely)),
+            "stacked SVD polar": lambda: self.timed(self.stacked_svd_polar),
+            "matrix products": lambda: self.timed(self.products),
+        }
+
+    def plain_sgd(self) -> float:
+        """The optimizer without the hooks."""
+        return self.timed(lambda: torch._foreach_add_(list(self.layers.parameters()), self.gradients, alpha=-self.lr))
+
+    @staticmethod
+    def project(U: Tensor, G: Tensor) -> Tensor:
+        return G - U @ (U.mT @ G)
+
+    @staticmethod
+    def project_densely(U: Tensor, G: Tensor) -> Tensor:
+        """(I − UUᵀ)G with the m×m matrix."""
+        return (torch.eye(len(U), device=U.device) - U @ U.mT) @ G
+
+    def loop(self, project: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Layer by layer: project, step, project the displacement, QR, SVD clip around the mean."""
+        for layer in self.layers:
+            for p in (layer.U, layer.V):
+                new = p - self.lr * project(p, p.grad)
+                Q, R = torch.linalg.qr(p + project(p, new - p))
+                p.copy_(Q * R.diagonal().sign())
+            P, sigma, Qh = torch.linalg.svd(layer.S - self.lr * layer.S.grad)
+            low = 2 * sigma.mean() / (2 + self.tau)
+            layer.S.copy_((P * sigma.clamp(low, (1 + self.tau) * low)) @ Qh)
+
+    def stacks(self) -> list[tuple[Tensor, Tensor]]:
+        """Bases of equal shape and their gradients, stacked."""
+        groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for layer in self.layers:
+            for p in (layer.U, layer.V):
+                groups.setdefault(tuple(p.shape), []).append(p)
+        return [(torch.stack(list(ps)), torch.stack([p.grad for p in ps])) for ps in groups.values()]
+
+    def stacked_svd_polar(self) -> None:
+        for U, G in self.stacks():
+            P, _, Qh = torch.linalg.svd(U - self.lr * self.project(U, G), full_matrices=False)
+            P @ Qh
+        torch._foreach_add_([x.S for x in self.layers], [x.S.grad for x in self.layers], alpha=-self.lr)
+
+    def products(self) -> None:
+        """Two projections, a Gram matrix and one product with its inverse factor for U and V; three for S."""
+        for U, G in self.stacks():
+            for _ in range(2):
+                U @ (U.mT @ G)
+            U @ (U.mT @ U)
+        S = torch.stack([layer.S for layer in self.layers]) if len({x.r for x in self.layers}) == 1 else None
+        for X in [S] if S is not None else [layer.S for layer in self.layers]:
+            X @ (X @ (X.mT @ X))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure, print a table for each model, write all times."""
+    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = {
+        "command": shlex.join(["python", "benchmarks/manifold_step.py", *sys.argv[1:]]),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.type == "cpu" else "CUDA",
+        "torch": torch.__version__,
+        "options": asdict(options),
+        "seconds": {},
+    }
+    for name in options.models:
+        methods = Case(name, options, device).methods()
+        for call in methods.values():
+            call()  # warm
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        for _ in range(options.rounds):
+            for method, call in methods.items():
+                times[method].append(call())
+        record["seconds"][name] = times
+        ours = statistics.median(times["manifold step"])
+        lines = [
+            f"| {name}, rank ratio {options.rank_ratio:g} | ms (median) | spread | against ours |",
+            "|" + " --- |" * 4,
+        ]
+        for method, values in times.items():
+            median = statistics.median(values)
+            spread = f"{1e3 * min(values):.0f} … {1e3 * max(values):.0f}"
+            lines.append(f"| {method} | {1e3 * median:.0f} | {spread} | {median / ours:.2f} × |")
+        sys.stdout.write("\n".join(lines) + "\n\n")
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(f"wrote {path}\n")
+
+
+if __name__ == "__main__":
+    main()
