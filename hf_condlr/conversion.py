@@ -279,8 +279,12 @@ def _set_trainable(model: nn.Module, config: CondLRConfig) -> None:
 
 
 def _is_saved(name: str, config: CondLRConfig) -> bool:
-    """PEFT's rule: the name of the module, of a parent, or its end."""
-    return any(re.match(rf"(^|.*\.){key}($|\..*)", name) for key in config.modules_to_save or [])
+    return any(_saves(key, name) for key in config.modules_to_save or [])
+
+
+def _saves(key: str, name: str) -> bool:
+    """PEFT's rule for modules_to_save: the name of the module, of a parent, or its end."""
+    return re.match(rf"(^|.*\.){key}($|\..*)", name) is not None
 
 
 def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, report: ConversionReport) -> None:
@@ -295,7 +299,7 @@ def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, repor
     unused += [
         f"modules_to_save {key!r}"
         for key in config.modules_to_save or []
-        if not any(re.match(rf"(^|.*\.){key}($|\..*)", name) for name in names)
+        if not any(_saves(key, name) for name in names)
     ]
     if unused:
         logger.warning("no layer matches %s", ", ".join(unused))

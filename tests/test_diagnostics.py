@@ -291,7 +291,8 @@ def test_plot_of_a_broken_model(values, tmp_path):
 
 def test_plot_leaves_pyplot_and_its_backend_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    condition_report(network()).plot(tmp_path / "report.png")
+    path = condition_report(network()).plot(tmp_path / "report.png")
+    assert path.read_bytes().startswith(PNG)
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
