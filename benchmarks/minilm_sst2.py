@@ -10,6 +10,9 @@ used once for each chosen model. Finished trainings are kept, and a second call 
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import json
 import logging
 import math
@@ -60,6 +63,8 @@ class Row:
     warmup: float = 0.3
     distillation: float = 0.0
     unconstrained: bool = False
+    factor_learning_rate: float = 1.0
+    core_learning_rate: float = 1.0
 
 
 BASE = Row()
@@ -72,6 +77,10 @@ ROWS = {
     "τ = ∞ (orthonormal only)": replace(BASE, tau=math.inf),
     "distillation 0.5": replace(BASE, distillation=0.5),
     "unconstrained": replace(BASE, unconstrained=True),
+}
+MULTIPLIERS = {  # asked for with --rows factors
+    f"factors × {factor:g}, core × {core:g}": replace(BASE, factor_learning_rate=factor, core_learning_rate=core)
+    for factor, core in itertools.product((1.0, 3.0, 10.0), repeat=2)
 }
 
 
@@ -110,13 +119,17 @@ class Experiment:
             return self.tokenizer(batch["sentence"], truncation=True, max_length=options.max_length)
 
         self.data = data.map(tokenize, batched=True, remove_columns=["sentence"])
+        for split in ("validation", "test"):  # alike lengths side by side: less padding
+            lengths = [len(ids) for ids in self.data[split]["input_ids"]]
+            self.data[split] = self.data[split].select(np.argsort(lengths, kind="stable"))
         self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def dense_model(self, path: str | Path | None = None) -> Any:
         """The pretrained encoder with a fresh classifier, or a fine-tuned one."""
         return AutoModelForSequenceClassification.from_pretrained(path or self.options.model_path, num_labels=2)
 
-    def build(self, row: Row) -> Any:
+    @functools.cache  # noqa: B019  (one experiment a process)
+    def convert(self, row: Row) -> Any:
         """The converted model; calibrated on 256 training sentences where the start asks for it."""
         config = CondLRConfig(
             target_modules=ENCODER,
@@ -131,11 +144,17 @@ class Experiment:
             calibration = torch.utils.data.DataLoader(rows, batch_size=32, collate_fn=self.collator)
         return get_robust_lowrank_model(self.dense_model(), config, calibration_data=calibration)
 
+    def build(self, row: Row) -> Any:
+        """A copy of the converted model with a fresh classifier, drawn as the dense model's is."""
+        model = copy.deepcopy(self.convert(row))
+        model.classifier.load_state_dict(self.dense_model().classifier.state_dict())
+        return model
+
     def train(self, name: str, learning_rate: float, seed: int) -> dict[str, Any]:
         """One training: accuracy on both splits, size and condition."""
         o = self.options
         settings = {"steps": o.steps, "batch_size": o.batch_size, "max_length": o.max_length}
-        row = ROWS.get(name)
+        row = (ROWS | MULTIPLIERS).get(name)
         extra = {"row": "dense"} if row is None else {"row": name, "compression_ratio": o.compression_ratio}
         key = extra | {"learning_rate": learning_rate, "seed": seed} | settings
         found = self.rows.find(key)
@@ -172,7 +191,11 @@ class Experiment:
         if row is None or row.unconstrained:
             return Trainer(args=TrainingArguments(**common), **kwargs)
         args = CondLRTrainingArguments(
-            **common, conditioning_warmup_ratio=row.warmup, distillation_weight=row.distillation
+            **common,
+            conditioning_warmup_ratio=row.warmup,
+            distillation_weight=row.distillation,
+            factor_learning_rate=row.factor_learning_rate,
+            core_learning_rate=row.core_learning_rate,
         )
         teacher = None
         if row.distillation:
@@ -215,7 +238,7 @@ def main() -> None:
     options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
     torch.set_num_threads(options.threads)
     experiment = Experiment(options)
-    names = [n for n in ("dense", *ROWS) if any(n.startswith(prefix) for prefix in options.rows)]
+    names = [n for n in ("dense", *ROWS, *MULTIPLIERS) if any(n.startswith(prefix) for prefix in options.rows)]
     results = {n: [experiment.train(n, experiment.choose(n), seed) for seed in options.seeds] for n in names}
     record = {
         "command": shlex.join(["python", "benchmarks/minilm_sst2.py", *sys.argv[1:]]),

@@ -10,19 +10,35 @@ alike: epochs, sweep of learning rates, attacks. Prints one table, and draws `de
 import json
 import math
 import statistics
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import image_classification as recipe
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, disable_progress_bars
 from matplotlib.figure import Figure
-from transformers import HfArgumentParser
+from PIL import Image as Picture
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
+from transformers import (
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    set_seed,
+)
+from transformers.utils import logging
 
-RECIPE = Path(__file__).with_name("image_classification.py")
-# One thread: matrices this small gain little from more, and lose much where cores are shared.
-LAUNCH = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-LAUNCH += ["--num_cpu_threads_per_process=1"]
+from hf_condlr import CondLRTrainingArguments, condition_report
+from hf_condlr.attacks import PGD
+
 METHODS = {"dense": "#666666", "lowrank": "#d1802f", "condlr": "#2b6cb0"}
 TABLE_EPSILONS = (0.05, 0.1)
 EPSILONS = (0.025, 0.05, 0.075, 0.1, 0.15)
@@ -41,40 +57,144 @@ class Arguments:
     )
     pretraining_epochs: int = field(default=6, metadata={"help": "Of the dense ViT that all methods start from."})
     epochs: int = field(default=15, metadata={"help": "Of each method, for each learning rate."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many, for a try."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Test on the first so many, for a try."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many, for a try."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many, for a try."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of all results and of demo.png."})
 
 
-def run(args: Arguments, folder: Path, **options: object) -> dict:
-    """Launch the recipe; returns the result that it wrote."""
-    options |= {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, str(RECIPE), "--output_dir", str(folder)]
-    for name, value in options.items():
-        if value is not None:
-            command += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    if subprocess.run(command, check=False).returncode:
-        sys.exit(f"demo: the recipe failed, see above. It was started by\n{' '.join(command)}")
-    return json.loads((folder / "result.json").read_text())
+def write_digits(folder: Path) -> None:
+    """1,797 handwritten 8×8 digits as parquet: 45 % train, 15 % validation, 40 % test, whatever the seed."""
+    pixels, labels = load_digits(return_X_y=True)
+    rest, test = train_test_split(range(len(labels)), test_size=0.4, stratify=labels, random_state=0)
+    train, validation = train_test_split(rest, test_size=0.25, stratify=labels[rest], random_state=0)
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, indices in {"train": train, "validation": validation, "test": test}.items():
+        images = [Picture.fromarray((pixels[i].reshape(8, 8) * 255 / 16).round().astype("uint8")) for i in indices]
+        split = Dataset.from_dict({"image": images, "label": labels[indices]}, features=features)
+        split.to_parquet(folder / f"{name}.parquet")
 
 
-def compare(args: Arguments, seed: int) -> dict[str, dict]:
+def compare(args: Arguments, data_args: recipe.DataArguments, seed: int) -> dict[str, dict[str, Any]]:
     """All methods from one pretrained dense ViT; {method: result}."""
+    data = recipe.load_data(data_args)
     folder = Path(args.output_dir) / f"seed{seed}"
-    print(f"Seed {seed}: training the dense ViT that all methods start from", flush=True)
-    start = {"method": "dense", "seed": seed, "epochs": args.pretraining_epochs, "learning_rates": 1e-3}
-    run(args, folder / "pretrained", **start, epsilons=TABLE_EPSILONS)
-    settings = {"pretrained": folder / "pretrained", "seed": seed, "epochs": args.epochs, "tau": TAU}
-    settings |= {"learning_rates": args.learning_rates, "epsilons": EPSILONS}
-    return {method: run(args, folder / method, method=method, **settings) for method in METHODS}
+    random, pretrained = folder / "random", folder / "pretrained"
+    write_model(random, data, seed)
+    total = 1 + len(METHODS) * len(args.learning_rates)
+    with tqdm(total=total, desc=f"seed {seed}", unit="training") as bar:
+        recipe.save(train(random, data, "dense", 1e-3, args.pretraining_epochs, seed), pretrained)
+        bar.update()
+        results = {}
+        for method in METHODS:
+            results[method] = sweep(args, pretrained, data, data_args.attacks(), seed, method, bar)
+            (folder / f"{method}.json").write_text(json.dumps(results[method], indent=2) + "\n")
+    return results
 
 
-def robust_accuracy(result: dict, epsilon: float) -> float:
+def write_model(folder: Path, data: DatasetDict, seed: int) -> None:
+    """A small ViT with random weights and its image processor, as a checkpoint."""
+    set_seed(seed)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=10,
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=384,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    pixels = np.stack([np.asarray(image) / 255 for image in data["train"]["image"]])
+    processor = ViTImageProcessorPil(do_resize=False, image_mean=[pixels.mean()], image_std=[pixels.std()])
+    processor.save_pretrained(folder)
+
+
+def train(start: Path, data: DatasetDict, method: str, learning_rate: float, epochs: int, seed: int) -> Trainer:
+    """One training by the recipe, from the checkpoint `start`."""
+    training_args = CondLRTrainingArguments(
+        output_dir=str(start.parent / method),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        # None: it would act on W in the dense model and on S in a factored one, a second difference.
+        weight_decay=0.0,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=256,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=True,
+    )
+    model_args = recipe.ModelArguments(str(start), method=method, rank_ratio=0.2, tau=TAU)
+    trainer = recipe.make_trainer(model_args, training_args, data)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def sweep(
+    args: Arguments, start: Path, data: DatasetDict, attacks: list[PGD], seed: int, method: str, bar: tqdm
+) -> dict[str, Any]:
+    """Train at each learning rate; the model that validates best meets the test split and the attacks."""
+    begin, runs = time.perf_counter(), []
+    for learning_rate in args.learning_rates:
+        trainer = train(start, data, method, learning_rate, args.epochs, seed)
+        validation = trainer.evaluate()
+        loss = validation["eval_loss"]
+        record = {
+            "learning_rate": learning_rate,
+            "accuracy": validation["eval_accuracy"],
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
+        }
+        runs.append((record, trainer))
+        bar.update()
+    chosen, trainer = min(runs, key=lambda run: worse(run[0]))
+    metrics = recipe.test(trainer, data["test"], attacks)
+    return {
+        "learning_rate": chosen["learning_rate"],
+        "sweep": [record for record, _ in runs],
+        "samples": len(data["test"]),
+        "clean": metrics["test_accuracy"],
+        "robust": {str(attack.epsilon): metrics[f"test_accuracy_pgd_{attack.epsilon:g}"] for attack in attacks},
+        **describe(trainer.model, method),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def worse(record: dict[str, Any]) -> tuple[float, float]:
+    """Least for the best: clean accuracy decides, among equals the loss."""
+    return -record["accuracy"], math.inf if record["loss"] is None else record["loss"]
+
+
+def describe(model: ViTForImageClassification, method: str) -> dict[str, Any]:
+    """Size, and κ of every linear weight but the classifier's, as trained; None where a weight lost rank."""
+    parameters = model.num_parameters()
+    if method == "dense":  # σ_max/σ_min over all singular values; over the r of its rank in a factored layer
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "classifier"}
+        kappa = {name: torch.linalg.cond(layer.weight.detach().double()).item() for name, layer in linear.items()}
+        dense_parameters = parameters
+    else:
+        report = condition_report(model)
+        kappa = {layer.name: layer.condition_number for layer in report.layers}
+        dense_parameters = report.dense_parameters
+    return {
+        "parameters": parameters,
+        "dense_parameters": dense_parameters,
+        "condition_numbers": {name: value if math.isfinite(value) else None for name, value in kappa.items()},
+    }
+
+
+def robust_accuracy(result: dict[str, Any], epsilon: float) -> float:
     """Share of the test images that are still classified correctly."""
-    return next(attack["accuracy"] for attack in result["robust"] if math.isclose(attack["epsilon"], epsilon))
+    return result["robust"][str(epsilon)]
 
 
-def condition_numbers(result: dict) -> list[float]:
+def spectrum(result: dict[str, Any]) -> list[float]:
     """κ of each layer; inf where a weight lost rank."""
     return [math.inf if value is None else value for value in result["condition_numbers"].values()]
 
@@ -83,9 +203,9 @@ def condition_numbers(result: dict) -> list[float]:
 COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {
     "parameters": (lambda result: result["parameters"], ",.0f"),
     "of dense": (lambda result: result["parameters"] / result["dense_parameters"], ".0%"),
-    "clean": (lambda result: result["clean"]["accuracy"], ".1%"),
+    "clean": (lambda result: result["clean"], ".1%"),
     **{f"ε = {e:g}": (lambda result, e=e: robust_accuracy(result, e), ".1%") for e in TABLE_EPSILONS},
-    "largest κ": (lambda result: max(condition_numbers(result)), ",.2f"),
+    "largest κ": (lambda result: max(spectrum(result)), ",.2f"),
     "seconds": (lambda result: result["seconds"], ".0f"),
 }
 
@@ -117,9 +237,9 @@ def draw(results: list[dict[str, dict]], path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     for method, color in METHODS.items():
         runs = [by_method[method] for by_method in results]
-        layers = list(zip(*map(condition_numbers, runs), strict=True))
+        layers = list(zip(*map(spectrum, runs), strict=True))
         curves = zip(
-            *([run["clean"]["accuracy"], *(robust_accuracy(run, e) for e in EPSILONS)] for run in runs),
+            *([run["clean"], *(robust_accuracy(run, e) for e in EPSILONS)] for run in runs),
             strict=True,
         )
         for axes, x, points, mean in (
@@ -141,7 +261,7 @@ def draw(results: list[dict[str, dict]], path: Path) -> None:
 
 def explain(results: list[dict[str, dict]]) -> str:
     """What the table says and what it does not."""
-    samples, epsilon = results[0]["dense"]["clean"]["samples"], TABLE_EPSILONS[-1]
+    samples, epsilon = results[0]["dense"]["samples"], TABLE_EPSILONS[-1]
     p = robust_accuracy(results[0]["dense"], epsilon)
     noise = 200 * math.sqrt(2 * p * (1 - p) / samples)  # two standard errors of a difference
     seeds = f"Mean ± standard deviation over {len(results)} seeds.\n" if len(results) > 1 else ""
@@ -162,12 +282,24 @@ What to read off
 
 def main(args: Arguments) -> None:
     """Run, print, draw."""
-    results = [compare(args, seed) for seed in args.seeds]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    # One thread: matrices this small gain little from more, and lose much where cores are shared.
+    torch.set_num_threads(1)
     folder = Path(args.output_dir)
+    write_digits(folder / "digits")
+    data_args = recipe.DataArguments(
+        str(folder / "digits"),
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+        epsilons=list(EPSILONS),
+    )
+    results = [compare(args, data_args, seed) for seed in args.seeds]
     draw(results, folder / "demo.png")
     (folder / "table.md").write_text(table(results) + "\n")
     print(f"\n{table(results)}\n{explain(results)}")
-    print(f"Picture: {folder}/demo.png. Table: {folder}/table.md. Every sweep: {folder}/seed*/*/result.json")
+    print(f"Picture: {folder}/demo.png. Table: {folder}/table.md. Every sweep: {folder}/seed*/*.json")
 
 
 if __name__ == "__main__":

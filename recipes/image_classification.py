@@ -1,291 +1,327 @@
-"""Fine-tune a small ViT dense, at low rank, or at low rank with bounded condition numbers, and attack the result.
+r"""Fine-tune an image classifier dense, at low rank, or at low rank with bounded condition numbers, and attack it.
 
-    accelerate launch recipes/image_classification.py --method dense --epochs 6 --output_dir outputs/dense
-    accelerate launch recipes/image_classification.py --method condlr --pretrained outputs/dense
+    accelerate launch recipes/image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset_name beans --compression_ratio 0.5 --learning_rate 3e-4 --output_dir outputs/beans
+    accelerate launch recipes/image_classification.py recipe.yaml --learning_rate 1e-3
 
-A JSON or YAML file with the same names may be the only argument. The data are the 1,797 handwritten 8×8 digits that
-scikit-learn carries. Every method sweeps the same learning rates; validation accuracy alone chooses one of them, and
-only that model meets the test split and the attacks. Needs `pip install 'hf_condlr[demo]'`.
+Any data set that `datasets.load_dataset` reads: a name on the Hub, a folder of images (train/cat/1.png), a folder or
+file of parquet. Any classifier of `AutoModelForImageClassification`. Every option of `TrainingArguments`. A YAML or
+JSON file holds the same names as the command line; what follows it on the command line wins.
 """
 
+import copy
+import itertools
 import json
-import math
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
-from transformers.utils.logging import disable_progress_bar
+import yaml
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
 
-from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model, to_dense_model
+from hf_condlr import (
+    CondLRConfig,
+    CondLRTrainer,
+    CondLRTrainingArguments,
+    condition_report,
+    get_robust_lowrank_model,
+    to_dense_model,
+)
 from hf_condlr.attacks import PGD, PixelModel
 
 METHODS = ("dense", "lowrank", "condlr")
 
 
 @dataclass
-class Arguments:
-    """What the command line, or a JSON or YAML file, may set."""
+class ModelArguments:
+    """The model, and what becomes of its linear layers."""
 
+    model_name_or_path: str = field(metadata={"help": "Image classifier to start from, on the Hub or in a folder."})
     method: str = field(default="condlr", metadata={"help": "dense; lowrank: U, S, V free; condlr: κ(S) ≤ 1 + tau."})
-    pretrained: str | None = field(
-        default=None, metadata={"help": "Dense checkpoint to start from; none: from scratch."}
+    target_modules: str = field(default="all-linear", metadata={"help": "What to convert; or a regular expression."})
+    rank_ratio: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
+    compression_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the converted weights removed; 0.5 if no rank_ratio is given."}
     )
-    rank_ratio: float = field(default=0.2, metadata={"help": "Rank of each layer as a share of its full rank."})
-    tau: float = field(default=0.1, metadata={"help": "Tolerance of condlr: condition numbers stay ≤ 1 + tau."})
-    conditioning_warmup_ratio: float = field(
-        default=0.3,
-        metadata={"help": "Share of the training in which condlr's bound falls from the start's κ to 1 + tau."},
+    rank_allocation: str = field(default="uniform", metadata={"help": "uniform or energy: of compression_ratio."})
+    init_weights: str = field(
+        default="svd", metadata={"help": "svd, randomized_svd, activation_aware or orthogonal start."}
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        metadata={"help": "Of AdamW, to try. Orthonormal factors want several times a dense weight's."},
-    )
-    epochs: int = field(default=15, metadata={"help": "Passes over the training split, for each learning rate."})
-    batch_size: int = field(default=32, metadata={"help": "Samples of an optimizer step, all processes together."})
-    seed: int = field(default=0, metadata={"help": "Of random weights and the order of samples; the splits are fixed."})
-    epsilons: list[float] = field(
-        default_factory=lambda: [0.05, 0.1], metadata={"help": "ℓ∞ radii of the attacks, for pixels in [0, 1]."}
-    )
-    pgd_steps: int = field(default=10, metadata={"help": "Gradient steps of an attack."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many, for a try."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many, for a try."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of result, picture and model; outputs/METHOD if not given."}
+    calibration_samples: int = field(default=256, metadata={"help": "Training images for activation_aware."})
+    tau: float = field(default=0.1, metadata={"help": "Condition numbers stay ≤ 1 + tau; inf: orthonormal U, V only."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Dense classifier of the same data to distil from; see distillation_weight."}
     )
 
     def __post_init__(self) -> None:
-        for name in ("learning_rates", "epsilons"):  # YAML reads 1e-3 as text
-            setattr(self, name, sorted(float(value) for value in getattr(self, name)))
-        self.output_dir = self.output_dir or f"outputs/{self.method}"
-        rates, start, warmup = self.learning_rates, self.pretrained, self.conditioning_warmup_ratio
-        rule = f"method must be one of {', '.join(METHODS)}"
-        _require(self.method in METHODS, rule, self.method, "Choose one of them.")
-        rule = "learning_rates must hold at least one number, all > 0"
-        _require(rates and all(0 < x < math.inf for x in rates), rule, rates, "Give several, 1e-3 3e-3 1e-2 say.")
-        rule = "pretrained must be the folder of a checkpoint, with config.json"
-        found = start is None or (Path(start) / "config.json").is_file()
-        _require(found, rule, start, "Make one with --method dense --output_dir FOLDER.")
-        _require(0 <= warmup <= 1, "conditioning_warmup_ratio must be in [0, 1]", warmup, "0 bounds κ from the start.")
-        for name in ("epochs", "batch_size", "max_train_samples", "max_eval_samples"):
+        _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}", self.method)
+        _require(self.calibration_samples >= 1, "calibration_samples must be ≥ 1", self.calibration_samples)
+        _require(self.teacher is None or self.method == "condlr", "a teacher needs method condlr", self.method)
+        if self.rank_ratio is None and self.compression_ratio is None:
+            self.compression_ratio = 0.5
+        self.condlr_config()  # the library checks what it is given: now, not after the data are read
+
+    def condlr_config(self) -> CondLRConfig:
+        names = ("target_modules", "rank_ratio", "compression_ratio", "rank_allocation", "init_weights", "tau")
+        return CondLRConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class DataArguments:
+    """The images, and the attacks that the test split meets."""
+
+    dataset_name: str = field(metadata={"help": "Name on the Hub, folder of images or parquet, or a parquet file."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a data set of several."})
+    image_column: str | None = field(default=None, metadata={"help": "The only column of images if not given."})
+    label_column: str | None = field(default=None, metadata={"help": "The only column of class labels if not given."})
+    validation_fraction: float = field(
+        default=0.15, metadata={"help": "Held out of the training split where there is no validation split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many, for a try."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many, for a try."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
+    crop_padding: int = field(default=0, metadata={"help": "Shift training images by up to so many pixels."})
+    epsilons: list[float] = field(
+        default_factory=list, metadata={"help": "ℓ∞ radii of PGD on the test split, for pixels in [0, 1]."}
+    )
+    pgd_steps: int = field(default=10, metadata={"help": "Gradient steps of an attack."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} must be ≥ 1", value, "Raise it.")
-        self.attacks()  # the library checks what it is given: now, not after the training
-        self.condlr_config()
+            _require(value is None or value >= 1, f"{name} must be ≥ 1", value)
+        _require(0 < self.validation_fraction < 1, "validation_fraction must lie in (0, 1)", self.validation_fraction)
+        _require(self.crop_padding >= 0, "crop_padding must be ≥ 0", self.crop_padding)
+        self.attacks()
 
     def attacks(self) -> list[PGD]:
         return [PGD(epsilon=epsilon, norm="linf", steps=self.pgd_steps) for epsilon in self.epsilons]
 
-    def condlr_config(self) -> CondLRConfig:
-        return CondLRConfig(target_modules="all-linear", rank_ratio=self.rank_ratio, tau=self.tau)
 
-
-def _require(condition: object, rule: str, received: object, remedy: str) -> None:
+def _require(condition: object, rule: str, received: object) -> None:
     if not condition:
-        raise ValueError(f"{rule}; received {received!r}. {remedy}")
+        raise ValueError(f"{rule}; received {received!r}")
 
 
-def load_data(args: Arguments) -> dict[str, TensorDataset]:
-    """Digits as pixels in [0, 1], (N, 1, 8, 8): 45 % train, 15 % validation, 40 % test, whatever the seed."""
-    pixels, labels = load_digits(return_X_y=True)
-    rest, test = train_test_split(range(len(labels)), test_size=0.4, stratify=labels, random_state=0)
-    train, validation = train_test_split(rest, test_size=0.25, stratify=labels[rest], random_state=0)
-    indices = {
-        "train": train[: args.max_train_samples],
-        "validation": validation[: args.max_eval_samples],
-        "test": test[: args.max_eval_samples],
-    }
-    x, y = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels)
-    return {name: TensorDataset(x[chosen], y[chosen]) for name, chosen in indices.items()}
-
-
-def build_model(args: Arguments) -> ViTForImageClassification:
-    """The dense start, and for the low-rank methods its layers' truncated SVD."""
-    if args.pretrained is not None:
-        model = ViTForImageClassification.from_pretrained(args.pretrained)
+def load_data(args: DataArguments) -> DatasetDict:
+    """The splits train, validation and, where the data have one, test, with the columns `image` and `labels`."""
+    path = Path(args.dataset_name)
+    if path.suffix == ".parquet":
+        data = load_dataset("parquet", data_files=str(path))
     else:
-        config = ViTConfig(
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
-            hidden_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=384,
-        )
-        model = ViTForImageClassification(config)
-    if args.method != "dense":
-        model = get_robust_lowrank_model(model, args.condlr_config())
-    return model
+        data = load_dataset(args.dataset_name, args.dataset_config_name)
+    _require("train" in data, "the data must have a split named train", list(data))
+    columns = data["train"].features
+    image = _column(args.image_column, "image_column", columns, Image)
+    label = _column(args.label_column, "label_column", columns, ClassLabel)
+    data = data.select_columns([image, label]).rename_columns({image: "image", label: "labels"})
+    if not isinstance(data["train"].features["labels"], ClassLabel):
+        for split in data:
+            data[split] = data[split].class_encode_column("labels")
+    if "validation" not in data:
+        # The same images whatever the training's seed: learning rates are compared on them.
+        held_out = data["train"].train_test_split(args.validation_fraction, seed=0, stratify_by_column="labels")
+        data["train"], data["validation"] = held_out["train"], held_out["test"]
+    if "test" in data and min(data["test"]["labels"]) < 0:
+        del data["test"]  # a test split whose labels are kept secret
+    for split, limit in (
+        ("train", args.max_train_samples),
+        ("validation", args.max_eval_samples),
+        ("test", args.max_eval_samples),
+    ):
+        if limit is not None and split in data and limit < len(data[split]):
+            data[split] = data[split].shuffle(seed=0).select(range(limit))  # files often come sorted by class
+    return data
 
 
-def train(
-    args: Arguments, learning_rate: float, data: TensorDataset, accelerator: Accelerator, bar: tqdm
-) -> PixelModel:
-    """One training from the start, at one learning rate; returns the model without accelerate's wrapping."""
-    set_seed(args.seed)
-    pixels = data.tensors[0]
-    model = PixelModel(build_model(args), mean=pixels.mean().item(), std=pixels.std().item())
-    # No weight decay: it would act on W in the dense model and on S in a factored one, a second difference.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    loader = DataLoader(data, batch_size=args.batch_size, shuffle=True)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = args.epochs * len(loader)
-    scheduler = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, steps // 10, steps))
-    if args.method == "condlr":
-        # All there is to do: from here on every optimizer.step() ends on the manifold, with κ(S) within the bound.
-        attach_manifold_step(optimizer, model, warmup_steps=round(args.conditioning_warmup_ratio * steps))
-
-    model.train()
-    for _ in range(args.epochs):
-        for inputs, labels in loader:
-            loss = F.cross_entropy(model(inputs), labels)
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        bar.set_postfix(learning_rate=f"{learning_rate:g}", loss=f"{loss.item():.3f}")
-        bar.update()
-    return accelerator.unwrap_model(model)
+def _column(given: str | None, option: str, columns: dict[str, Any], kind: type) -> str:
+    if given is not None:
+        _require(given in columns, f"{option} must be one of {', '.join(columns)}", given)
+        return given
+    found = [name for name, feature in columns.items() if isinstance(feature, kind)]
+    _require(len(found) == 1, f"the data must have one column of {kind.__name__}, or --{option} must name it", found)
+    return found[0]
 
 
-def evaluate(model: PixelModel, data: TensorDataset, accelerator: Accelerator, attack: PGD | None = None) -> dict:
-    """Accuracy, mean loss and the number of samples they come from, over all processes."""
+class Transform:
+    """Images into what the model takes: resized and normalised as its processor says, augmented where asked.
+
+    Args:
+        processor: The model's image processor.
+        channels: Of the model; gray images become colour for 3.
+        flip: Mirror an image with probability ½.
+        padding: Shift an image by up to so many pixels, edges repeated.
+        options: For the processor; `do_normalize=False` leaves pixels in [0, 1], where attacks are measured.
+    """
+
+    def __init__(self, processor: Any, channels: int = 3, flip: bool = False, padding: int = 0, **options: Any) -> None:
+        self.processor, self.flip, self.padding, self.options = processor, flip, padding, options
+        self.mode = "RGB" if channels == 3 else "L"
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [image.convert(self.mode) for image in batch["image"]]
+        pixels = self.processor(images, return_tensors="pt", **self.options)["pixel_values"]  # (N, c, h, w)
+        if self.flip:
+            pixels = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
+        if self.padding:
+            height, width = pixels.shape[-2:]
+            padded = torch.nn.functional.pad(pixels, [self.padding] * 4, mode="replicate")
+            corners = torch.randint(0, 2 * self.padding + 1, (len(pixels), 2)).tolist()
+            shifted = [x[:, i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)]
+            pixels = torch.stack(shifted)
+        return {"pixel_values": pixels, "labels": batch["labels"]}
+
+
+def build_model(args: ModelArguments, train: Dataset, processor: Any) -> PreTrainedModel:
+    """The dense start with a head for these classes, and for the low-rank methods its layers factored."""
+    names = train.features["labels"].names
+    model = AutoModelForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,  # a head for other classes is drawn anew
+    )
+    if args.method == "dense":
+        return model
+    calibration = None
+    if args.init_weights == "activation_aware":
+        samples = train.shuffle(seed=0).select(range(min(args.calibration_samples, len(train))))
+        samples = samples.with_transform(Transform(processor, channels(model)))
+        calibration = DataLoader(samples, batch_size=32, collate_fn=default_data_collator)
+    return get_robust_lowrank_model(model, args.condlr_config(), calibration_data=calibration)
+
+
+def channels(model: PreTrainedModel) -> int:
+    """Of the images that the model takes."""
+    return getattr(model.config, "num_channels", 3)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Of the class with the largest logit."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make_trainer(
+    model_args: ModelArguments,
+    training_args: CondLRTrainingArguments,
+    data: DatasetDict,
+    flip: bool = False,
+    padding: int = 0,
+) -> Trainer:
+    """Model, transforms and the method's Trainer, before training."""
+    set_seed(training_args.seed)  # of a new head
+    processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
+    model = build_model(model_args, data["train"], processor)
+    training_args.remove_unused_columns = False  # the transforms read the column of images
+    augmenting = Transform(processor, channels(model), flip, padding)
+    settings = {
+        "model": model,
+        "args": training_args,
+        "train_dataset": data["train"].with_transform(augmenting),
+        "eval_dataset": data["validation"].with_transform(Transform(processor, channels(model))),
+        "processing_class": processor,
+        "data_collator": default_data_collator,
+        "compute_metrics": accuracy,
+    }
+    if model_args.method != "condlr":
+        return Trainer(**settings)
+    teacher = None
+    if model_args.teacher is not None:
+        teacher = AutoModelForImageClassification.from_pretrained(model_args.teacher)
+    return CondLRTrainer(teacher=teacher, **settings)
+
+
+def robust_accuracy(trainer: Trainer, data: Dataset, attack: PGD) -> float:
+    """Share of the images that are still classified correctly under the attack, over all processes."""
+    processor, accelerator = trainer.processing_class, trainer.accelerator
+    normalise = {"mean": processor.image_mean, "std": processor.image_std} if processor.do_normalize else {}
     # Not the wrapped model: an attack differentiates with respect to pixels, and has no gradients to share.
-    model.eval()
-    correct, losses = [], []
-    for inputs, labels in accelerator.prepare(DataLoader(data, batch_size=256)):
-        if attack is not None:
-            inputs = attack(model, inputs, labels)
+    model = PixelModel(accelerator.unwrap_model(trainer.model), **normalise).to(accelerator.device).eval()
+    pixels = data.with_transform(Transform(processor, channels(model.model), do_normalize=False))
+    loader = DataLoader(pixels, batch_size=trainer.args.eval_batch_size, collate_fn=default_data_collator)
+    correct = []
+    for batch in accelerator.prepare(loader):
+        images = attack(model, batch["pixel_values"], batch["labels"])
         with torch.no_grad():
-            logits = model(inputs)
-        outcome = (logits.argmax(-1) == labels, F.cross_entropy(logits, labels, reduction="none"))
-        for kept, values in zip((correct, losses), accelerator.gather_for_metrics(outcome), strict=True):
-            kept.append(values)  # without the samples that were repeated to fill the last batch
-    hits, loss = torch.cat(correct), torch.cat(losses).mean().item()
-    return {
-        "accuracy": hits.float().mean().item(),
-        "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
-        "samples": len(hits),
-    }
+            hits = model(images).argmax(-1) == batch["labels"]
+        correct.append(accelerator.gather_for_metrics(hits))  # without samples repeated to fill the last batch
+    return torch.cat(correct).float().mean().item()
 
 
-def sweep(args: Arguments, data: dict[str, TensorDataset], accelerator: Accelerator) -> tuple[PixelModel, list[dict]]:
-    """The model of the learning rate that validates best, and the record of all of them, best first."""
-    runs = []
-    with tqdm(
-        total=len(args.learning_rates) * args.epochs,
-        desc=args.method,
-        unit="epoch",
-        disable=not accelerator.is_main_process,
-    ) as bar:
-        for learning_rate in args.learning_rates:
-            start = time.perf_counter()
-            model = train(args, learning_rate, data["train"], accelerator, bar)
-            seconds = time.perf_counter() - start
-            validation = evaluate(model, data["validation"], accelerator)
-            runs.append(({"learning_rate": learning_rate, "seconds": seconds, "validation": validation}, model))
-            accelerator.free_memory()
-    runs.sort(key=lambda run: _rank(run[0]["validation"]))
-    return runs[0][1], [record for record, _ in runs]
+def test(trainer: Trainer, images: Dataset, attacks: list[PGD], prefix: str = "test") -> dict[str, float]:
+    """Loss and accuracy, and the accuracy under each attack."""
+    clean = images.with_transform(Transform(trainer.processing_class, channels(trainer.model)))
+    metrics = trainer.evaluate(clean, metric_key_prefix=prefix) | {f"{prefix}_samples": len(images)}
+    for attack in attacks:
+        metrics[f"{prefix}_accuracy_pgd_{attack.epsilon:g}"] = robust_accuracy(trainer, images, attack)
+    return metrics
 
 
-def _rank(validation: dict) -> tuple[float, float]:
-    """Clean accuracy decides; among equals, the loss."""
-    return -validation["accuracy"], math.inf if validation["loss"] is None else validation["loss"]
-
-
-def describe(model: PixelModel, method: str) -> dict:
-    """Size and condition numbers: κ of every linear weight but the classifier's, as trained."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if method == "dense":  # σ_max/σ_min over all singular values; over the r of its rank in a factored layer
-        linear = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "classifier"}
-        spectra = {name: torch.linalg.svdvals(layer.weight.detach().double()) for name, layer in linear.items()}
-        kappa = {name: (sigma[0] / sigma[-1]).item() for name, sigma in spectra.items()}
-        return {"parameters": parameters, "dense_parameters": parameters, "condition_numbers": kappa}
-    report = condition_report(model.model).to_dict()
-    return {
-        "parameters": parameters,
-        "dense_parameters": report["dense_parameters"],
-        "condition_numbers": {layer["name"]: layer["condition_number"] for layer in report["layers"]},
-    }
-
-
-def save(model: PixelModel, result: dict, args: Arguments) -> None:
-    """The record, the picture of the condition numbers, and the model."""
-    folder = Path(args.output_dir)
+def save(trainer: Trainer, folder: Path) -> None:
+    """The model, its image processor, and what became of the condition numbers."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    if args.method != "dense":
-        condition_report(model.model).plot(folder / "condition.png")
+    if hasattr(model, "condlr_conversion"):
+        report = condition_report(model)
+        (folder / "condition_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     # Multiplied out, an ordinary checkpoint: any transformers program loads it, and κ and the outputs are kept.
-    to_dense_model(model.model).save_pretrained(folder)
+    to_dense_model(copy.deepcopy(model)).save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
 
 
-def main(args: Arguments) -> None:
-    """Sweep, test the chosen model, write the result."""
-    start = time.perf_counter()
-    disable_progress_bar()  # transformers' own, at every loading of a checkpoint
-    accelerator = Accelerator(
-        # Several processes on a CPU are one group only if it is asked for: else each would train alone, unnoticed.
-        cpu=not torch.accelerator.is_available(),
-        # batch_size counts all processes together: their number changes neither the steps nor the best learning rate.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
-    )
-    data = load_data(args)
-    model, runs = sweep(args, data, accelerator)
-    chosen = runs[0]["learning_rate"]
-    rates = args.learning_rates
-    if len(rates) > 1 and chosen in (rates[0], rates[-1]):
-        accelerator.print(f"Note: {chosen:g} is at the edge of {rates}: a wider sweep may find a better one.")
+def main(model_args: ModelArguments, data_args: DataArguments, training_args: CondLRTrainingArguments) -> None:
+    """Train, evaluate, attack; write metrics and model."""
+    data = load_data(data_args)
+    trainer = make_trainer(model_args, training_args, data, data_args.horizontal_flip, data_args.crop_padding)
+    if trainer.is_world_process_zero() and model_args.method != "dense":
+        print(trainer.model.condlr_conversion)
+    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_metrics("train", output.metrics)
+    trainer.save_state()
 
-    test = data["test"]
-    result = {
-        "arguments": asdict(args),
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "train_samples": len(data["train"]),
-        "sweep": sorted(runs, key=lambda run: run["learning_rate"]),
-        "learning_rate": chosen,
-        "clean": evaluate(model, test, accelerator),
-        "robust": [{"epsilon": a.epsilon, **evaluate(model, test, accelerator, a)} for a in args.attacks()],
-        **describe(model, args.method),
-        "seconds": time.perf_counter() - start,
-    }
-    robust = ", ".join(f"{attack['accuracy']:.1%} at ε = {attack['epsilon']:g}" for attack in result["robust"])
-    accelerator.print(
-        f"{args.method}, learning rate {chosen:g}: {result['clean']['accuracy']:.1%} clean, {robust}, on "
-        f"{result['clean']['samples']} test samples -> {args.output_dir}"
-    )
-    if accelerator.is_main_process:
-        save(model, result, args)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(data["validation"])})
+    split = "test" if "test" in data else "validation"
+    metrics = test(trainer, data[split], data_args.attacks(), split)
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    if trainer.is_world_process_zero():
+        save(trainer, Path(training_args.output_dir))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
-def parse() -> Arguments:
-    """From the command line, or from one JSON or YAML file; a mistake is said in one line."""
-    parser = HfArgumentParser(Arguments, description=__doc__.splitlines()[0])
-    file = sys.argv[1] if len(sys.argv) == 2 else ""
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CondLRTrainingArguments]:
+    """From the command line, after the options of a YAML or JSON file if one comes first; mistakes in one line."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, CondLRTrainingArguments), allow_abbrev=False)
     try:
-        if file.endswith((".yaml", ".yml")):
-            return parser.parse_yaml_file(file)[0]
-        if file.endswith(".json"):
-            return parser.parse_json_file(file)[0]
-        return parser.parse_args_into_dataclasses()[0]
-    except ValueError as error:  # the library's errors about arguments are ValueErrors too
+        if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+            options = yaml.safe_load(Path(argv[0]).read_text())  # JSON is YAML
+            argv = [*itertools.chain.from_iterable(_words(*option) for option in options.items()), *argv[1:]]
+        return parser.parse_args_into_dataclasses(argv)
+    except (ValueError, OSError) as error:  # the library's errors about arguments are ValueErrors too
         parser.error(str(error))
 
 
+def _words(name: str, value: Any) -> list[str]:
+    """As on the command line, which knows each option's type (YAML takes 1e-3 for text)."""
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, bool)) else str(v) for v in values)]
+
+
 if __name__ == "__main__":
-    main(parse())
+    main(*parse(sys.argv[1:]))
