@@ -1,87 +1,249 @@
-"""Weights of a checkpoint folder back into a model in memory, under whatever names transformers saved them.
+"""The format of a factored checkpoint: its file names, what `config.json` states of each layer, and the checks of it.
 
-`save_pretrained` writes some architectures (ViT among them) under legacy names. Trainer's own resume and best-model
-loading does not know them: it leaves such a model half restored and only warns.
+    config.json                transformers' own, and {"quantization_config": manifest, "transformers_weights": NOTICE}
+    condlr.safetensors         the model's parameters under the model's own names; or an index and shards
+
+The weights have no name that plain transformers looks for, and `transformers_weights` is no file name at all: without
+this package loading is an error that says what to install, never a model with random weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from torch import nn
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import FoldedLayer, LowRankLayer
+from hf_condlr.linalg import CENTERS, Center, orthonormality_error, singular_values
+
+METHOD = "condlr"
+FORMAT = 1
+STEM = "condlr"
+NOTICE = "the weights are low-rank factors; pip install hf_condlr, and import hf_condlr before from_pretrained"
+MANIFEST = "quantization_config"  # where transformers looks for what builds a model's layers before it loads them
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+PARTS = {"factored": ("U", "S", "V"), "folded": ("down.weight", "up.weight")}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What a checkpoint states of one layer."""
+
+    r: int
+    form: Literal["factored", "folded"] = "factored"
+    tau: float = math.inf
+    center: Center = "nearest"
+    bound: float = math.inf
+    """The bound on κ(S) that was in force when it was saved."""
+
+    @classmethod
+    def of(cls, layer: LowRankLayer | FoldedLayer) -> StoredLayer:
+        """As the layer is now."""
+        if isinstance(layer, FoldedLayer):
+            return cls(r=layer.up.weight.shape[1], form="folded")
+        return cls(r=layer.r, tau=layer.tau, center=layer.center, bound=layer.bound)
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("r", isinstance(self.r, int) and self.r >= 1, "an integer ≥ 1"),
+            ("form", self.form in PARTS, f"one of {', '.join(PARTS)}"),
+            ("tau", isinstance(self.tau, float) and self.tau >= 0, "a number ≥ 0"),
+            ("center", self.center in CENTERS, f"one of {', '.join(CENTERS)}"),
+            ("bound", isinstance(self.bound, float) and self.bound >= 1, "a number ≥ 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+
+
+@dataclass
+class Manifest:
+    """What `config.json` states of the weight files."""
+
+    weights: str
+    """Name of the weight file, or of the index of its shards."""
+    layers: dict[str, StoredLayer]
+    """By the names in the files."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of each weight file."""
+    config: dict[str, Any] | None = None
+    """The `CondLRConfig` that the model was converted with."""
+    format: int = FORMAT
+    quant_method: str = METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON values: an infinite number is the string "inf"."""
+        return _as_json(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Manifest:
+        """Read and check it.
+
+        Raises:
+            CheckpointError: It is from a later version, or contradicts the format.
+        """
+        version = values.get("format")
+        if version != FORMAT:
+            raise CheckpointError(
+                f"this version of hf_condlr reads format {FORMAT} of factored checkpoints",
+                received=f"format {version!r} in {CONFIG_NAME}",
+                remedy="Upgrade hf_condlr if the checkpoint comes from a newer version.",
+            )
+        try:
+            unknown = set(values) - {f.name for f in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+            layers = {name: StoredLayer(**_from_json(entry)) for name, entry in values["layers"].items()}
+            manifest = cls(**values | {"layers": layers})
+            named = [manifest.weights, *manifest.sha256]
+            if wrong := [name for name in named if not re.fullmatch(rf"{STEM}[\w.-]*{SUFFIX}(\.index\.json)?", name)]:
+                raise ValueError(f"{wrong[0]!r} is no name of a weight file")
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{MANIFEST} in {CONFIG_NAME} must describe a factored checkpoint",
+                received=str(error),
+                remedy="Take the file as save_pretrained wrote it.",
+            ) from error
+        return manifest
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    return "inf" if value == math.inf else value
+
+
+def _from_json(entry: dict[str, Any]) -> dict[str, Any]:
+    numbers = {"tau", "bound"}
+    return {key: float(value) if key in numbers else value for key, value in entry.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- layers
+
+
+def stored_layers(model: nn.Module) -> dict[str, StoredLayer]:
+    """What a checkpoint of the model states, by the layers' names; a layer in several places under its first."""
+    return {n: StoredLayer.of(m) for n, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
 
 
 @torch.no_grad()
-def restore_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copy every saved tensor into the parameter or buffer it came from; all are checked before the first is changed.
+def check_layer(name: str, layer: LowRankLayer, stored: StoredLayer, dtype: torch.dtype) -> None:
+    """Whether the loaded factors can be the rounding of ones that obey what the checkpoint states; sets `bound`.
+
+    With u the unit roundoff of the storage, rounding moves each singular value of S by at most u‖S‖_F, and UᵀU by at
+    most 2u√r + u²r in the Frobenius norm.
+
+    Args:
+        name: For the message.
+        layer: As loaded.
+        stored: What `config.json` states of it.
+        dtype: Of the file; the layer's own may round once more.
 
     Raises:
-        CheckpointError: A file is missing or damaged, a tensor is missing, superfluous or of another shape.
+        CheckpointError: They break what is stated.
     """
-    places = _saved_names(model)
-    files = _files(Path(folder))
-    found: dict[str, Path] = {}
+    if layer.S.is_meta:  # offloaded: its values are not here to look at
+        return
+    u = (torch.finfo(dtype).eps + torch.finfo(layer.S.dtype).eps) / 2
+    error = max(orthonormality_error(layer.U.double()).item(), orthonormality_error(layer.V.double()).item())
+    if not error <= (1e-4 + 2 * u) * math.sqrt(layer.r) + u * u * layer.r:
+        raise _broken(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
+    if not torch.isfinite(layer.S).all():
+        raise _broken(name, "S must be finite", "a value that is not")
+    sigma = singular_values(layer.S.double())
+    slack = u * torch.linalg.vector_norm(layer.S.double())
+    least = ((sigma[0] - slack) / (sigma[-1] + slack)).item()
+    if not least <= stored.bound * (1 + 2e-4):
+        kappa = (sigma[0] / sigma[-1]).item()
+        raise _broken(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
+    layer.bound = stored.bound
+
+
+def _broken(name: str, rule: str, received: str) -> CheckpointError:
+    return CheckpointError(
+        rule, received=f"{received} in {name}", remedy="The weights are not those that were saved: fetch them again."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def weight_files(folder: Path) -> tuple[list[Path], Manifest | None]:
+    """The weight files of a checkpoint folder; and its manifest, which the one of a plain torch module has not."""
+    path = folder / CONFIG_NAME
+    manifest = None
+    if path.is_file():
+        values = _read_json(path).get(MANIFEST)
+        manifest = Manifest.from_dict(values) if values is not None else None
+    if manifest is not None:
+        weights = folder / manifest.weights
+    else:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        weights = index if index.is_file() else folder / SAFE_WEIGHTS_NAME
+    if not weights.name.endswith(INDEX_SUFFIX):
+        return [weights], manifest
+    return [folder / name for name in sorted(set(_read_json(weights)["weight_map"].values()))], manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "a checkpoint's JSON files must be readable", received=f"{path}: {error}", remedy=_FETCH
+        ) from error
+
+
+_FETCH = "Fetch the checkpoint again, or use an earlier one."
+
+
+def verify_files(files: Iterable[Path], manifest: Manifest) -> None:
+    """Compare each weight file with the digest that `config.json` states.
+
+    Raises:
+        CheckpointError: One is missing, or not the one that was saved.
+    """
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(
+                "every weight file of a checkpoint must be there", received=str(error), remedy=_FETCH
+            ) from error
+        expected = manifest.sha256.get(path.name)
+        if digest != expected:
+            raise CheckpointError(
+                f"a weight file must be the one that was saved, with the sha256 that {CONFIG_NAME} states",
+                received=f"{path.name} with {digest[:12]}… instead of {expected and expected[:12]}…",
+                remedy=f"It is damaged or was changed. {_FETCH}",
+            )
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{name: (shape, dtype)} of all stored tensors; reads no values."""
+    found = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-                for key in set(file.keys()) & set(places):
-                    shape, expected = tuple(file.get_slice(key).get_shape()), tuple(places[key].shape)
-                    if shape != expected:
-                        received = f"{key} of shape {shape} for {expected}"
-                        raise CheckpointError(_RULE, received=received, remedy=_REMEDY)
+                for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+                    part = file.get_slice(name)
+                    found[name] = (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.float32))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                "weight files must be readable", received=f"{path.name}: {error}", remedy="Use an earlier checkpoint."
+                "weight files must be readable", received=f"{path.name}: {error}", remedy=_FETCH
             ) from error
-    restored = {places[key].data_ptr() for key in found if key in places}
-    missing = [key for key, tensor in places.items() if key not in found and tensor.data_ptr() not in restored]
-    wrong = [f"no {key}" for key in missing] + [f"unknown {key}" for key in found if key not in places]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise CheckpointError(_RULE, received=shown, remedy=_REMEDY)
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # a safe_open is no mapping
-                places[key].copy_(file.get_tensor(key))
-    for module in model.modules():
-        if isinstance(module, LowRankLayer):
-            module.refresh_bound()
+    return found
 
 
-_RULE = "a checkpoint must hold the tensors of this model"
-_REMEDY = "Build the model with the config it was saved with; nothing was loaded."
-
-
-def _saved_names(model: nn.Module) -> dict[str, Tensor]:
-    """{name in the file: the model's own tensor}, tied ones under all their names."""
-    state = dict(model.state_dict(keep_vars=True))
-    if not isinstance(model, PreTrainedModel):
-        return state
-    saved = revert_weight_conversion(model, state)
-    # Pure renames hand the tensors through. A fusing conversion makes new ones: copying there would be lost.
-    own = {id(tensor) for tensor in state.values()}
-    if not all(id(tensor) in own for tensor in saved.values()):
-        raise CheckpointError(
-            "checkpoints of architectures that transformers splits or fuses on saving cannot be restored into a model",
-            received=type(model).__name__,
-            remedy="Train without resuming and without load_best_model_at_end.",
-        )
-    return saved
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / name for name in names]
-    return [folder / SAFE_WEIGHTS_NAME]
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

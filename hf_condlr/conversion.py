@@ -28,6 +28,7 @@ from hf_condlr.initialization import (
 )
 from hf_condlr.layers import FoldedLayer, LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
 from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size
+from hf_condlr.saving import attach_saving, detach_saving
 from hf_condlr.targets import Place, head_names, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def get_robust_lowrank_model(
         layers[name] = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
         report.converted[name] = _measured(W, layers[name], config, C)
     # Only now: an error above leaves the model as it was.
-    _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
+    replace_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     _set_trainable(model, config)
     earlier = getattr(model, "condlr_conversion", None)
     if earlier is not None:  # a second conversion, of other layers
@@ -118,6 +119,7 @@ def get_robust_lowrank_model(
     _warn_of_names_without_a_match(model, config, report)
     object.__setattr__(model, "condlr_config", config)
     object.__setattr__(model, "condlr_conversion", report)
+    attach_saving(model)
     logger.info("%s", report)
     return model
 
@@ -127,15 +129,18 @@ def to_dense_model(model: Model) -> Model:
 
     A model that has none is dense already and stays as it is.
     """
-    return _replace_layers(model, lambda layer: layer.to_dense())
+    _replace_layers(model, lambda layer: layer.to_dense())
+    detach_saving(model)
+    return model
 
 
 def fold_model(model: Model) -> Model:
     """Join U S in every factored layer: two matrix products of r(m + n) weights, for inference; in place."""
-    return _replace_layers(model, lambda layer: layer.fold())
+    _replace_layers(model, lambda layer: layer.fold())
+    return model
 
 
-def _replace_layers(model: Model, replace: Callable[[LowRankLinear | LowRankConv2d], nn.Module]) -> Model:
+def _replace_layers(model: nn.Module, replace: Callable[[LowRankLinear | LowRankConv2d], nn.Module]) -> None:
     if isinstance(model, LowRankLayer):
         raise ConversionError(
             "the model must contain factored layers, not be one",
@@ -149,14 +154,13 @@ def _replace_layers(model: Model, replace: Callable[[LowRankLinear | LowRankConv
             received="a folded model",
             remedy="Fold or multiply out a copy (copy.deepcopy) of the factored model.",
         )
-    _replace(model, {layer: replace(layer) for layer in layers})
+    replace_modules(model, {layer: replace(layer) for layer in layers})
     for attribute in ("condlr_config", "condlr_conversion"):
         if hasattr(model, attribute):
             delattr(model, attribute)
-    return model
 
 
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put the new modules wherever the old ones stand: a module may be used in several places."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

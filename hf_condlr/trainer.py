@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_condlr.checkpoints import restore_weights
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import ConfigError, OptimizerError
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.manifold import ManifoldStep, attach_manifold_step
+from hf_condlr.restoring import restore_weights
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "manifold_step.json"

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -33,8 +32,8 @@ from hf_condlr import (
     get_robust_lowrank_model,
     to_dense_model,
 )
-from hf_condlr.checkpoints import restore_weights
 from hf_condlr.errors import CheckpointError, ConfigError, OptimizerError
+from hf_condlr.restoring import restore_weights
 from hf_condlr.trainer import STATE_FILE, distillation_loss
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -428,24 +427,27 @@ def test_checkpoint_without_the_schedule_is_refused(tmp_path):
 def test_damaged_weights_are_refused_and_nothing_is_loaded(damage, tmp_path):
     model = convert(dense_bert())
     model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    key = next(key for key in tensors if key.endswith(".U"))
+    path = tmp_path / "condlr.safetensors"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "missing file":
         path.unlink()
-    else:
-        if damage == "missing tensor":
-            del tensors[key]
-        elif damage == "unknown tensor":
-            tensors["foreign"] = torch.zeros(2)
-        else:
-            tensors[key] = tensors[key][:, :-1].contiguous()
-        save_file(tensors, path)
     other = convert(dense_bert())
+    if damage in ("missing tensor", "unknown tensor"):  # on one side or the other
+        bare = other if damage == "missing tensor" else model
+        bare.classifier.register_parameter("scale", nn.Parameter(torch.ones(2)))
+        model.save_pretrained(tmp_path)
+    elif damage == "wrong shape":
+        other = convert(dense_bert(), rank_ratio=0.4)
     before = copy.deepcopy(other)
-    with pytest.raises(CheckpointError):
+    messages = {
+        "truncated": "with the sha256",
+        "missing file": "must be there",
+        "missing tensor": "received no classifier.scale",
+        "unknown tensor": "received unknown classifier.scale",
+        "wrong shape": r"received bert\..* of shape .* for \(",
+    }
+    with pytest.raises(CheckpointError, match=messages[damage]):
         restore_weights(other, tmp_path)
     assert_equal_weights(other, before)
 

@@ -133,10 +133,17 @@ class FoldedLayer(nn.Sequential):
         up.weight.copy_(US.reshape(up.weight.shape))
         up.bias = layer.bias  # itself, as `to_dense` does
         folded = cls(OrderedDict(down=down, up=up)).train(layer.training)
-        folded.weight_shape = layer.weight_shape
+        for name in ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
+            if hasattr(layer, name):  # models ask their layers for these
+                setattr(folded, name, getattr(layer, name))
         for part in (down, up):
             part.weight.requires_grad_(layer.U.requires_grad)
         return folded
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's b."""
+        return self.up.bias
 
     @property
     def weight(self) -> Tensor:
@@ -146,6 +153,8 @@ class FoldedLayer(nn.Sequential):
 
 class WeightStandIn(Tensor):
     """A tensor without values: it has a dtype, a device and a shape, and refuses to be computed with."""
+
+    _is_hf_initialized = True  # transformers draws weights that a checkpoint lacks by name: it has to pass over this
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -89,18 +89,22 @@ class LowRankConv2d(LowRankLayer):
         center: Center = "nearest",
     ) -> LowRankConv2d:
         """Factor a dense convolution; as `LowRankLinear.from_dense`."""
+        W = weight_matrix(dense)
+        layer = cls.empty_like(dense, r, tau=tau, center=center).to_empty(device=W.device)
+        layer.take_over(dense, factorize(W, r))
+        return layer
+
+    @classmethod
+    def empty_like(cls, dense: nn.Conv2d, r: int, *, tau: float, center: Center) -> LowRankConv2d:
+        """The layer that stands for `dense`, on the meta device: no values, and no bias yet."""
         if dense.groups != 1:
             raise ConversionError(
                 "only convolutions with groups=1 can be factored",
                 received=f"groups={dense.groups}",
                 remedy="Leave this one out of target_modules.",
             )
-        W = weight_matrix(dense)
         geometry: dict[str, Any] = {name: getattr(dense, name) for name in cls._GEOMETRY}
-        layer = cls(**geometry, r=r, bias=False, tau=tau, center=center, device="meta", dtype=W.dtype)
-        layer = layer.to_empty(device=W.device)
-        layer.take_over(dense, factorize(W, r))
-        return layer
+        return cls(**geometry, r=r, bias=False, tau=tau, center=center, device="meta", dtype=dense.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H', W')
         """The two convolutions."""

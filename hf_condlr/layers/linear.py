@@ -65,11 +65,18 @@ class LowRankLinear(LowRankLayer):
             center: Interval of the conditioning.
         """
         W = weight_matrix(dense)
+        layer = cls.empty_like(dense, r, tau=tau, center=center).to_empty(device=W.device)
+        layer.take_over(dense, factorize(W, r))
+        return layer
+
+    @classmethod
+    def empty_like(cls, dense: nn.Linear | Conv1D, r: int, *, tau: float, center: Center) -> LowRankLinear:
+        """The layer that stands for `dense`, on the meta device: no values, and no bias yet."""
+        W = weight_matrix(dense)
         m, n = W.shape
-        layer = cls(n, m, r, False, tau=tau, center=center, device="meta", dtype=W.dtype).to_empty(device=W.device)
+        layer = cls(n, m, r, False, tau=tau, center=center, device="meta", dtype=W.dtype)
         if isinstance(dense, Conv1D):
             layer.dense_class, layer.weight_shape = Conv1D, (n, m)
-        layer.take_over(dense, factorize(W, r))
         return layer
 
     def forward(self, x: Tensor) -> Tensor:  # (*, n) -> (*, m)

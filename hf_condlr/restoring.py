@@ -1,0 +1,50 @@
+"""Weights of a checkpoint folder back into a model in memory: what the Trainer resumes from, and its best model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from hf_condlr.checkpoints import check_layer, read_headers, verify_files, weight_files
+from hf_condlr.errors import CheckpointError
+from hf_condlr.layers import LowRankLayer
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, folder: str | Path) -> None:
+    """Copy every saved tensor into the parameter or buffer it came from; all are checked before the first is changed.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, a tensor is missing, superfluous or of another shape.
+    """
+    files, manifest = weight_files(Path(folder))
+    if manifest is not None:
+        verify_files(files, manifest)
+    places = dict(model.state_dict(keep_vars=True))
+    stored = read_headers(files)
+    restored = {places[name].data_ptr() for name in stored if name in places}
+    wrong = [f"no {n}" for n, p in places.items() if n not in stored and p.data_ptr() not in restored]  # not tied
+    wrong += [f"unknown {name}" for name in stored if name not in places]
+    wrong += [
+        f"{name} of shape {shape} for {tuple(places[name].shape)}"
+        for name, (shape, _) in stored.items()
+        if name in places and shape != tuple(places[name].shape)
+    ]
+    if wrong:
+        raise CheckpointError(
+            "a checkpoint must hold the tensors of this model",
+            received=", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            remedy="Build the model with the config it was saved with; nothing was loaded.",
+        )
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+                places[name].copy_(file.get_tensor(name))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRankLayer):
+            layer.refresh_bound()
+            if manifest is not None:
+                check_layer(name, layer, manifest.layers[name], stored[f"{name}.S"][1])

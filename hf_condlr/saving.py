@@ -1,0 +1,204 @@
+"""`save_pretrained` of a factored model: the factors alone, and at every moment a whole checkpoint on the disk.
+
+Everything is written beside the old checkpoint first. The weights come in under a name that is free; then the new
+`config.json`, which names them, replaces the old one in one step; only then the old weights go. A process killed
+anywhere in between leaves the old or the new checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_condlr.checkpoints import INDEX_SUFFIX, MANIFEST, NOTICE, STEM, SUFFIX, Manifest, stored_layers
+from hf_condlr.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+STAGING = ".condlr-"
+_SHARD = re.compile(r"(-\d{5}-of-\d{5})\.safetensors$")
+
+
+def attach_saving(model: Any) -> None:
+    """Let `model.save_pretrained`, and what calls it (`push_to_hub`, the Trainer), write a factored checkpoint.
+
+    An attribute of this one object: its class stays what it is. Copies and pickles of the model keep it.
+    """
+    if isinstance(model, PreTrainedModel):
+        object.__setattr__(model, "save_pretrained", partial(save_pretrained, model))
+
+
+def detach_saving(model: Any) -> None:
+    """Back to the class's own `save_pretrained`."""
+    vars(model).pop("save_pretrained", None)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> None:
+    """As `PreTrainedModel.save_pretrained`, for a model with factored or folded layers.
+
+    `AutoModelFor….from_pretrained(save_directory)` builds the same layers after `import hf_condlr`.
+
+    Args:
+        model: The model.
+        save_directory: Folder; what else lies in it stays.
+        is_main_process: Others write nothing.
+        state_dict: Tensors to write instead of the model's own.
+        push_to_hub: Upload afterwards; `kwargs` then go to `model.push_to_hub`, with `repo_id` among them.
+        max_shard_size: Largest weight file.
+        token: Of the Hub.
+        kwargs: For the upload; nothing else is known.
+
+    Raises:
+        CheckpointError: The files could not be written, or an option that factored checkpoints do not have was given.
+    """
+    folder = Path(save_directory)
+    unknown = sorted(set(kwargs) - {"repo_id", "commit_message", "private", "create_pr", "revision"})
+    if unknown:
+        raise CheckpointError(
+            "save_pretrained of a factored model takes transformers' usual options",
+            received=", ".join(f"{name}={kwargs[name]!r}" for name in unknown),
+            remedy="Leave them out: there is one format, with the model's own names, and no variants.",
+        )
+    if not is_main_process:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_behind in folder.glob(f"{STAGING}*"):  # by a process that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+        try:
+            # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
+            options: dict[str, Any] = {"state_dict": state_dict, "max_shard_size": max_shard_size}
+            type(model).save_pretrained(model, staging, save_original_format=False, **options)
+            _publish(model, staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            "a checkpoint must be written whole",
+            received=f"{folder}: {error}",
+            remedy="What was saved there before is as it was. Free space or choose another folder, and save again.",
+        ) from error
+    if push_to_hub:
+        repo_id = kwargs.pop("repo_id", folder.name)
+        model.push_to_hub(repo_id, token=token, max_shard_size=max_shard_size, **kwargs)
+
+
+def _publish(model: PreTrainedModel, staging: Path, folder: Path) -> None:
+    """Move what `staging` holds into `folder`, `config.json` last."""
+    shards = sorted(p for p in staging.glob(f"*{SUFFIX}"))
+    config = json.loads((staging / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["transformers_weights"] = NOTICE
+    condlr_config = getattr(model, "condlr_config", None)
+    manifest = Manifest(
+        weights="",
+        layers=stored_layers(model),
+        config=condlr_config.to_dict() if condlr_config is not None else None,
+    )
+    digests = {path: _digest(path) for path in shards}
+    others = [p for p in staging.iterdir() if p not in shards and p.name not in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    index_path = staging / SAFE_WEIGHTS_INDEX_NAME
+    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else None
+    for path in others:
+        _flush(path)
+        os.replace(path, folder / path.name)
+
+    def point(stem: str, place: Any) -> list[str]:
+        """Place the weights under names that begin with `stem`, then let `config.json` name them."""
+        names = {path: _renamed(path.name, stem) for path in shards}
+        for path, name in names.items():
+            place(path, folder / name)
+        manifest.weights = f"{stem}{SUFFIX}"
+        manifest.sha256 = {names[path]: digest for path, digest in digests.items()}
+        new = list(names.values())
+        if index is not None:
+            manifest.weights = f"{stem}{INDEX_SUFFIX}"
+            places = {key: _renamed(name, stem) for key, name in index["weight_map"].items()}
+            _write_json(staging, folder / manifest.weights, index | {"weight_map": places})
+            new.append(manifest.weights)
+        _sync(folder)
+        _write_json(staging, folder / CONFIG_NAME, config | {MANIFEST: manifest.to_dict()})
+        _sync(folder)
+        return new
+
+    if any(name.startswith(STEM) for name in _weights_in(folder)):
+        # Under names that are free first, so that the old checkpoint stays whole; then back to the usual ones.
+        _remove_others(folder, point(f"{STEM}-{secrets.token_hex(4)}", _link_or_copy))
+    _remove_others(folder, point(STEM, os.replace))
+
+
+def _renamed(name: str, stem: str) -> str:
+    """`model-00001-of-00002.safetensors` with another beginning."""
+    shard = _SHARD.search(name)
+    return f"{stem}{shard.group(1) if shard else ''}{SUFFIX}"
+
+
+def _weights_in(folder: Path) -> set[str]:
+    """The weight files of earlier checkpoints, factored or dense."""
+    stems = (STEM, SAFE_WEIGHTS_NAME.removesuffix(SUFFIX))
+    pattern = re.compile(rf"({'|'.join(stems)})(-[\w-]*)?({re.escape(SUFFIX)}|{re.escape(INDEX_SUFFIX)})")
+    return {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
+
+
+def _remove_others(folder: Path, kept: list[str]) -> None:
+    for name in _weights_in(folder) - set(kept):
+        (folder / name).unlink()
+
+
+def _digest(path: Path) -> str:
+    """Of the file as it lies on the disk: flushed first, so that a commit never names what is not there yet."""
+    _flush(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        _flush(target)
+
+
+def _write_json(staging: Path, path: Path, values: dict[str, Any]) -> None:
+    temporary = staging / f"{path.name}.tmp"
+    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Renames reach the disk in order; not every system lets a folder be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
