@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_condlr.checkpoints import check_layer, read_headers, verify_files, weight_files
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import LowRankLayer
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -48,3 +54,25 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
             layer.refresh_bound()
             if manifest is not None:
                 check_layer(name, layer, manifest.layers[name], stored[f"{name}.S"][1])
+
+
+def last_whole_checkpoint(folder: str) -> str:
+    """The checkpoint of the most steps whose writing was not interrupted: the Trainer's state comes last.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
+    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s was not written whole and is passed over", path)
+            continue
+        return str(path)
+    raise CheckpointError(
+        "resume_from_checkpoint=True needs a checkpoint in output_dir",
+        received=f"{len(found)} that were not written whole in {folder}" if found else f"none in {folder}",
+        remedy="Start anew, or name a checkpoint's folder.",
+    )

@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_condlr.checkpoints import INDEX_SUFFIX, MANIFEST, NOTICE, STEM, SUFFIX, Manifest, stored_layers
 from hf_condlr.errors import CheckpointError
+from hf_condlr.hub import push_to_hub
 
 logger = logging.getLogger(__name__)
 STAGING = ".condlr-"
@@ -32,17 +33,19 @@ _SHARD = re.compile(r"(-\d{5}-of-\d{5})\.safetensors$")
 
 
 def attach_saving(model: Any) -> None:
-    """Let `model.save_pretrained`, and what calls it (`push_to_hub`, the Trainer), write a factored checkpoint.
+    """Let `model.save_pretrained`, and what calls it (the Trainer), and `model.push_to_hub` write factored checkpoints.
 
-    An attribute of this one object: its class stays what it is. Copies and pickles of the model keep it.
+    Attributes of this one object: its class stays what it is. Copies and pickles of the model keep them.
     """
     if isinstance(model, PreTrainedModel):
         object.__setattr__(model, "save_pretrained", partial(save_pretrained, model))
+        object.__setattr__(model, "push_to_hub", partial(push_to_hub, model))
 
 
 def detach_saving(model: Any) -> None:
-    """Back to the class's own `save_pretrained`."""
-    vars(model).pop("save_pretrained", None)
+    """Back to the class's own `save_pretrained` and `push_to_hub`."""
+    for name in ("save_pretrained", "push_to_hub"):
+        vars(model).pop(name, None)
 
 
 def save_pretrained(

@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import HubStrategy
 
+from hf_condlr.checkpoints import STEM
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import ConfigError, OptimizerError
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.manifold import ManifoldStep, attach_manifold_step
-from hf_condlr.restoring import restore_weights
+from hf_condlr.model_card import write_model_card
+from hf_condlr.restoring import last_whole_checkpoint, restore_weights
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "manifold_step.json"
@@ -170,9 +175,14 @@ class CondLRTrainerMixin:
             logs.update({prefix + key: value for key, value in records.items() if math.isfinite(value)})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; says so when it ends before the conditioning warm-up does."""
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; says so when it ends before the conditioning warm-up does.
+
+        With `resume_from_checkpoint=True` it goes on from the last checkpoint that was written whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         step = self.manifold_step
         if step is not None and step.step_count < step.warmup_steps:
             finite = [bound for bound in step.bounds().values() if math.isfinite(bound)]
@@ -191,6 +201,33 @@ class CondLRTrainerMixin:
         return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer copies the files it knows the names of to `output_dir` and uploads that: the weights go there too."""
+        if self.args.should_save and self.args.hub_strategy != HubStrategy.END:
+            for path in Path(checkpoint_folder).glob(f"{STEM}*"):
+                shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of `write_model_card`, with the last evaluation's metrics; what the user wrote in it stays."""
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if not _factored(model):
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+            return
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        last = {k.removeprefix("eval_"): v for k, v in (evaluations[-1] if evaluations else {}).items() if "eval_" in k}
+        dataset = kwargs.get("dataset")
+        write_model_card(
+            model,
+            self.args.output_dir,
+            base_model=kwargs.get("finetuned_from"),
+            metrics={name: value for name, value in last.items() if not _NOT_MEASURED.search(name)},
+            dataset=dataset if isinstance(dataset, str) or not dataset else dataset[0],
+            model_id=getattr(self, "hub_model_id", None),
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
@@ -218,6 +255,10 @@ class CondLRTrainerMixin:
                 remedy="Resume from one that this trainer wrote without save_only_model, or start anew.",
             )
         self.manifold_step.load_state_dict(json.loads(path.read_text()))
+
+
+# What an evaluation logs beside its metrics: speed, and what the card takes from the model itself.
+_NOT_MEASURED = re.compile(r"runtime|_per_second$|^kappa_|^orthonormality_error$|^compression$|_preparation_time$")
 
 
 class CondLRTrainer(CondLRTrainerMixin, Trainer):
