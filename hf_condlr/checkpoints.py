@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import FoldedLayer, LowRankLayer
-from hf_condlr.linalg import CENTERS, Center, orthonormality_error, singular_values
+from hf_condlr.linalg import CENTERS, Center, condition_number, orthonormality_error, singular_values
 
 METHOD = "condlr"
 FORMAT = 1
@@ -33,6 +33,7 @@ STEM = "condlr"
 NOTICE = "the weights are low-rank factors; pip install hf_condlr, and import hf_condlr before from_pretrained"
 MANIFEST = "quantization_config"  # where transformers looks for what builds a model's layers before it loads them
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+KAPPA_TOLERANCE = 1 + 2e-4  # the step guarantees 1 + 1e-4, and κ is measured once more
 PARTS = {"factored": ("U", "S", "V"), "folded": ("down.weight", "up.weight")}
 
 
@@ -44,15 +45,19 @@ class StoredLayer:
     form: Literal["factored", "folded"] = "factored"
     tau: float = math.inf
     center: Center = "nearest"
+    orthonormal: bool = False
+    """Whether U and V had orthonormal columns; those of a model trained without the manifold step have not."""
     bound: float = math.inf
-    """The bound on κ(S) that was in force when it was saved."""
+    """The bound on κ(S) that was in force when it was saved; inf where none was, or S did not obey it."""
 
     @classmethod
     def of(cls, layer: LowRankLayer | FoldedLayer) -> StoredLayer:
         """As the layer is now."""
         if isinstance(layer, FoldedLayer):
             return cls(r=layer.up.weight.shape[1], form="folded")
-        return cls(r=layer.r, tau=layer.tau, center=layer.center, bound=layer.bound)
+        orthonormal, least = _measure(layer, layer.S.dtype)
+        bound = layer.bound if least <= layer.bound * KAPPA_TOLERANCE else math.inf
+        return cls(r=layer.r, tau=layer.tau, center=layer.center, orthonormal=orthonormal, bound=bound)
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -60,6 +65,7 @@ class StoredLayer:
             ("form", self.form in PARTS, f"one of {', '.join(PARTS)}"),
             ("tau", isinstance(self.tau, float) and self.tau >= 0, "a number ≥ 0"),
             ("center", self.center in CENTERS, f"one of {', '.join(CENTERS)}"),
+            ("orthonormal", isinstance(self.orthonormal, bool), "true or false"),
             ("bound", isinstance(self.bound, float) and self.bound >= 1, "a number ≥ 1"),
         ):
             if not valid:
@@ -136,12 +142,8 @@ def stored_layers(model: nn.Module) -> dict[str, StoredLayer]:
     return {n: StoredLayer.of(m) for n, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
 
 
-@torch.no_grad()
 def check_layer(name: str, layer: LowRankLayer, stored: StoredLayer, dtype: torch.dtype) -> None:
     """Whether the loaded factors can be the rounding of ones that obey what the checkpoint states; sets `bound`.
-
-    With u the unit roundoff of the storage, rounding moves each singular value of S by at most u‖S‖_F, and UᵀU by at
-    most 2u√r + u²r in the Frobenius norm.
 
     Args:
         name: For the message.
@@ -154,19 +156,33 @@ def check_layer(name: str, layer: LowRankLayer, stored: StoredLayer, dtype: torc
     """
     if layer.S.is_meta:  # offloaded: its values are not here to look at
         return
-    u = (torch.finfo(dtype).eps + torch.finfo(layer.S.dtype).eps) / 2
-    error = max(orthonormality_error(layer.U.double()).item(), orthonormality_error(layer.V.double()).item())
-    if not error <= (1e-4 + 2 * u) * math.sqrt(layer.r) + u * u * layer.r:
+    if not all(torch.isfinite(factor).all() for factor in (layer.U, layer.S, layer.V)):
+        raise _broken(name, "U, S and V must be finite", "a value that is not")
+    orthonormal, least = _measure(layer, dtype)
+    if stored.orthonormal and not orthonormal:
+        error = max(orthonormality_error(layer.U.double()).item(), orthonormality_error(layer.V.double()).item())
         raise _broken(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
-    if not torch.isfinite(layer.S).all():
-        raise _broken(name, "S must be finite", "a value that is not")
-    sigma = singular_values(layer.S.double())
-    slack = u * torch.linalg.vector_norm(layer.S.double())
-    least = ((sigma[0] - slack) / (sigma[-1] + slack)).item()
-    if not least <= stored.bound * (1 + 2e-4):
-        kappa = (sigma[0] / sigma[-1]).item()
+    if not least <= stored.bound * KAPPA_TOLERANCE:
+        kappa = condition_number(layer.S.double()).item()
         raise _broken(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
     layer.bound = stored.bound
+
+
+@torch.no_grad()
+def _measure(layer: LowRankLayer, dtype: torch.dtype) -> tuple[bool, float]:
+    """Whether U and V can be roundings of orthonormal ones, and the least κ of an S that this one can be rounded from.
+
+    With u the unit roundoff of `dtype` and the layer's own, rounding moves each singular value of S by at most u‖S‖_F,
+    and UᵀU by at most 2u√r + u²r in the Frobenius norm.
+    """
+    u = (torch.finfo(dtype).eps + torch.finfo(layer.S.dtype).eps) / 2
+    error = max(orthonormality_error(layer.U.double()).item(), orthonormality_error(layer.V.double()).item())
+    orthonormal = error <= (1e-4 + 2 * u) * math.sqrt(layer.r) + u * u * layer.r
+    S = layer.S.double()
+    if not torch.isfinite(S).all():
+        return orthonormal, math.inf
+    sigma, slack = singular_values(S), u * torch.linalg.vector_norm(S)
+    return orthonormal, ((sigma[0] - slack) / (sigma[-1] + slack)).nan_to_num(nan=math.inf).item()
 
 
 def _broken(name: str, rule: str, received: str) -> CheckpointError:

@@ -9,7 +9,6 @@ file of parquet. Any classifier of `AutoModelForImageClassification`. Every opti
 JSON file holds the same names as the command line; what follows it on the command line wins.
 """
 
-import copy
 import itertools
 import json
 import sys
@@ -38,7 +37,6 @@ from hf_condlr import (
     CondLRTrainingArguments,
     condition_report,
     get_robust_lowrank_model,
-    to_dense_model,
 )
 from hf_condlr.attacks import PGD, PixelModel
 
@@ -194,7 +192,7 @@ def build_model(args: ModelArguments, train: Dataset, processor: Any) -> PreTrai
         label2id={name: i for i, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head for other classes is drawn anew
     )
-    if args.method == "dense":
+    if args.method == "dense" or hasattr(model, "condlr_config"):  # a factored checkpoint trains on as it is
         return model
     calibration = None
     if args.init_weights == "activation_aware":
@@ -274,11 +272,10 @@ def save(trainer: Trainer, folder: Path) -> None:
     """The model, its image processor, and what became of the condition numbers."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "condlr_conversion"):
+    if hasattr(model, "condlr_config"):
         report = condition_report(model)
         (folder / "condition_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    # Multiplied out, an ordinary checkpoint: any transformers program loads it, and κ and the outputs are kept.
-    to_dense_model(copy.deepcopy(model)).save_pretrained(folder)
+    model.save_pretrained(folder)  # the factors alone; `import hf_condlr` loads them
     trainer.processing_class.save_pretrained(folder)
 
 
@@ -286,7 +283,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     """Train, evaluate, attack; write metrics and model."""
     data = load_data(data_args)
     trainer = make_trainer(model_args, training_args, data, data_args.horizontal_flip, data_args.crop_padding)
-    if trainer.is_world_process_zero() and model_args.method != "dense":
+    if trainer.is_world_process_zero() and hasattr(trainer.model, "condlr_conversion"):
         print(trainer.model.condlr_conversion)
     output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", output.metrics)
@@ -299,6 +296,11 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     trainer.save_metrics(split, metrics)
     if trainer.is_world_process_zero():
         save(trainer, Path(training_args.output_dir))
+    dataset = None if Path(data_args.dataset_name).exists() else data_args.dataset_name
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=dataset)
+    else:
+        trainer.create_model_card(dataset=dataset)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -15,6 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification, set_seed
 
+from hf_condlr import LowRankLinear
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
@@ -147,6 +149,8 @@ def test_what_is_saved_is_what_was_evaluated(call, recipe, method):
     if method == "condlr":
         assert metrics["test_kappa_max"] <= 1.1 * (1 + 1e-4)
 
+    files = ("model.safetensors",) if method == "dense" else ("condlr.safetensors", "condition_report.json")
+    assert all((out / name).is_file() for name in ("README.md", "preprocessor_config.json", *files))
     again = call(model_name_or_path=out, method="dense", num_train_epochs=0, max_eval_samples=None)
     assert read(again / "test_results.json")["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
 
@@ -188,8 +192,9 @@ def test_a_folder_of_images_without_validation_and_test_on_a_convolutional_netwo
     assert metrics["validation_samples"] == 12
     assert metrics["validation_accuracy"] == 1
     assert "validation_accuracy_pgd_0.0001" in metrics
-    config = AutoModelForImageClassification.from_pretrained(out).config
-    assert config.id2label == {0: "bright", 1: "dark"}
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert isinstance(model.convnext.encoder.stages[0].layers[0].pwconv1, LowRankLinear)
+    assert model.config.id2label == {0: "bright", 1: "dark"}
 
 
 def test_a_parquet_file_with_columns_named_and_labels_as_text(recipe, tmp_path):
