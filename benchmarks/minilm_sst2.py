@@ -77,6 +77,8 @@ ROWS = {
     "τ = ∞ (orthonormal only)": replace(BASE, tau=math.inf),
     "distillation 0.5": replace(BASE, distillation=0.5),
     "unconstrained": replace(BASE, unconstrained=True),
+    "svd start, unconstrained": replace(BASE, init_weights="svd", unconstrained=True),
+    "energy allocation and τ = 1": replace(BASE, rank_allocation="energy", tau=1.0),
 }
 MULTIPLIERS = {  # asked for with --rows factors
     f"factors × {factor:g}, core × {core:g}": replace(BASE, factor_learning_rate=factor, core_learning_rate=core)

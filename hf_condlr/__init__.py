@@ -3,9 +3,11 @@
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_model
 from hf_condlr.diagnostics import condition_report
+from hf_condlr.export import export_onnx
 from hf_condlr.layers import LowRankConv2d, LowRankLinear
 from hf_condlr.loading import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
 from hf_condlr.manifold import attach_manifold_step
+from hf_condlr.model_card import write_model_card
 from hf_condlr.trainer import CondLRSeq2SeqTrainer, CondLRTrainer, CondLRTrainerMixin
 from hf_condlr.training_args import CondLRSeq2SeqTrainingArguments, CondLRTrainingArguments
 
@@ -20,8 +22,10 @@ __all__ = [
     "LowRankLinear",
     "attach_manifold_step",
     "condition_report",
+    "export_onnx",
     "fold_model",
     "get_robust_lowrank_model",
     "to_dense_model",
+    "write_model_card",
 ]
 __version__ = "0.1.0.dev0"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedModel
 
@@ -53,30 +56,28 @@ def push_to_hub(
     Returns:
         huggingface_hub's `CommitInfo`. Its errors pass through; nothing on this machine is changed.
     """
+    options: dict[str, Any] = {
+        "commit_message": commit_message,
+        "commit_description": commit_description,
+        "create_pr": create_pr,
+    }
+    if not any(isinstance(module, LowRankLayer) for module in model.modules()):  # folded: κ is no more to be told
+        cls: Any = type(model)
+        options |= {"private": private, "max_shard_size": max_shard_size, "tags": tags or []}
+        return cls.push_to_hub(model, repo_id, token=token, revision=revision, **options)
     repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        card = folder / "README.md"
-        try:
-            existing = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
-            existing.save(card)
-        except EntryNotFoundError:
-            pass
-        if any(isinstance(module, LowRankLayer) for module in model.modules()):
-            stated = {"base_model": base_model, "robustness": robustness, "metrics": metrics, "dataset": dataset}
-            write_model_card(model, folder, model_id=repo_id, **stated)  # type: ignore[arg-type]
-        if tags and card.is_file():
-            tagged = ModelCard.load(card)
-            tagged.data.tags = [*(tagged.data.tags or []), *(t for t in tags if t not in (tagged.data.tags or []))]
-            tagged.save(card)
+        with contextlib.suppress(EntryNotFoundError):
+            shutil.copyfile(hf_hub_download(repo_id, REPOCARD_NAME, token=token), folder / REPOCARD_NAME)
+        stated: dict[str, Any] = {"base_model": base_model, "metrics": metrics, "dataset": dataset, "tags": tags or ()}
+        write_model_card(model, folder, robustness=robustness, model_id=repo_id, **stated)
         return model._upload_modified_files(
             str(folder),
             repo_id,
             files_timestamps={},
-            commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
             token=token,
-            create_pr=create_pr,
             revision=revision,
+            **options | {"commit_message": commit_message or "Upload model"},
         )

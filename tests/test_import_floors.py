@@ -22,7 +22,7 @@ FLOORS = (
     {"hub"},
     {"saving"},
     {"conversion", "evaluation"},
-    {"loading"},
+    {"loading", "export"},
     {"trainer", "cli"},
     {"__init__"},
 )

@@ -1,5 +1,6 @@
 """`write_model_card`: what it states against the report, and what it leaves alone."""
 
+import os
 import re
 import sys
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, constants
+from torch import nn
 
-from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
+from hf_condlr import CondLRConfig, LowRankLinear, attach_manifold_step, condition_report, get_robust_lowrank_model
 from hf_condlr.errors import CondLRError
 from hf_condlr.model_card import write_model_card
-from tests.models import bert, vit
+from hf_condlr.model_card.card import BEGIN, END, SOURCE
+from tests.models import bert, gpt2, t5, vit
 
 BASE = "someone/tiny-vit"
 PGD = {"attack": "pgd-linf", "epsilon": 8 / 255, "steps": 20, "restarts": 1, "accuracy": 0.71, "samples": 500}
@@ -34,42 +37,34 @@ def header(path):
     return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
 
 
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
 def table(text, heading):
     """Rows of the table whose first heading is `heading`, as lists of cells."""
     rows = re.search(rf"^\| {heading} .*\n\| ---.*\n((\|.*\n?)+)", text, re.MULTILINE).group(1)
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.strip().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------------- contents
-
-
-def test_header_states_what_the_model_is(tmp_path):
-    data = ModelCard.load(write(tmp_path / "tiny", factored(name=BASE), **MEASURED)).data
+def test_header_states_what_the_model_is_and_what_was_measured(tmp_path):
+    path = write(tmp_path / "tiny", factored(name=BASE), **MEASURED)
+    data = ModelCard.load(path).data
     assert (data.base_model, data.library_name, data.pipeline_tag) == (BASE, "transformers", "image-classification")
-    assert data.datasets == ["cifar10"]
-    assert {"condlr", "low-rank", "robustness", "compression"} <= set(data.tags)
-    assert data.license is None
-    assert data.model_name == "tiny"
-
-
-def test_results_in_the_header_hold_values_and_attack_parameters(tmp_path):
-    results = ModelCard.load(write(tmp_path, **MEASURED)).data.eval_results
-    assert {(r.task_type, r.dataset_type, r.dataset_name) for r in results} == {
-        ("image-classification", "cifar10", "cifar10")
-    }
-    assert [(r.metric_type, r.metric_value, r.metric_config) for r in results] == [
-        ("accuracy", 0.875, None),
-        ("f1", 0.5, None),
-        ("robust_accuracy", 0.71, "pgd-linf"),
-        ("robust_accuracy", 0.8125, "fgsm"),
+    assert (data.datasets, data.license, data.model_name) == (["cifar10"], None, "tiny")
+    assert data.tags == ["condlr", "low-rank", "robustness", "compression"]
+    place = ("image-classification", "cifar10", "cifar10")
+    assert {(r.task_type, r.dataset_type, r.dataset_name) for r in data.eval_results} == {place}
+    assert {(r.source_name, r.source_url) for r in data.eval_results} == {(SOURCE["name"], SOURCE["url"])}
+    assert [(r.metric_type, r.metric_value, r.metric_config, r.metric_args) for r in data.eval_results] == [
+        ("accuracy", 0.875, None, None),
+        ("f1", 0.5, None, None),
+        ("robust_accuracy", 0.71, "pgd-linf", {"epsilon": 8 / 255, "steps": 20, "restarts": 1, "samples": 500}),
+        ("robust_accuracy", 0.8125, "fgsm", {"epsilon": 0.01}),
     ]
-    assert results[2].metric_args == {"epsilon": 8 / 255, "steps": 20, "restarts": 1, "samples": 500}
-    assert results[3].metric_args == {"epsilon": 0.01}
-    assert "pgd-linf (epsilon 0.03137, steps 20, restarts 1, samples 500)" in results[2].metric_name
-
-
-def test_tables_hold_the_measurements(tmp_path):
-    text = ModelCard.load(write(tmp_path, **MEASURED)).text
+    text = path.read_text("utf-8")
     assert "On cifar10." in text
     assert table(text, "metric") == [["accuracy", "0.875"], ["f1", "0.5"]]
     assert table(text, "attack") == [
@@ -79,17 +74,12 @@ def test_tables_hold_the_measurements(tmp_path):
 
 
 def test_nothing_is_stated_that_was_not_measured(tmp_path):
-    card = ModelCard.load(write(tmp_path))
-    assert set(header(tmp_path / "README.md")) == {"library_name", "pipeline_tag", "tags"}
-    assert "No attack on this model is reported here" in card.text
-    assert not re.search(r"## (Measured|Licence)|robust accuracy|condition\.png|made from", card.text)
-
-
-def test_a_data_set_without_a_hub_id_is_no_identifier(tmp_path):
-    path = write(tmp_path, metrics={"accuracy": 0.5}, dataset="digits of scikit-learn")
-    assert "datasets" not in header(path)
-    result = ModelCard.load(path).data.eval_results[0]
-    assert (result.dataset_type, result.dataset_name) == ("unknown", "digits of scikit-learn")
+    path = write(tmp_path)
+    assert set(header(path)) == {"library_name", "pipeline_tag", "tags"}
+    text = path.read_text("utf-8")
+    assert "No attack on this model is reported here" in text
+    assert not re.search(r"## (Measured|Licence)|robust accuracy|condition\.png|made from", text)
+    assert "datasets" not in header(write(tmp_path, metrics={"f1": 0.5}, dataset="digits of scikit-learn"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,59 +110,182 @@ def stepped(**options):
 
 
 @pytest.mark.parametrize(
-    ("model", "stated"),
+    ("build", "options", "stated"),
     [
-        (lambda: factored(tau=0.01), "τ = 0.01, and κ ≤ 1 + τ = 1.01 holds for 0 of the 12 factored layers."),
-        (lambda: stepped(tau=0.25), "τ = 0.25, and κ ≤ 1 + τ = 1.25 holds for 12 of the 12 factored layers."),
-        (lambda: factored(tau="inf"), "τ = ∞: the cores are not constrained."),
+        (factored, {"tau": 0.01}, "τ = 0.01, and κ ≤ 1 + τ = 1.01 holds for 0 of the 12 factored layers."),
+        (stepped, {"tau": 0.25}, "τ = 0.25, and κ ≤ 1 + τ = 1.25 holds for 12 of the 12 factored layers."),
+        (factored, {"tau": "inf"}, "τ = ∞: the cores are not constrained."),
         (
-            lambda: stepped(tau_pattern={"fc1": "inf", "fc2": 0.5}),
+            stepped,
+            {"tau_pattern": {"fc1": "inf", "fc2": 0.5}},
             "τ = 0.1 or 0.5 or ∞, and κ ≤ 1 + τ holds for 10 of the 10 factored layers whose τ is finite.",
         ),
     ],
-    ids=["not trained", "trained", "no bound", "several"],
 )
-def test_tau_is_stated_with_where_it_holds(model, stated, tmp_path):
-    assert f"Here {stated}" in ModelCard.load(write(tmp_path, model())).text
+def test_tau_is_stated_with_where_it_holds(build, options, stated, tmp_path):
+    text = write(tmp_path, build(**options)).read_text("utf-8")
+    assert f"Here {stated}" in text
+    if stated.startswith("τ = 0.25"):
+        assert {row[4] for row in table(text, "layer")} == {"1.25"}, "the bound in force"
 
 
-def test_bound_in_force_is_in_the_table(tmp_path):
-    rows = table(ModelCard.load(write(tmp_path, stepped(tau=0.25))).text, "layer")
-    assert {row[4] for row in rows} == {"1.25"}
+@pytest.mark.parametrize(
+    ("build", "auto", "task"),
+    [
+        (vit, "ImageClassification", "image-classification"),
+        (bert, "SequenceClassification", "text-classification"),
+        (gpt2, "CausalLM", "text-generation"),
+        (t5, "Seq2SeqLM", "text-generation"),
+    ],
+)
+def test_lines_that_load_the_model(build, auto, task, tmp_path):
+    path = write(tmp_path / "tiny", factored(build))
+    lines = 'from transformers import AutoModelFor{0}\n\nmodel = AutoModelFor{0}.from_pretrained("your-name/tiny")'
+    assert lines.format(auto) in path.read_text("utf-8")
+    assert header(path)["pipeline_tag"] == task
+    assert ("<details>" in path.read_text("utf-8")) is (build in (bert, t5)), "more than twelve layers"
 
 
-@pytest.mark.parametrize(("build", "collapsed"), [(vit, False), (bert, True)])
-def test_more_than_twelve_layers_are_collapsed(build, collapsed, tmp_path):
-    assert ("<details>" in ModelCard.load(write(tmp_path, factored(build))).text) is collapsed
+def test_a_model_outside_transformers_has_a_card_too(tmp_path):
+    path = write(tmp_path, nn.Sequential(LowRankLinear(7, 6, 2)))
+    assert set(header(path)) == {"tags"}
+    assert "from_pretrained" not in path.read_text("utf-8")
 
 
-def test_picture_where_matplotlib_is_installed(tmp_path):
-    path = write(tmp_path, plot=True)
-    assert (tmp_path / "condition.png").read_bytes().startswith(b"\x89PNG")
-    assert "](condition.png)" in path.read_text(encoding="utf-8")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "condition.png"]
+@pytest.mark.parametrize("installed", [True, False])
+def test_picture_where_matplotlib_is_installed(installed, tmp_path, monkeypatch):
+    if not installed:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = write(tmp_path, plot=True).read_text("utf-8")
+    assert ("](condition.png)" in text) is installed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "condition.png"][: 1 + installed]
 
 
-def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "condition.png" not in write(tmp_path, plot=True).read_text(encoding="utf-8")
-    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+# ------------------------------------------------------------------------------------------------- base model, licence
+
+
+@pytest.mark.parametrize(
+    ("name", "stated"), [(BASE, BASE), ("gpt2", "gpt2"), ("/gone/x", None), ("out/checkpoint-500", None)]
+)
+def test_base_model_is_the_name_loaded_from_where_that_is_a_hub_id(name, stated, tmp_path):
+    assert header(write(tmp_path, factored(name=name))).get("base_model") == stated
+
+
+def test_base_model_as_given_or_as_the_card_states(tmp_path):
+    path = write(tmp_path, factored(name=BASE), base_model="other/base")
+    for name in (BASE, str(tmp_path)):
+        write(tmp_path, factored(name=name))
+        assert header(path)["base_model"] == "other/base"
+        assert "made from [other/base](https://huggingface.co/other/base)" in path.read_text("utf-8")
+    with pytest.raises(CondLRError, match="must be a Hub id or a folder; received '/gone/x'"):
+        write(tmp_path, base_model="/gone/x")
+
+
+def test_licence_of_a_base_model_in_a_folder(tmp_path):
+    (tmp_path / "base").mkdir()
+    lines = "license: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: someone/first"
+    (tmp_path / "base" / "README.md").write_text(f"---\n{lines}\n---\n")
+    path = write(tmp_path / "out", base_model=tmp_path / "base")
+    stated = header(path)
+    assert (stated["license"], stated["license_name"], stated["base_model"]) == ("other", "own", "someone/first")
+    assert "license_link" not in stated, "it is relative to the base model's folder"
+    assert "is published under `other`, `own`." in path.read_text("utf-8")
+    assert str(tmp_path) not in path.read_text("utf-8")
+    path.write_text("---\nlicense: mit\n---\n")
+    assert "license_name" not in header(write(path.parent, base_model=tmp_path / "base")), "it is another licence's"
+
+
+def test_licence_from_the_cache_while_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository, commit = tmp_path / "cache" / "models--someone--tiny-vit", "0" * 40
+    for file, content in (("refs/main", commit), (f"snapshots/{commit}/README.md", "---\nlicense: apache-2.0\n---\n")):
+        (repository / file).parent.mkdir(parents=True)
+        (repository / file).write_text(content)
+    path = write(tmp_path / "out", factored(name=BASE))
+    assert header(path)["license"] == "apache-2.0"
+    assert "The base model is published under `apache-2.0`" in path.read_text("utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- a card that is there
+
+USER_HEADER = """language: "no"
+license: mit
+base_model: mine/base
+tags: [mine, robustness]
+date: 2024-01-05
+widget: [{text: Hello}]
+model-index:
+- name: mine
+  results:
+  - task: {type: image-classification}
+    dataset: {type: cifar10, name: CIFAR}
+    metrics: [{type: accuracy, value: 0.9}]
+    source: {name: other, url: "https://example.org"}
+  - task: {type: image-classification}
+    dataset: {type: cifar10, name: cifar10}
+    metrics: [{type: f1, value: 0.6}]
+"""
+USER_TEXT = "\n# My model\n\nWritten by hand, | and $dollars.\n"
+USER_CARD = f"---\n{USER_HEADER}---\n{USER_TEXT}"
+
+
+@pytest.mark.parametrize("content", [None, "", USER_TEXT, USER_CARD, USER_CARD.replace("\n", "\r\n"), "no line end"])
+def test_twice_is_once(content, tmp_path):
+    path = tmp_path / "README.md"
+    if content is not None:
+        path.write_bytes(content.encode())
+    model = factored(name=BASE)
+    once = write(tmp_path, model, **MEASURED).read_bytes()
+    assert write(tmp_path, model, **MEASURED).read_bytes() == once
+    assert once.endswith(b"\n") and b"\r" not in once
+
+
+def test_the_users_text_and_header_survive(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(USER_CARD)
+    write(tmp_path, factored(name=BASE), **MEASURED)
+    edit(path, END, f"{END} and\n\n\nafter\n")
+    write(tmp_path, factored(name=BASE, r=2), metrics={"accuracy": 0.8}, dataset="cifar10")
+    before, after = yaml.safe_load(USER_HEADER), header(path)
+    (users,), (merged,) = before.pop("model-index"), after.pop("model-index")
+    assert merged["results"][:2] == users["results"]
+    assert [(group["source"], group["metrics"][0]["value"]) for group in merged["results"][2:]] == [(SOURCE, 0.8)]
+    assert after["tags"] == [*before.pop("tags"), "condlr", "low-rank", "compression"]
+    assert before.items() <= after.items()
+    text = ModelCard.load(path).text
+    assert text.startswith(f"{USER_TEXT}\n{BEGIN}") and text.endswith(f"{END} and\n\n\nafter\n\n")
+    assert "\n# " not in text.partition(BEGIN)[2], "the user has a title"
+    assert "made from [mine/base]" in text
+
+
+def test_results_survive_the_tools_of_the_hub(tmp_path):
+    """huggingface_hub puts results of one task and data set into one group, under the first one's source."""
+    path = write(tmp_path, **MEASURED)
+    card = ModelCard.load(path)
+    card.data.eval_results.append(EvalResult("image-classification", "cifar10", "cifar10", "wer", 9))
+    card.save(path)
+    write(tmp_path, metrics={"accuracy": 0.9}, dataset="cifar10")
+    results = [(r.metric_type, r.metric_value, r.source_name) for r in ModelCard.load(path).data.eval_results]
+    assert results == [("wer", 9, None), ("accuracy", 0.9, "hf_condlr")]
+    write(tmp_path)
+    assert [r.metric_type for r in ModelCard.load(path).data.eval_results] == ["wer"]
+
+
+def test_the_card_of_transformers_is_completed(tmp_path):
+    (tmp_path / "README.md").write_text("---\n# comment\nlibrary_name: other\ntags: []\nbase_model:\n---\n")
+    stated = header(write(tmp_path, factored(name=BASE)))
+    assert (stated["base_model"], stated["library_name"]) == (BASE, "other")
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_dense_model_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(CondLRError, match="must have factored layers; received none"):
-        write(tmp_path / "out", vit())
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"model": vit()}, "must have factored layers; received none"),
         ({"metrics": {"loss": float("nan")}}, "a metric must be a finite number.*loss=nan"),
         ({"metrics": {"report": {"a": 1}}}, "a metric must be a finite number"),
         ({"robustness": [{"attack": "pgd", "accuracy": 71}]}, r"accuracy in \[0, 1\]; received .*accuracy=71"),
@@ -180,7 +293,43 @@ def test_a_dense_model_is_refused_before_anything_is_written(tmp_path):
         ({"robustness": [{"accuracy": 0.5}]}, "attack=None"),
     ],
 )
-def test_what_is_no_measurement_is_refused(options, message, tmp_path):
+def test_what_is_no_measurement_is_refused_before_anything_is_written(options, message, tmp_path):
     with pytest.raises(CondLRError, match=message):
         write(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+HEADER, SECTION = "header of .*README.md must be YAML.*Mend or remove", "section of .*README.md must stand"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"---\ntags: [a\n---\ntext\n", HEADER),
+        (b"---\n- a\n---\ntext\n", HEADER),
+        (b"---\ntags: a\n\nnot closed\n", HEADER),
+        (b"---\nmodel-index:\n- results: 3\n---\n", HEADER),
+        (b"---\ntags: \xff\n---\n", HEADER),
+        *((f"Words\n{marks}\n".encode(), SECTION) for marks in (BEGIN, END, END + BEGIN, 2 * (BEGIN + END))),
+    ],
+)
+def test_a_broken_card_is_refused_and_left_as_it_was(content, message, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(CondLRError, match=message):
+        write(tmp_path, plot=True)
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failure_while_writing_leaves_the_old_card(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(USER_CARD)
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == [USER_CARD]
+
+
+def test_hostile_names_stay_in_their_cells(tmp_path):
+    for _ in range(2):
+        path = write(tmp_path, robustness=[{"attack": f"a|b\n{END}", "accuracy": 0.5}])
+    assert "| a\\|b &lt;!-- condlr:end --> | 0.5 |" in path.read_text("utf-8")

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -461,3 +462,57 @@ def test_restore_from_shards_and_renamed_keys(case, tmp_path):
     restore_weights(other, tmp_path)
     assert_equal_weights(model, other)
     assert math.isfinite(sum(p.sum().item() for p in other.parameters()))
+
+
+def test_resuming_passes_over_a_checkpoint_that_was_not_written_whole(tmp_path, caplog):
+    args, rows = arguments(tmp_path, save_strategy="steps", save_steps=4), text_data()
+    dense = dense_bert()
+    whole = CondLRTrainer(model=convert(copy.deepcopy(dense)), args=args, train_dataset=rows)
+    whole.train()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()  # killed before the last file
+    (tmp_path / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": ')
+    (tmp_path / "checkpoint-notes").mkdir()
+    resumed = CondLRTrainer(model=convert(copy.deepcopy(dense)), args=args, train_dataset=rows)
+    with caplog.at_level(logging.WARNING, logger="hf_condlr"):
+        resumed.train(resume_from_checkpoint=True)
+    assert [word for word in ("checkpoint-12", "checkpoint-8", "checkpoint-4") if word in caplog.text] == [
+        "checkpoint-12",
+        "checkpoint-8",
+    ]
+    assert_equal_weights(whole.model, resumed.model)
+
+
+def test_resuming_from_nothing_is_an_error(tmp_path):
+    trainer = CondLRTrainer(model=convert(dense_bert()), args=arguments(tmp_path), train_dataset=text_data())
+    with pytest.raises(CheckpointError, match="needs a checkpoint in output_dir; received none in"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+class Intruder:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_that_runs_is_unpickled(name, tmp_path):
+    args, rows = arguments(tmp_path / "out", save_strategy="steps", save_steps=6), text_data()
+    CondLRTrainer(model=convert(dense_bert()), args=args, train_dataset=rows).train()
+    torch.save({"state": Intruder(tmp_path / "intruded")}, tmp_path / "out" / "checkpoint-6" / name)
+    trainer = CondLRTrainer(model=convert(dense_bert()), args=args, train_dataset=rows)
+    with pytest.raises(pickle.UnpicklingError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert not (tmp_path / "intruded").exists()
+
+
+def test_a_checkpoint_of_the_trainer_is_an_ordinary_one(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=6)
+    trainer = CondLRTrainer(model=convert(dense_bert()), args=args, train_dataset=text_data())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in ("checkpoint-12", "final"):
+        assert_equal_weights(BertForSequenceClassification.from_pretrained(tmp_path / folder), trainer.model)

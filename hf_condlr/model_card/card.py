@@ -1,31 +1,32 @@
-"""`write_model_card`: the file itself; what the user wrote around our section and into the header stays."""
+"""`write_model_card`: the file, its YAML header and our section; what the user wrote into either stays."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_condlr.diagnostics import ConditionReport, condition_report
+from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import CondLRError, MissingExtraError
-from hf_condlr.model_card.header import Record, merge_header, split_card
-from hf_condlr.model_card.measurements import Measurements
-from hf_condlr.model_card.origin import base_of, is_hub_id, pipeline_tag
-from hf_condlr.model_card.section import render_section
+from hf_condlr.model_card.origin import LICENSE_FIELDS, base_of, is_hub_id, pipeline_tag
+from hf_condlr.model_card.section import render_section, shown
 
 BEGIN, END = "<!-- condlr:begin -->", "<!-- condlr:end -->"
-RECORD = re.compile(r"<!-- condlr:header (\{.*\}) -->")
 PICTURE = "condition.png"
 TAGS = ["condlr", "low-rank", "robustness", "compression"]
+SOURCE = {"url": "https://arxiv.org/abs/2306.01485", "name": "hf_condlr"}
+MARK = " (hf_condlr)"
+"""Ends the names of our results: huggingface_hub puts results of one data set together, whatever their sources."""
 
 
 def write_model_card(
@@ -38,23 +39,27 @@ def write_model_card(
     dataset: str | None = None,
     plot: bool = True,
     model_id: str | None = None,
+    tags: Iterable[str] = (),
 ) -> Path:
     """Write `README.md` into `folder`, and `condition.png` beside it where matplotlib is installed.
 
-    A card that is there already keeps its text outside our markers, and every header field but those that we wrote
-    and nobody changed since. Tags are united. A file is replaced in one step, or left as it was.
+    A card that is there already keeps its text outside our markers and every header field that is set; results that
+    we wrote are replaced, tags united. Comments in the YAML are lost, as with every tool of the Hub. The file is
+    replaced in one step, or left as it was.
 
     Args:
         model: A model with factored layers.
         folder: Where the model is saved, or will be.
         base_model: Hub id or local folder of what the model was made from; by default the name it was loaded from,
             where that is a Hub id or a folder. A folder is not named in the card: the base its own card states is.
+            One that the header of the card states already comes first.
         robustness: Of each attack its name (`attack`), the `accuracy` in [0, 1] that it left, and its parameters under
             names of their own, such as `epsilon`, `steps`, `restarts`, `samples`.
         metrics: What was measured without an attack, {name of the metric: value}; a value of None is left out.
         dataset: Hub id, or name, of the data that the model was trained on and measured with.
         plot: Whether to draw the picture of the spectra.
         model_id: Hub id that the model will have, for the lines that load it; "your-name/<folder>" by default.
+        tags: Besides ours.
 
     Returns:
         The path of the card.
@@ -68,67 +73,80 @@ def write_model_card(
         >>> write_model_card(model, "out", robustness=[attack], metrics={"accuracy": 0.93}, dataset="cifar10")
     """
     report = condition_report(model)
-    measured = Measurements.of(metrics, robustness, dataset)
-    path = Path(folder) / REPOCARD_NAME
-    header, text, line_end = _read(path)
-    head, tail = _around(path, text, line_end)
-    name = (model_id or Path(folder).resolve().name).rpartition("/")[2]
-    base = base_of(model, base_model, folder=folder, model_id=model_id)
     task = pipeline_tag(model)
-    results = measured.eval_results(task)
-    ours = ModelCardData(
-        base_model=base.hub_id,
-        library_name="transformers" if isinstance(model, PreTrainedModel) else None,
-        pipeline_tag=task,
-        tags=TAGS,
-        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
-        eval_results=results or None,
-        model_name=name if results else None,
-        **base.licence,
-    ).to_dict()
-    yaml, record = merge_header(header or "", ours, _record(text))
+    results = _eval_results(metrics or {}, robustness, dataset, task)
+    path = Path(folder) / REPOCARD_NAME
+    card, index = _read(path)
+    head, tail = _around(path, card.text)
+    name = (model_id or Path(folder).resolve().name).rpartition("/")[2]
+    base = base_of(model, base_model, stated=card.data.get("base_model"), folder=folder, model_id=model_id)
+    ours = {
+        "base_model": base.hub_id,
+        "library_name": "transformers" if isinstance(model, PreTrainedModel) else None,
+        "pipeline_tag": task,
+        "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
+    }
+    if not any(card.data.get(field) for field in LICENSE_FIELDS):  # ours never complete the user's
+        ours |= base.licence
+    for field, value in ours.items():
+        card.data[field] = card.data.get(field) or value
+    card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *TAGS, *tags]))
+    card.data["model-index"] = _merge_results(index, results, name) or None
     path.parent.mkdir(parents=True, exist_ok=True)
+    if plot:
+        try:
+            report.plot(path.with_name(PICTURE))
+        except MissingExtraError:
+            plot = False
     section = render_section(
         model,
         report,
         title=None if re.search(r"^# ", head + tail, re.MULTILINE) else name,
         base=base,
-        measured=measured,
+        results=results,
+        dataset=dataset,
         model_id=model_id or f"your-name/{name}",
-        picture=PICTURE if plot and _plot(report, path.with_name(PICTURE)) else None,
+        picture=PICTURE if plot else None,
     )
-    ours_text = f"{BEGIN}\n<!-- condlr:header {json.dumps(record)} -->\n{section}\n{END}"
-    fenced = f"---\n{yaml}\n---\n" + ("\n" if header is None else "")
-    card = fenced.replace("\n", line_end) + head + ours_text.replace("\n", line_end) + tail
-    _replace(path, lambda temporary: temporary.write_bytes(card.encode()))
+    card.text = f"{head}{BEGIN}\n{section}\n{END}{tail}"
+    temporary = path.with_name(f".{os.getpid()}-{REPOCARD_NAME}")
+    try:
+        card.save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
-def _read(path: Path) -> tuple[str | None, str, str]:
-    """Header or None, text, and the line ending of the card that is there; an empty one where none is."""
-    if not path.exists():
-        return None, "", "\n"
+def _read(path: Path) -> tuple[ModelCard, list[dict[str, Any]]]:
+    """The card that is there, or an empty one, and its model index apart: as `EvalResult`s it would lose sources."""
     try:
-        content = path.read_bytes().decode("utf-8-sig")
-        header, text = split_card(content)
-    except ValueError as error:  # UnicodeDecodeError is one
+        content = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+        if not content.lstrip().startswith("---"):
+            return ModelCard(f"---\n\n---\n\n{content}"), []
+        card = ModelCard(content)  # checks the index, too
+        if card.text == content:
+            raise ValueError("it opens with --- and no second line --- closes it")
+        header = metadata_load(path) or {}
+        index = header.pop("model-index", None) or []
+        card.data = ModelCardData(**header)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CondLRError(
             f"the header of {path} must be YAML between two lines ---, as the Hub reads it",
-            received=str(error),
+            received=" ".join(str(error).split()),
             remedy="Mend or remove the header, or move the file away; it was left as it is.",
         ) from error
-    return None if header is None else header.replace("\r\n", "\n"), text, "\r\n" if "\r\n" in content else "\n"
+    return card, index
 
 
-def _around(path: Path, text: str, line_end: str) -> tuple[str, str]:
+def _around(path: Path, text: str) -> tuple[str, str]:
     """What stands before and after our section, or will."""
     begins, ends = text.count(BEGIN), text.count(END)
     if begins == ends == 0:
-        gap = "" if not text else line_end if text.endswith("\n") else 2 * line_end
-        return text + gap, line_end
+        return (f"{text.rstrip()}\n\n" if text.strip() else "\n"), "\n"
     head, _, rest = text.partition(BEGIN)
-    _, found, tail = rest.partition(END)
-    if (begins, ends) != (1, 1) or not found:
+    _, end, tail = rest.partition(END)
+    if (begins, ends) != (1, 1) or not end:
         raise CondLRError(
             f"our section of {path} must stand between one {BEGIN} and one {END}",
             received=f"{begins} and {ends}, or in another order",
@@ -137,31 +155,68 @@ def _around(path: Path, text: str, line_end: str) -> tuple[str, str]:
     return head, tail
 
 
-def _record(text: str) -> Record:
-    """What `merge_header` returned last time; without it everything in the header is the user's."""
-    match = RECORD.search(text)
-    try:
-        return dict(json.loads(match.group(1))) if match else {}
-    except ValueError:
-        return {}
+def _eval_results(
+    metrics: Mapping[str, Any], robustness: Iterable[Mapping[str, Any]], dataset: str | None, task: str | None
+) -> list[EvalResult]:
+    """What was measured, checked; an attack's name is the `metric_config`, its parameters are the `metric_args`."""
+    place: dict[str, Any] = {
+        "task_type": task or "other",  # the Hub requires a task and a data set
+        "dataset_type": dataset if dataset and is_hub_id(dataset) else "unknown",
+        "dataset_name": dataset or "unknown",
+        "source_name": SOURCE["name"],
+        "source_url": SOURCE["url"],
+    }
+    results = []
+    for name, value in _stated(metrics).items():
+        if isinstance(value, (list, dict)) or value in ("nan", "inf", "-inf"):
+            raise CondLRError(
+                "a metric must be a finite number, or a text such as '20.0 ± 1.2'",
+                received=f"{name}={value}",
+                remedy="Leave out what was not measured.",
+            )
+        results.append(EvalResult(metric_type=name, metric_value=value, metric_name=f"{name}{MARK}", **place))
+    for parameters in map(_stated, robustness):
+        attack, accuracy = parameters.pop("attack", None), parameters.pop("accuracy", None)
+        if not isinstance(attack, str) or type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+            raise CondLRError(
+                "an entry of robustness must state an attack's name and an accuracy in [0, 1]",
+                received=f"attack={attack!r}, accuracy={accuracy!r}",
+                remedy="Write {'attack': 'pgd-linf', 'epsilon': 8 / 255, 'steps': 20, 'accuracy': 0.71}, say.",
+            )
+        detail = ", ".join([attack, *(f"{name} {shown(value)}" for name, value in parameters.items())])
+        results.append(
+            EvalResult(
+                metric_type="robust_accuracy",  # not `accuracy`: the Hub would rank it among clean ones
+                metric_value=accuracy,
+                metric_name=f"Robust accuracy, {detail}{MARK}",
+                metric_config=attack,
+                metric_args=parameters or None,
+                **place,
+            )
+        )
+    return results
 
 
-def _plot(report: ConditionReport, path: Path) -> bool:
-    """Whether there is a picture now."""
-    try:
-        _replace(path, report.plot)
-    except MissingExtraError:
-        return False
-    return True
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(name): _plain(value) for name, value in values.items() if value is not None}
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place in one step."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # same ending: it chooses the picture's format
-    try:
-        write(temporary)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _plain(value: Any) -> Any:
+    """As a safe YAML loader can read it: no scalars of NumPy or torch, no tuples, no infinities."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    is_plain = type(value) in (bool, int, str, list, dict) or (type(value) is float and math.isfinite(value))
+    return value if is_plain else str(value)
+
+
+def _merge_results(index: list[dict[str, Any]], results: list[EvalResult], name: str) -> list[dict[str, Any]]:
+    """Our earlier results out of a model index, the new ones in; the user's stay as stated."""
+    for model in index:
+        for group in model["results"]:
+            group["metrics"] = [m for m in group["metrics"] if not str(m.get("name")).endswith(MARK)]
+            if group.get("source") == SOURCE:
+                del group["source"]  # another tool put the user's results into our group
+        model["results"] = [group for group in model["results"] if group["metrics"]]
+    if results:
+        index = index or [{"name": name, "results": []}]
+        index[0]["results"] += eval_results_to_model_index(name, results)[0]["results"]
+    return [model for model in index if model["results"]]

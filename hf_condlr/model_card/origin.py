@@ -19,9 +19,9 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
 from hf_condlr.errors import CondLRError
-from hf_condlr.model_card.header import LICENSE_FIELDS
 
 logger = logging.getLogger(__name__)
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Base:
 
     hub_id: str | None = None
     licence: dict[str, Any] = field(default_factory=dict)
-    """`license`, `license_name`, `license_link` of its card, so far as stated."""
+    """`LICENSE_FIELDS` of its card, so far as stated."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -42,28 +42,30 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
-def base_of(model: nn.Module, given: str | Path | None, *, folder: str | Path, model_id: str | None) -> Base:
-    """The base model that was given, or else the one the model was loaded from.
-
-    A model loaded from its own folder or repository has the base that the card there states.
+def base_of(
+    model: nn.Module, given: str | Path | None, *, stated: Any, folder: str | Path, model_id: str | None
+) -> Base:
+    """The base that the header of the model's card states, or else that was given, or that the model was loaded from.
 
     Raises:
         CondLRError: `given` is no Hub id and no folder.
     """
     name = str(given or getattr(getattr(model, "config", None), "_name_or_path", None) or "")
-    if given is None and name and (name == model_id or os.path.realpath(name) == os.path.realpath(folder)):
-        name = _stated_base(_card(name)) or ""
+    if given is None and (name == model_id or os.path.realpath(name) == os.path.realpath(folder)):
+        name = ""  # of the model itself only its card knows the base
+    base = Base()
     if name and Path(name).is_dir():
         card = _card(name)
-        return Base(_stated_base(card), _licence(card))
+        base = Base(_hub_id(card.base_model if card else None), _licence(card))
     # A relative path to a checkpoint that is gone by now would pass for "user/name".
-    if is_hub_id(name) and (given is not None or not re.search(r"(^|/)checkpoint-\d+$", name)):
-        return Base(name, _licence(_card(name)))
-    if given is not None:
+    elif is_hub_id(name) and (given or not re.search(r"(^|/)checkpoint-\d+$", name)):
+        base = Base(name, _licence(_card(name)))
+    elif given:
         raise CondLRError(
             "base_model must be a Hub id or a folder", received=repr(name), remedy="'google/vit-base-patch16-224', say."
         )
-    return Base()
+    first = _hub_id(stated)
+    return base if first in (None, base.hub_id) else Base(first, _licence(_card(str(first))))
 
 
 def pipeline_tag(model: nn.Module) -> str | None:
@@ -73,9 +75,7 @@ def pipeline_tag(model: nn.Module) -> str | None:
     for task, classes in TASK_MAPPING.items():
         names: Any = cast(Any, classes).get(model_type, ())
         if type(model).__name__ in ((names,) if isinstance(names, str) else names):
-            found.append(task)
-    if found == ["text2text-generation"]:  # the Hub knows it as a kind of:
-        return "text-generation"
+            found.append("text-generation" if task == "text2text-generation" else task)  # the Hub's kind of it
     return found[0] if len(found) == 1 else None
 
 
@@ -92,25 +92,21 @@ def auto_class(model: PreTrainedModel) -> str | None:
 
 def _card(name: str) -> ModelCardData | None:
     """The header of the card in a folder, in the Hub's cache, or on the Hub."""
-    local = Path(name) / REPOCARD_NAME
     try:
-        return ModelCard.load(local if Path(name).is_dir() else name, ignore_metadata_errors=True).data
+        path = Path(name) / REPOCARD_NAME
+        return ModelCard.load(path if Path(name).is_dir() else name, ignore_metadata_errors=True).data
     except Exception as error:  # offline, gated, missing, no YAML: a card can do without
         logger.info("no card of %s: %s", name, error)
         return None
 
 
-def _stated_base(card: ModelCardData | None) -> str | None:
-    name = card.base_model if card else None
-    name = name[0] if isinstance(name, list) and len(name) == 1 else name
-    return name if isinstance(name, str) and is_hub_id(name) else None
+def _hub_id(stated: Any) -> str | None:
+    stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
+    return stated if isinstance(stated, str) and is_hub_id(stated) else None
 
 
 def _licence(card: ModelCardData | None) -> dict[str, Any]:
-    stated = {name: getattr(card, name, None) for name in LICENSE_FIELDS}
-    if not stated["license"]:
-        return {}
-    link = stated["license_link"]
-    if link and not str(link).startswith("https://"):
-        stated["license_link"] = None  # relative to the other repository
+    stated = {name: card.get(name) for name in LICENSE_FIELDS} if card and card.license else {}
+    if not str(stated.get("license_link")).startswith("https://"):
+        stated.pop("license_link", None)  # relative to the other repository
     return {name: value for name, value in stated.items() if value}

@@ -1,7 +1,4 @@
-"""The text of our section of the card, from `templates/model_card.md`.
-
-By `string.Template`: `ModelCard.from_template` would need jinja2.
-"""
+"""The text of our section of the card, from `templates/model_card.md`, by `string.Template`: no jinja2."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from importlib.resources import files
 from string import Template
 from typing import Any, cast
 
+from huggingface_hub import EvalResult
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_condlr.diagnostics import ConditionReport
 from hf_condlr.layers import LowRankLayer
-from hf_condlr.model_card.measurements import Measurements, shown
 from hf_condlr.model_card.origin import Base, auto_class
 
 LONGEST_OPEN_TABLE = 12
@@ -29,80 +26,58 @@ def render_section(
     *,
     title: str | None,
     base: Base,
-    measured: Measurements,
+    results: Sequence[EvalResult],
+    dataset: str | None,
     model_id: str,
     picture: str | None,
 ) -> str:
-    """Markdown without the markers around it.
-
-    Args:
-        model: What is described.
-        report: Its condition.
-        title: The heading of the page; None where the user has one.
-        base: What the model was made from.
-        measured: Goes into tables.
-        model_id: For the lines that load the model.
-        picture: Name of the picture's file.
-    """
-    template = Template((files("hf_condlr") / "templates" / "model_card.md").read_text(encoding="utf-8"))
-    text = template.substitute(
-        _sizes(model, report),
+    """Markdown without the markers around it; `title` is None where the user has one."""
+    layers = {record.name: cast(LowRankLayer, model.get_submodule(record.name)) for record in report.layers}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    dense = size + sum((r.dense_parameters - r.parameters) * layers[r.name].U.element_size() for r in report.layers)
+    text = Template((files("hf_condlr") / "templates" / "model_card.md").read_text(encoding="utf-8")).substitute(
         title=f"# {title}" if title else "",
-        summary=_summary(model, report, base),
-        tau=_tau(model, report),
-        attacked=_ATTACKED if measured.attacks else _NOT_ATTACKED,
+        model=type(model).__name__,
+        origin=f", made from {_link(base.hub_id)}" if base.hub_id else "",
+        count=len(layers),
+        tau=_tau(report, {name: layer.tau for name, layer in layers.items()}),
+        attacked="What attacks left of the accuracy is measured below."
+        if any(result.metric_config is not None for result in results)
+        else "No attack on this model is reported here: measure its robustness by attacking it.",
+        parameters=f"{report.parameters:,}",
+        dense_parameters=f"{report.dense_parameters:,}",
+        parameters_removed=f"{report.compression:.1%}",
+        bytes=f"{size:,}",
+        dense_bytes=f"{dense:,}",
+        bytes_removed=f"{1 - size / dense:.1%}",
         max_kappa=_number(report.max_condition_number),
         mean_kappa=_number(report.mean_condition_number),
         orthonormality=f"{report.max_orthonormality_error:.1e}",
         layers=_layers(report),
         picture=f"![singular values and condition number of each layer]({picture})" if picture else "",
-        measured=_measured(measured),
-        usage=_usage(model, model_id),
+        measured=_measured(results, dataset),
+        usage=_usage(model, model_id) if isinstance(model, PreTrainedModel) else "",
         licence=_licence(base),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()  # parts that this card has not leave blank lines
 
 
-_ATTACKED = "What attacks left of the accuracy is measured below."
-_NOT_ATTACKED = "No attack on this model is reported here: measure its robustness by attacking it."
+def shown(value: Any) -> str:
+    """A number to four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _summary(model: nn.Module, report: ConditionReport, base: Base) -> str:
-    origin = f", made from {_link(base.hub_id)}" if base.hub_id else ""
-    return (
-        f"`{type(model).__name__}` with low-rank weights{origin}: {len(report.layers)} of its layers are factored by "
-        f"hf_condlr, and it has {report.parameters:,} parameters instead of {report.dense_parameters:,}."
-    )
-
-
-def _tau(model: nn.Module, report: ConditionReport) -> str:
+def _tau(report: ConditionReport, taus: dict[str, float]) -> str:
     """τ, and in how many layers it is kept to."""
-    taus = {record.name: cast(LowRankLayer, model.get_submodule(record.name)).tau for record in report.layers}
     bounded = [record for record in report.layers if math.isfinite(taus[record.name])]
     if not bounded:
         return "Here τ = ∞: the cores are not constrained."
     values = sorted(set(taus.values()))
-    rule = f"κ ≤ 1 + τ = {1 + values[0]:g}" if len(values) == 1 else "κ ≤ 1 + τ"
+    rule = "κ ≤ 1 + τ" + (f" = {1 + values[0]:g}" if len(values) == 1 else "")
     held = sum(record.condition_number <= (1 + taus[record.name]) * (1 + 1e-4) for record in bounded)
     which = "" if len(bounded) == len(report.layers) else " whose τ is finite"
-    stated = " or ".join(_number(tau, "g") for tau in values)
+    stated = " or ".join(map(_number, values))
     return f"Here τ = {stated}, and {rule} holds for {held} of the {len(bounded)} factored layers{which}."
-
-
-def _sizes(model: nn.Module, report: ConditionReport) -> dict[str, str]:
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    dense = size
-    for record in report.layers:
-        layer = cast(LowRankLayer, model.get_submodule(record.name))
-        dense += (record.dense_parameters - record.parameters) * layer.U.element_size()
-    return {
-        "parameters": f"{report.parameters:,}",
-        "dense_parameters": f"{report.dense_parameters:,}",
-        "parameters_removed": f"{report.compression:.1%}",
-        "bytes": f"{size:,}",
-        "dense_bytes": f"{dense:,}",
-        "bytes_removed": f"{1 - size / dense:.1%}",
-    }
 
 
 def _layers(report: ConditionReport) -> str:
@@ -124,28 +99,24 @@ def _layers(report: ConditionReport) -> str:
     return f"<details>\n<summary>All {len(rows)} layers</summary>\n\n{table}\n\n</details>"
 
 
-def _measured(measured: Measurements) -> str:
-    if not (measured.metrics or measured.attacks):
-        return ""
-    parts = ["## Measured"]
-    if measured.dataset:
-        parts.append(f"On {_cell(measured.dataset)}.")
-    if measured.metrics:
-        rows = [(name, shown(value)) for name, value in measured.metrics.items()]
-        parts.append(_table(("metric", "value"), rows))
-    if measured.attacks:
-        names = list(dict.fromkeys(name for attack in measured.attacks for name in attack.parameters))
-        attacked = [
-            (attack.name, *(shown(attack.parameters.get(name, "")) for name in names), shown(attack.accuracy))
-            for attack in measured.attacks
-        ]
-        parts.append(_table(("attack", *names, "robust accuracy"), attacked))
+def _measured(results: Sequence[EvalResult], dataset: str | None) -> str:
+    clean = [(r.metric_type, shown(r.metric_value)) for r in results if r.metric_config is None]
+    attacks = [r for r in results if r.metric_config is not None]
+    names = list(dict.fromkeys(name for r in attacks for name in r.metric_args or {}))
+    attacked = [
+        (r.metric_config, *(shown((r.metric_args or {}).get(name, "")) for name in names), shown(r.metric_value))
+        for r in attacks
+    ]
+    parts = [
+        "## Measured" if results else "",
+        f"On {_cell(dataset)}." if results and dataset else "",
+        _table(("metric", "value"), clean) if clean else "",
+        _table(("attack", *names, "robust accuracy"), attacked) if attacked else "",
+    ]
     return "\n\n".join(parts)
 
 
-def _usage(model: nn.Module, model_id: str) -> str:
-    if not isinstance(model, PreTrainedModel):
-        return ""  # there is no from_pretrained to show
+def _usage(model: PreTrainedModel, model_id: str) -> str:
     auto = auto_class(model)
     name, module = (auto, "transformers") if auto else (type(model).__name__, type(model).__module__)
     return (
@@ -156,23 +127,21 @@ def _usage(model: nn.Module, model_id: str) -> str:
 
 
 def _licence(base: Base) -> str:
-    if base.licence:
-        of = f"The base model {_link(base.hub_id)}" if base.hub_id else "The model that this one was made from"
-        stated = base.licence["license"]
-        names = [*(stated if isinstance(stated, list) else [stated]), base.licence.get("license_name")]
-        link = base.licence.get("license_link")
-        see = f" See {_cell(link)}." if link else ""
-        named = ", ".join(f"`{_cell(name)}`" for name in names if name)
-        return f"## Licence\n\n{of} is published under {named}.{see}"
-    return f"## Licence\n\nFor the licence of the base model see {_link(base.hub_id)}." if base.hub_id else ""
+    if not base.licence:
+        return f"## Licence\n\nFor the licence of the base model see {_link(base.hub_id)}." if base.hub_id else ""
+    stated = base.licence["license"]
+    names = [*(stated if isinstance(stated, list) else [stated]), base.licence.get("license_name")]
+    named = ", ".join(f"`{_cell(name)}`" for name in names if name)
+    link = base.licence.get("license_link")
+    return f"## Licence\n\nThe base model is published under {named}." + (f" See {_cell(link)}." if link else "")
 
 
 def _link(hub_id: str) -> str:
     return f"[{hub_id}](https://huggingface.co/{hub_id})"
 
 
-def _number(value: float, digits: str = ".4g") -> str:
-    return format(value, digits) if math.isfinite(value) else "∞"
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "∞"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,0 +1,150 @@
+"""`condlr` on the command line: what each command writes and says, and errors without tracebacks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+from hf_condlr import CondLRConfig, condition_report, get_robust_lowrank_model
+from hf_condlr.cli import main
+from hf_condlr.layers import FoldedLayer, LowRankLayer
+from tests import models
+
+load = AutoModelForImageClassification.from_pretrained
+
+
+def output(model):
+    with torch.no_grad():
+        return model(**models.pixels()).logits
+
+
+@pytest.fixture
+def dense(tmp_path):
+    models.vit().save_pretrained(tmp_path / "dense")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def factored(tmp_path):
+    get_robust_lowrank_model(models.vit(), CondLRConfig(rank_ratio=0.5)).save_pretrained(tmp_path / "factored")
+    return tmp_path / "factored"
+
+
+def call(*words):
+    return main([str(word) for word in words])
+
+
+def test_convert(dense, tmp_path, capsys):
+    options = ("--rank_ratio", 0.5, "--tau", "inf", "--target_modules", "fc1", "fc2", "--head", "dense")
+    assert call("convert", dense, tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out
+    assert "4 layers converted" in said and f"wrote {tmp_path / 'out'}" in said
+    model = load(tmp_path / "out")
+    assert [type(m).__name__ for m in model.modules() if isinstance(m, LowRankLayer)] == ["LowRankLinear"] * 4
+    assert model.vit.layers[0].mlp.fc1.tau == float("inf")
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()  # of the model it was made from
+
+
+def test_convert_from_a_saved_config(dense, tmp_path):
+    CondLRConfig(r=3, target_modules=r".*\.fc1").save_pretrained(tmp_path / "config")
+    assert call("convert", dense, tmp_path / "out", "--config", tmp_path / "config") == 0
+    assert load(tmp_path / "out").vit.layers[1].mlp.fc1.r == 3
+
+
+def test_report(factored, tmp_path, capsys):
+    assert call("report", factored, "--plot", tmp_path / "spectra.png") == 0
+    assert "vit.layers.0.attention.q_proj" in capsys.readouterr().out
+    assert (tmp_path / "spectra.png").stat().st_size > 1000
+    assert call("report", factored, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(json.dumps(condition_report(load(factored)).to_dict()))
+
+
+def test_fold_and_densify(factored, tmp_path):
+    expected = output(load(factored))
+    assert call("fold", factored, tmp_path / "folded") == 0
+    folded = load(tmp_path / "folded")
+    assert any(isinstance(module, FoldedLayer) for module in folded.modules())
+    assert call("densify", factored, tmp_path / "dense") == 0
+    plain = load(tmp_path / "dense")
+    assert not any(isinstance(module, (FoldedLayer, LowRankLayer)) for module in plain.modules())
+    assert torch.allclose(output(folded), expected, atol=1e-5)
+    assert torch.allclose(output(plain), expected, atol=1e-5)
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
+
+
+def test_export(factored, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    assert call("export", factored, tmp_path / "vit.onnx") == 0
+    assert f"{(tmp_path / 'vit.onnx').stat().st_size:,} bytes" in capsys.readouterr().out
+
+
+def test_push(factored, tmp_path):
+    from .hub_server import Hub
+
+    script = "import sys\nfrom hf_condlr.cli import main\nsys.exit(main(sys.argv[1:]))"
+    with Hub() as hub:
+        command = [sys.executable, "-c", script, "push", str(factored), "me/vit", "--private"]
+        done = subprocess.run(command, env=hub.environment("hf_write"), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "pushed http://127.0.0.1" in done.stdout
+        assert {"README.md", "condlr.safetensors", "config.json"} <= set(hub.files("me/vit"))
+        command[-3] = str(tmp_path / "gone")
+        wrong = subprocess.run(command, env=hub.environment("hf_read"), capture_output=True, text=True, check=False)
+        assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("convert", "{dense}", "{out}"), "exactly one of r, rank_ratio, compression_ratio must be given"),
+        (("convert", "{dense}", "{out}", "--r", 99), r"received r=99"),
+        (("convert", "{dense}", "{out}", "--config", "{dense}"), "adapter_config.json"),
+        (("convert", "{dense}", "{out}", "--config", "c", "--r", 2), "--config holds all settings; received r"),
+        (("report", "{dense}"), "the model must have factored layers"),
+        (("fold", "{dense}", "{out}"), "the model must have factored layers"),
+        (("densify", "{dense}", "{out}"), "the model must have factored layers"),
+        (("report", "{out}"), "{out}"),
+    ],
+)
+def test_an_error_is_said_without_a_traceback(words, message, dense, tmp_path, capsys):
+    places = {"dense": str(dense), "out": str(tmp_path / "out")}
+    assert call(*(str(word).format(**places) for word in words)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"condlr {words[0]}: ")
+    assert message.format(**places) in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_said(factored, capsys):
+    path = factored / "condlr.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert call("report", factored) == 1
+    assert "must be the one that was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("conver",), ("convert",), ("report", "m", "--jso"), ("convert", "m", "o", "--r", "x")]
+)
+def test_a_wrong_call_exits_with_2(words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        call(*words)
+    assert exit_.value.code == 2
+    assert "usage: condlr" in capsys.readouterr().err
+
+
+def test_the_command_is_installed_and_its_help_teaches(capsys):
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("condlr")), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("convert", "report", "fold", "densify", "export", "push"):
+        assert f"condlr {command} " in done.stdout  # an example each
+        with pytest.raises(SystemExit, match="0"):
+            call(command, "--help")
+        assert "MODEL" in capsys.readouterr().out
