@@ -8,7 +8,13 @@ from hf_condlr.layers import LowRankConv2d, LowRankLinear
 from hf_condlr.loading import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
 from hf_condlr.manifold import attach_manifold_step
 from hf_condlr.model_card import write_model_card
-from hf_condlr.trainer import CondLRSeq2SeqTrainer, CondLRTrainer, CondLRTrainerMixin
+from hf_condlr.trainer import (
+    CondLRSeq2SeqTrainer,
+    CondLRTrainer,
+    CondLRTrainerMixin,
+    FactoredTrainer,
+    FactoredTrainerMixin,
+)
 from hf_condlr.training_args import CondLRSeq2SeqTrainingArguments, CondLRTrainingArguments
 
 __all__ = [
@@ -18,6 +24,8 @@ __all__ = [
     "CondLRTrainer",
     "CondLRTrainerMixin",
     "CondLRTrainingArguments",
+    "FactoredTrainer",
+    "FactoredTrainerMixin",
     "LowRankConv2d",
     "LowRankLinear",
     "attach_manifold_step",

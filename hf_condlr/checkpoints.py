@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import FoldedLayer, LowRankLayer
+from hf_condlr.layers import Factors, FoldedLayer, LowRankLayer
 from hf_condlr.linalg import CENTERS, Center, condition_number, orthonormality_error, singular_values
 
 METHOD = "condlr"
@@ -52,11 +52,12 @@ class StoredLayer:
     """The bound on κ(S) that was in force when it was saved; inf where none was, or S did not obey it."""
 
     @classmethod
-    def of(cls, layer: LowRankLayer | FoldedLayer) -> StoredLayer:
-        """As the layer is now."""
+    def of(cls, layer: LowRankLayer | FoldedLayer, factors: Factors | None = None) -> StoredLayer:
+        """As the layer is now, or would be with other factors."""
         if isinstance(layer, FoldedLayer):
             return cls(r=layer.up.weight.shape[1], form="folded")
-        orthonormal, least = _measure(layer, layer.S.dtype)
+        factors = (layer.U, layer.S, layer.V) if factors is None else factors
+        orthonormal, least = _measure(factors, factors[1].dtype)
         bound = layer.bound if least <= layer.bound * KAPPA_TOLERANCE else math.inf
         return cls(r=layer.r, tau=layer.tau, center=layer.center, orthonormal=orthonormal, bound=bound)
 
@@ -138,48 +139,77 @@ def _from_json(entry: dict[str, Any]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- layers
 
 
-def stored_layers(model: nn.Module) -> dict[str, StoredLayer]:
-    """What a checkpoint of the model states, by the layers' names; a layer in several places under its first."""
-    return {n: StoredLayer.of(m) for n, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
+def stored_names(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
+    """Its factored and folded layers; one in several places under its first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
 
 
-def check_layer(name: str, layer: LowRankLayer, stored: StoredLayer, dtype: torch.dtype) -> None:
-    """Whether the loaded factors can be the rounding of ones that obey what the checkpoint states; sets `bound`.
+def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, StoredLayer]:
+    """What a checkpoint of the model states, by the layers' names.
 
     Args:
-        name: For the message.
-        layer: As loaded.
-        stored: What `config.json` states of it.
-        dtype: Of the file; the layer's own may round once more.
+        model: The model.
+        state_dict: The tensors that are written instead of its own (an average of the weights, say).
+
+    Raises:
+        CheckpointError: `state_dict` lacks a factor, or has one of another shape.
+    """
+    layers = stored_names(model)
+    if state_dict is None:
+        return {name: StoredLayer.of(layer) for name, layer in layers.items()}
+    own = {f"{n}.{part}": p for n, m in layers.items() for part, p in m.named_parameters()}
+    wrong = [key for key, p in own.items() if key not in state_dict or state_dict[key].shape != p.shape]
+    if wrong:
+        raise CheckpointError(
+            "a state_dict must hold the tensors of this model",
+            received=f"none of the right shape for {', '.join(wrong[:5])}",
+            remedy="Pass the state_dict of a model converted alike, or none. Nothing was written.",
+        )
+    stated = {}
+    for name, layer in layers.items():
+        factors = None if isinstance(layer, FoldedLayer) else tuple(state_dict[f"{name}.{k}"] for k in "USV")
+        stated[name] = StoredLayer.of(layer, factors)  # type: ignore[arg-type]  # three of them
+    return stated
+
+
+def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch.dtype) -> None:
+    """Whether the factors U, S, V can be the rounding of ones that obey what the checkpoint states.
+
+    Args:
+        name: Of the layer, for the message.
+        factors: As loaded; on the meta device (offloaded) there are no values to look at.
+        stored: What `config.json` states of them.
+        dtype: Of the file; that of the factors may round once more.
 
     Raises:
         CheckpointError: They break what is stated.
     """
-    if layer.S.is_meta:  # offloaded: its values are not here to look at
+    if any(factor.is_meta for factor in factors):
         return
-    if not all(torch.isfinite(factor).all() for factor in (layer.U, layer.S, layer.V)):
+    if not all(torch.isfinite(factor).all() for factor in factors):
         raise _broken(name, "U, S and V must be finite", "a value that is not")
-    orthonormal, least = _measure(layer, dtype)
+    orthonormal, least = _measure(factors, dtype)
+    U, S, V = factors
     if stored.orthonormal and not orthonormal:
-        error = max(orthonormality_error(layer.U.double()).item(), orthonormality_error(layer.V.double()).item())
+        error = max(orthonormality_error(U.double()).item(), orthonormality_error(V.double()).item())
         raise _broken(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
     if not least <= stored.bound * KAPPA_TOLERANCE:
-        kappa = condition_number(layer.S.double()).item()
+        kappa = condition_number(S.double()).item()
         raise _broken(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
-    layer.bound = stored.bound
 
 
 @torch.no_grad()
-def _measure(layer: LowRankLayer, dtype: torch.dtype) -> tuple[bool, float]:
+def _measure(factors: Factors, dtype: torch.dtype) -> tuple[bool, float]:
     """Whether U and V can be roundings of orthonormal ones, and the least κ of an S that this one can be rounded from.
 
-    With u the unit roundoff of `dtype` and the layer's own, rounding moves each singular value of S by at most u‖S‖_F,
+    With u the unit roundoff of `dtype` and the factors' own, rounding moves each singular value of S by at most u‖S‖_F,
     and UᵀU by at most 2u√r + u²r in the Frobenius norm.
     """
-    u = (torch.finfo(dtype).eps + torch.finfo(layer.S.dtype).eps) / 2
-    error = max(_orthonormality_estimate(layer.U), _orthonormality_estimate(layer.V))
-    orthonormal = error <= (1e-4 + 2 * u) * math.sqrt(layer.r) + u * u * layer.r
-    S = layer.S.double()
+    U, S, V = factors
+    r, u = S.shape[0], (torch.finfo(dtype).eps + torch.finfo(S.dtype).eps) / 2
+    error = max(_orthonormality_estimate(U), _orthonormality_estimate(V))
+    orthonormal = error <= (1e-4 + 2 * u) * math.sqrt(r) + u * u * r
+    S = S.double()
     if not torch.isfinite(S).all():
         return orthonormal, math.inf
     sigma, slack = singular_values(S), u * torch.linalg.vector_norm(S)
@@ -243,7 +273,10 @@ def verify_files(files: Iterable[Path], manifest: Manifest) -> None:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(
-                "every weight file of a checkpoint must be there", received=str(error), remedy=_FETCH
+                "every weight file of a checkpoint must be there",
+                received=str(error),
+                remedy=f"{_FETCH} If dense weights lie here, {CONFIG_NAME} must not have {MANIFEST} and "
+                "transformers_weights.",
             ) from error
         expected = manifest.sha256.get(path.name)
         if digest != expected:

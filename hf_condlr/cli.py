@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from hf_condlr import loading  # noqa: F401  # registers itself: factored checkpoints load
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         args.run(args)
-    except (CondLRError, HfHubHTTPError, OSError, ValueError) as error:
+    except (CondLRError, HfHubHTTPError, SafetensorError, OSError, ValueError) as error:
         sys.stderr.write(f"condlr {args.command}: {error}\n")
         return 1
     return 0
@@ -106,6 +107,8 @@ def _load(name: str) -> PreTrainedModel:
 
 def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
     """The model, with the tokenizer or image processor of the one it was made from."""
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise ConfigError("OUT must be another folder than MODEL", received=args.out, remedy="Name a new one.")
     model.save_pretrained(args.out)
     with contextlib.suppress(OSError, ValueError, ImportError):  # it has none, or one for an extra
         AutoProcessor.from_pretrained(args.model).save_pretrained(args.out)

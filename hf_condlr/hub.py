@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
 from hf_condlr.layers import LowRankLayer
@@ -70,7 +70,7 @@ def push_to_hub(
         folder = Path(name)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         with contextlib.suppress(EntryNotFoundError):
-            shutil.copyfile(hf_hub_download(repo_id, REPOCARD_NAME, token=token), folder / REPOCARD_NAME)
+            shutil.copyfile(_card(repo_id, revision, token), folder / REPOCARD_NAME)
         stated: dict[str, Any] = {"base_model": base_model, "metrics": metrics, "dataset": dataset, "tags": tags or ()}
         write_model_card(model, folder, robustness=robustness, model_id=repo_id, **stated)
         return model._upload_modified_files(
@@ -81,3 +81,11 @@ def push_to_hub(
             revision=revision,
             **options | {"commit_message": commit_message or "Upload model"},
         )
+
+
+def _card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    """The card of the branch, of main where the branch is to be made."""
+    try:
+        return hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, token=token)
+    except RevisionNotFoundError:
+        return hf_hub_download(repo_id, REPOCARD_NAME, token=token)

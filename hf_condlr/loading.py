@@ -23,7 +23,7 @@ from hf_condlr.checkpoints import (
     PARTS,
     Manifest,
     StoredLayer,
-    check_layer,
+    check_factors,
     read_headers,
     verify_files,
 )
@@ -95,7 +95,9 @@ class FactoredCheckpointLoader(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Check what was loaded, and leave an ordinary model."""
         for name, (stored_name, stored, dtype) in self._loaded.items():
-            check_layer(stored_name, model.get_submodule(name), stored, dtype)
+            layer = model.get_submodule(name)
+            check_factors(stored_name, (layer.U, layer.S, layer.V), stored, dtype)
+            layer.bound = stored.bound
         self.remove_quantization_config(model)
         model.config.transformers_weights = None
         del model.config.transformers_weights

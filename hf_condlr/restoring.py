@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_condlr.checkpoints import check_layer, read_headers, verify_files, weight_files
+from hf_condlr.checkpoints import check_factors, read_headers, verify_files, weight_files
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import LowRankLayer
 
@@ -26,6 +26,10 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: A file is missing or damaged, a tensor is missing, superfluous or of another shape.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            "a checkpoint is a folder", received=repr(str(folder)), remedy="Name one that the Trainer wrote."
+        )
     files, manifest = weight_files(Path(folder))
     if manifest is not None:
         verify_files(files, manifest)
@@ -45,15 +49,21 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
             received=", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
             remedy="Build the model with the config it was saved with; nothing was loaded.",
         )
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
+    tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
-                places[name].copy_(file.get_tensor(name))
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLayer):
-            layer.refresh_bound()
-            if manifest is not None:
-                check_layer(name, layer, manifest.layers[name], stored[f"{name}.S"][1])
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    stated = manifest.layers if manifest is not None else {}
+    for name in layers if stated else ():
+        factors = (tensors[f"{name}.U"], tensors[f"{name}.S"], tensors[f"{name}.V"])
+        check_factors(name, factors, stated[name], stored[f"{name}.S"][1])
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
+    for name, layer in layers.items():
+        layer.refresh_bound()
+        if stated:
+            layer.bound = stated[name].bound
 
 
 def last_whole_checkpoint(folder: str) -> str:

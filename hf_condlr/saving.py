@@ -23,7 +23,17 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_condlr.checkpoints import INDEX_SUFFIX, MANIFEST, NOTICE, STEM, SUFFIX, Manifest, stored_layers
+from hf_condlr.checkpoints import (
+    INDEX_SUFFIX,
+    MANIFEST,
+    NOTICE,
+    STEM,
+    SUFFIX,
+    Manifest,
+    StoredLayer,
+    stored_layers,
+    stored_names,
+)
 from hf_condlr.errors import CheckpointError
 from hf_condlr.hub import push_to_hub
 
@@ -33,19 +43,23 @@ _SHARD = re.compile(r"(-\d{5}-of-\d{5})\.safetensors$")
 
 
 def attach_saving(model: Any) -> None:
-    """Let `model.save_pretrained`, and what calls it (the Trainer), and `model.push_to_hub` write factored checkpoints.
+    """Let `save_pretrained`, and what calls it (the Trainer), and `push_to_hub` write factored checkpoints.
 
-    Attributes of this one object: its class stays what it is. Copies and pickles of the model keep them.
+    Attributes of the model, and of every transformers model inside it that has factors of its own (`model.bert`):
+    classes stay what they are. Copies and pickles of the model keep them.
     """
-    if isinstance(model, PreTrainedModel):
-        object.__setattr__(model, "save_pretrained", partial(save_pretrained, model))
-        object.__setattr__(model, "push_to_hub", partial(push_to_hub, model))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and stored_names(module):
+            object.__setattr__(module, "save_pretrained", partial(save_pretrained, module))
+            object.__setattr__(module, "push_to_hub", partial(push_to_hub, module))
 
 
 def detach_saving(model: Any) -> None:
-    """Back to the class's own `save_pretrained` and `push_to_hub`."""
-    for name in ("save_pretrained", "push_to_hub"):
-        vars(model).pop(name, None)
+    """Back to the classes' own `save_pretrained` and `push_to_hub`."""
+    for module in model.modules():
+        for name in ("save_pretrained", "push_to_hub"):
+            if isinstance(vars(module).get(name), partial):
+                delattr(module, name)
 
 
 def save_pretrained(
@@ -70,21 +84,23 @@ def save_pretrained(
         push_to_hub: Upload afterwards; `kwargs` then go to `model.push_to_hub`, with `repo_id` among them.
         max_shard_size: Largest weight file.
         token: Of the Hub.
-        kwargs: For the upload; nothing else is known.
+        kwargs: For the upload. What transformers takes and does not use any more (`save_function`) is taken, too.
 
     Raises:
         CheckpointError: The files could not be written, or an option that factored checkpoints do not have was given.
     """
     folder = Path(save_directory)
-    unknown = sorted(set(kwargs) - {"repo_id", "commit_message", "private", "create_pr", "revision"})
-    if unknown:
+    upload = {name: kwargs.pop(name) for name in _UPLOAD & set(kwargs)}
+    kwargs.pop("save_function", None)
+    if refused := {name: value for name, value in kwargs.items() if value not in _HARMLESS.get(name, ())}:
         raise CheckpointError(
-            "save_pretrained of a factored model takes transformers' usual options",
-            received=", ".join(f"{name}={kwargs[name]!r}" for name in unknown),
-            remedy="Leave them out: there is one format, with the model's own names, and no variants.",
+            "factored checkpoints have one format: safetensors with the model's own names, and no variants",
+            received=", ".join(f"{name}={value!r}" for name, value in refused.items()),
+            remedy="Leave it out.",
         )
     if not is_main_process:
         return
+    layers = stored_layers(model, state_dict)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_behind in folder.glob(f"{STAGING}*"):  # by a process that was killed
@@ -92,9 +108,10 @@ def save_pretrained(
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
         try:
             # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
-            options: dict[str, Any] = {"state_dict": state_dict, "max_shard_size": max_shard_size}
+            tensors = None if state_dict is None else dict(state_dict)  # transformers empties it
+            options: dict[str, Any] = {"state_dict": tensors, "max_shard_size": max_shard_size}
             type(model).save_pretrained(model, staging, save_original_format=False, **options)
-            _publish(model, staging, folder)
+            _publish(model, staging, folder, layers)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -104,11 +121,22 @@ def save_pretrained(
             remedy="What was saved there before is as it was. Free space or choose another folder, and save again.",
         ) from error
     if push_to_hub:
-        repo_id = kwargs.pop("repo_id", folder.name)
-        model.push_to_hub(repo_id, token=token, max_shard_size=max_shard_size, **kwargs)
+        repo_id = upload.pop("repo_id", folder.name)
+        model.push_to_hub(repo_id, token=token, max_shard_size=max_shard_size, **upload)
 
 
-def _publish(model: PreTrainedModel, staging: Path, folder: Path) -> None:
+_UPLOAD = {"repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags"}
+# What asks for nothing but the one format.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "variant": (None,),
+    "save_original_format": (False,),
+    "distributed_checkpoint": (False,),
+    "safe_serialization": (True, None),
+    "save_peft_format": (True, False),
+}
+
+
+def _publish(model: PreTrainedModel, staging: Path, folder: Path, layers: dict[str, StoredLayer]) -> None:
     """Move what `staging` holds into `folder`, `config.json` last."""
     shards = sorted(p for p in staging.glob(f"*{SUFFIX}"))
     config = json.loads((staging / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -116,7 +144,7 @@ def _publish(model: PreTrainedModel, staging: Path, folder: Path) -> None:
     condlr_config = getattr(model, "condlr_config", None)
     manifest = Manifest(
         weights="",
-        layers=stored_layers(model),
+        layers=layers,
         config=condlr_config.to_dict() if condlr_config is not None else None,
     )
     digests = {path: _digest(path) for path in shards}
@@ -159,8 +187,9 @@ def _renamed(name: str, stem: str) -> str:
 
 def _weights_in(folder: Path) -> set[str]:
     """The weight files of earlier checkpoints, factored or dense."""
-    stems = (STEM, SAFE_WEIGHTS_NAME.removesuffix(SUFFIX))
-    pattern = re.compile(rf"({'|'.join(stems)})(-[\w-]*)?({re.escape(SUFFIX)}|{re.escape(INDEX_SUFFIX)})")
+    dense = SAFE_WEIGHTS_NAME.removesuffix(SUFFIX)
+    names = rf"({STEM}(-[0-9a-f]{{8}})?|{dense})(-\d{{5}}-of-\d{{5}})?"  # nothing else: other files are the user's
+    pattern = re.compile(rf"{names}({re.escape(SUFFIX)}|{re.escape(INDEX_SUFFIX)})")
     return {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.config import ALL_LINEAR, CondLRConfig
 from hf_condlr.errors import ConversionError
+from hf_condlr.layers import FoldedLayer
 
 Place = Literal["body", "head"]
 
@@ -94,6 +95,8 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
     if not name:
         return "the model is this layer itself; convert it with LowRankLinear.from_dense"
     parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, FoldedLayer):
+        return "part of a folded layer"
     if isinstance(parent, READS_WEIGHTS):
         return f"nn.{type(parent).__name__} multiplies by its weight itself"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:

@@ -11,6 +11,7 @@ JSON file holds the same names as the command line; what follows it on the comma
 
 import itertools
 import json
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,13 @@ from hf_condlr import (
     CondLRConfig,
     CondLRTrainer,
     CondLRTrainingArguments,
+    FactoredTrainer,
     condition_report,
     get_robust_lowrank_model,
 )
 from hf_condlr.attacks import PGD, PixelModel
 
+logger = logging.getLogger("image_classification")
 METHODS = ("dense", "lowrank", "condlr")
 
 
@@ -192,7 +195,10 @@ def build_model(args: ModelArguments, train: Dataset, processor: Any) -> PreTrai
         label2id={name: i for i, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a head for other classes is drawn anew
     )
-    if args.method == "dense" or hasattr(model, "condlr_config"):  # a factored checkpoint trains on as it is
+    if hasattr(model, "condlr_config"):
+        logger.warning("%s is factored already: rank, targets and tau stay those of it", args.model_name_or_path)
+        return model
+    if args.method == "dense":
         return model
     calibration = None
     if args.init_weights == "activation_aware":
@@ -235,7 +241,7 @@ def make_trainer(
         "compute_metrics": accuracy,
     }
     if model_args.method != "condlr":
-        return Trainer(**settings)
+        return (Trainer if model_args.method == "dense" else FactoredTrainer)(**settings)
     teacher = None
     if model_args.teacher is not None:
         teacher = AutoModelForImageClassification.from_pretrained(model_args.teacher)
@@ -285,7 +291,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     trainer = make_trainer(model_args, training_args, data, data_args.horizontal_flip, data_args.crop_padding)
     if trainer.is_world_process_zero() and hasattr(trainer.model, "condlr_conversion"):
         print(trainer.model.condlr_conversion)
-    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint  # a folder, or true for the last checkpoint in output_dir
+    output = trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_metrics("train", output.metrics)
     trainer.save_state()
 
@@ -311,9 +318,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CondLRTrainin
     try:
         if argv and argv[0].endswith((".yaml", ".yml", ".json")):
             options = yaml.safe_load(Path(argv[0]).read_text())  # JSON is YAML
+            _require(isinstance(options, dict), f"{argv[0]} must hold options and their values", options)
             argv = [*itertools.chain.from_iterable(_words(*option) for option in options.items()), *argv[1:]]
         return parser.parse_args_into_dataclasses(argv)
-    except (ValueError, OSError) as error:  # the library's errors about arguments are ValueErrors too
+    except (ValueError, OSError, yaml.YAMLError) as error:  # the library's errors about arguments are ValueErrors too
         parser.error(str(error))
 
 

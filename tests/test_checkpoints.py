@@ -33,7 +33,7 @@ from hf_condlr import (
     to_dense_model,
 )
 from hf_condlr.checkpoints import NOTICE, Manifest, weight_files
-from hf_condlr.errors import CheckpointError
+from hf_condlr.errors import CheckpointError, ConversionError
 from hf_condlr.layers import FoldedLayer, LowRankLayer
 from hf_condlr.restoring import restore_weights
 from tests import models, test_architectures
@@ -274,17 +274,68 @@ def test_a_state_dict_of_ones_own_is_what_is_saved(tmp_path):
     assert torch.equal(loaded.classifier.weight, other.classifier.weight)
 
 
+def test_a_state_dict_states_what_its_own_factors_obey_and_must_fit(tmp_path):
+    model = constrained(factored_vit())
+    average = {name: (value + torch.randn_like(value)) / 2 for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=average)
+    stored = read_config(tmp_path)["quantization_config"]["layers"][Q]
+    assert (stored["orthonormal"], stored["bound"]) == (False, "inf")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for wrong in ({**average, f"{Q}.S": torch.eye(3)}, {n: v for n, v in average.items() if n != f"{Q}.S"}):
+        with pytest.raises(CheckpointError, match=f"none of the right shape for {Q}.S"):
+            model.save_pretrained(tmp_path, state_dict=wrong)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_other_processes_write_nothing(tmp_path):
     factored_vit().save_pretrained(tmp_path / "out", is_main_process=False)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "options", [{"variant": "fp16"}, {"save_original_format": True}, {"distributed_checkpoint": True}]
+    "options",
+    [
+        {"variant": "fp16"},
+        {"save_original_format": True},
+        {"distributed_checkpoint": True},
+        {"safe_serialization": False},
+        {"colour": "red"},
+    ],
 )
 def test_an_option_that_would_be_ignored_is_refused(options, tmp_path):
-    with pytest.raises(CheckpointError, match=f"usual options; received {next(iter(options))}="):
+    with pytest.raises(CheckpointError, match=f"have one format.*received {next(iter(options))}="):
         factored_vit().save_pretrained(tmp_path, **options)
+
+
+def test_options_that_ask_for_what_is_done_anyway_are_taken(tmp_path):
+    """As no-trainer scripts and older code pass them."""
+    factored_vit().save_pretrained(tmp_path, variant=None, safe_serialization=True, save_function=torch.save)
+    assert sorted(os.listdir(tmp_path)) == ["condlr.safetensors", "config.json"]
+
+
+def test_a_model_inside_saves_its_factors_too(tmp_path):
+    """Of a model with a head, and of a wrapper that is no transformers model."""
+    model = convert("bert", models.bert())
+    model.bert.save_pretrained(tmp_path / "inside")
+    inputs = MODELS["bert"].inputs()
+    with torch.no_grad():
+        loaded = AutoModel.from_pretrained(tmp_path / "inside")
+        assert torch.equal(loaded(**inputs)[0], model.bert(**inputs)[0])
+    wrapper = nn.Sequential(models.vit(transformers.ViTModel))
+    convert("vit", wrapper)
+    wrapper[0].save_pretrained(tmp_path / "wrapped")
+    assert len(layers(AutoModel.from_pretrained(tmp_path / "wrapped"))) == len(layers(wrapper))
+    to_dense_model(wrapper)[0].save_pretrained(tmp_path / "dense")
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
+
+
+def test_a_folded_layer_is_not_factored_again(tmp_path):
+    model = fold_model(factored_vit())
+    with pytest.raises(ConversionError, match="must match at least one layer"):
+        convert("vit", model)
+    with pytest.raises(ConversionError, match=r"q_proj\.down': part of a folded layer"):
+        get_robust_lowrank_model(model, CondLRConfig(target_modules=["down"], rank_ratio=0.5))
 
 
 # --------------------------------------------------------------------------------------------------- fail closed
@@ -448,6 +499,19 @@ def test_damage_is_a_clear_error(damage, shards, tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
+def test_a_broken_condition_changes_nothing_in_a_model_that_resumes(tmp_path):
+    constrained(factored_vit()).save_pretrained(tmp_path)
+    harm, message = DAMAGE["condition broken"]
+    harm(tmp_path)
+    model = factored_vit()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        restore_weights(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="a checkpoint is a folder; received 'true'"):
+        restore_weights(model, "true")
+
+
 def test_damaged_json_is_an_error(tmp_path):
     factored_vit().save_pretrained(tmp_path, max_shard_size="5KB")
     index = tmp_path / "condlr.safetensors.index.json"
@@ -507,11 +571,13 @@ def test_without_hard_links_it_copies(tmp_path, monkeypatch):
 
 
 def test_a_factored_checkpoint_takes_the_place_of_a_dense_one_and_leaves_other_files(tmp_path):
-    model = models.vit()
-    model.save_pretrained(tmp_path, max_shard_size="5KB")
-    (tmp_path / "notes.txt").write_text("mine")
-    convert("vit", model).save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["condlr.safetensors", "config.json", "notes.txt"]
+    models.vit().save_pretrained(tmp_path, max_shard_size="5KB")
+    mine = ["condlr-old.safetensors", "model-backup.safetensors", "model-ema.safetensors", "notes.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        convert("vit", models.vit()).save_pretrained(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == sorted(["condlr.safetensors", "config.json", *mine])
 
 
 def test_the_manifest_survives_json(tmp_path):

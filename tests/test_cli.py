@@ -110,6 +110,7 @@ def test_push(factored, tmp_path):
         (("fold", "{dense}", "{out}"), "the model must have factored layers"),
         (("densify", "{dense}", "{out}"), "the model must have factored layers"),
         (("report", "{out}"), "{out}"),
+        (("convert", "{dense}", "{dense}", "--r", 2), "OUT must be another folder than MODEL"),
     ],
 )
 def test_an_error_is_said_without_a_traceback(words, message, dense, tmp_path, capsys):

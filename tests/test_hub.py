@@ -67,6 +67,10 @@ out["base"] = type(AutoModel.from_pretrained("me/vit")).__name__
 second.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", private=True, max_shard_size="5KB")
 out["sharded"] = same(load("me/saved"), second)
 fold_model(load("me/vit")).push_to_hub("me/folded")
+(folder / "README.md").write_text("# Mine")
+from huggingface_hub import upload_file
+upload_file(path_or_fileobj=folder / "README.md", path_in_repo="README.md", repo_id="me/saved", commit_message="words")
+second.push_to_hub("me/saved", revision="dev")
 out["folded"] = type(load("me/folded").vit.layers[0].mlp.fc1).__name__
 out["without a token"] = error_of(load, "me/secret", token="hf_wrong")
 out["read only"] = error_of(first.push_to_hub, "me/vit", token="hf_read")
@@ -100,6 +104,12 @@ def test_the_card_states_what_was_measured_and_keeps_tags(pushed):
     assert 'AutoModelForImageClassification.from_pretrained("me/vit")' in first.text
     newest = ModelCard(hub.files("me/vit")["README.md"].decode())
     assert {"mine", "condlr"} <= set(newest.data.tags)
+
+
+def test_a_new_branch_starts_from_the_card_of_main(pushed):
+    _, hub = pushed
+    assert "# Mine" in hub.files("me/saved", "dev")["README.md"].decode()
+    assert hub.files("me/saved")["README.md"] == b"# Mine"
 
 
 def test_refusals_are_the_clients_own_errors(pushed):

@@ -244,6 +244,21 @@ def test_augmentation_mirrors_and_shifts(recipe):
     assert set(shifted[:, 0, 3, 3].int().tolist()) == {27 + 8 * i + j for i in (-1, 0, 1) for j in (-1, 0, 1)}
 
 
+def test_resuming_goes_on_from_the_last_checkpoint(call, tmp_path):
+    options = {"method": "lowrank", "save_strategy": "epoch", "num_train_epochs": 2}
+    whole = read(call(**options) / "test_results.json")["test_loss"]
+    (tmp_path / "out" / "checkpoint-16" / "trainer_state.json").unlink()
+    again = call(resume_from_checkpoint="true", **options)
+    assert read(again / "test_results.json")["test_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_factored_checkpoint_trains_on(call, folder, caplog):
+    first = call()
+    again = call(model_name_or_path=first, num_train_epochs=0)
+    assert "is factored already" in caplog.text
+    assert read(again / "test_results.json")["test_kappa_max"] <= 1.1 * (1 + 1e-4)
+
+
 def test_distillation_takes_a_teacher(call, folder):
     out = call(teacher=folder / "seed0" / "pretrained", distillation_weight=0.5, learning_rate=1e-3)
     assert math.isfinite(read(out / "train_results.json")["train_loss"])
@@ -321,7 +336,14 @@ def test_a_file_comes_first_and_the_command_line_wins(recipe, tmp_path, file, te
 
 def test_a_file_that_is_not_there_or_names_no_option_is_an_error(recipe, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("learning_rat: 1e-3\n")
-    for file, message in (("run.yaml", "learning_rat"), ("gone.yaml", "No such file")):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    for file, message in (
+        ("run.yaml", "learning_rat"),
+        ("gone.yaml", "No such file"),
+        ("list.yaml", "must hold options"),
+        ("bad.yaml", "expected ','"),
+    ):
         with pytest.raises(SystemExit):
             recipe.parse([str(tmp_path / file), *words(**NEEDED)])
         assert message in capsys.readouterr().err

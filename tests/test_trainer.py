@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     BertConfig,
@@ -29,6 +30,7 @@ from hf_condlr import (
     CondLRTrainer,
     CondLRTrainerMixin,
     CondLRTrainingArguments,
+    FactoredTrainer,
     condition_report,
     get_robust_lowrank_model,
     to_dense_model,
@@ -516,3 +518,49 @@ def test_a_checkpoint_of_the_trainer_is_an_ordinary_one(tmp_path):
     trainer.save_model(str(tmp_path / "final"))
     for folder in ("checkpoint-12", "final"):
         assert_equal_weights(BertForSequenceClassification.from_pretrained(tmp_path / folder), trainer.model)
+
+
+@pytest.mark.parametrize("cls", [CondLRTrainer, FactoredTrainer])
+def test_the_best_model_and_its_metrics_go_into_the_card(cls, tmp_path):
+    """Also of a model whose factors train freely, which Trainer itself could not restore."""
+    scores = iter([0.5, 0.9, 0.6, 0.7])
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    args = arguments(tmp_path, conditioning_warmup_ratio=0.0, **options, **best)
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            kept[state.global_step] = copy.deepcopy(model.state_dict())
+
+    trainer = cls(
+        model=convert(dense_bert()),
+        args=args,
+        train_dataset=text_data(),
+        eval_dataset=text_data(8),
+        compute_metrics=lambda prediction: {"score": next(scores)},
+        callbacks=[Keep()],
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 12
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, kept[12][name])
+
+    def score():
+        trainer.create_model_card(tags="mine")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert "mine" in card.data.tags
+        return next(result.metric_value for result in card.data.eval_results if "score" in result.metric_name)
+
+    assert score() == 0.9
+    trainer.evaluate()
+    assert score() == 0.7
+
+
+def test_a_freely_trained_model_resumes(tmp_path):
+    args, rows, dense = arguments(tmp_path, save_strategy="steps", save_steps=6), text_data(), dense_bert()
+    whole = FactoredTrainer(model=convert(copy.deepcopy(dense)), args=args, train_dataset=rows)
+    whole.train()
+    resumed = FactoredTrainer(model=convert(copy.deepcopy(dense)), args=args, train_dataset=rows)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_equal_weights(whole.model, resumed.model)
