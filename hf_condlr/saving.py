@@ -118,7 +118,7 @@ def save_pretrained(
         raise CheckpointError(
             "a checkpoint must be written whole",
             received=f"{folder}: {error}",
-            remedy="What was saved there before is as it was. Free space or choose another folder, and save again.",
+            remedy="What lies there is as whole as before. Free space or choose another folder, and save again.",
         ) from error
     if push_to_hub:
         repo_id = upload.pop("repo_id", folder.name)

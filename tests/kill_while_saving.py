@@ -61,14 +61,14 @@ def main(folder):
         return same.index(True)
 
     generator = torch.Generator().manual_seed(0)
-    found = []
+    found, in_a_save = [], 0
     for _ in range(KILLS):
         pid = in_a_child(save_for_ever)
         time.sleep(0.02 + 0.3 * torch.rand((), generator=generator).item())
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        in_a_save += any(path.name.startswith(".condlr-") for path in folder.iterdir())
         found.append(status_of(load))
-    left_behind = any(path.name.startswith(".condlr-") for path in folder.iterdir())
     twins[0].save_pretrained(folder)
     files = sorted(path.name for path in folder.iterdir())
 
@@ -85,7 +85,7 @@ def main(folder):
     status = status_of(save_with_no_room)
     message = (folder.parent / "message").read_text() if status == 7 else ""
     after = status_of(load)
-    result = {"found": found, "left_behind": left_behind, "files": files, "full": message, "after": after}
+    result = {"found": found, "in_a_save": in_a_save, "files": files, "full": message, "after": after}
     sys.stdout.write(json.dumps(result) + "\n")
 
 
