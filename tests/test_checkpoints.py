@@ -532,7 +532,7 @@ def test_a_killed_process_and_a_full_disk_leave_a_checkpoint(tmp_path):
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert len(result["found"]) == 20 and set(result["found"]) == {0, 1}, done.stderr  # the old or the new one
+    assert len(result["found"]) == 20 and set(result["found"]) <= {0, 1}, done.stderr  # the old or the new one
     assert result["in_a_save"] > 0  # kills that came in the middle
     assert result["files"] == ["condlr.safetensors", "config.json"]  # and the next save tidied up
     assert "a checkpoint must be written whole" in result["full"] and "as whole as before. Free space" in result["full"]
