@@ -63,8 +63,8 @@ class FactoredTrainerMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
 
-        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it; what else a card may say stands in
-        its header, which is the user's.
+        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `robustness` as `write_model_card`
+        takes it. What else a card may say stands in its header, which is the user's.
         """
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
@@ -78,6 +78,7 @@ class FactoredTrainerMixin:
             self.args.output_dir,
             base_model=kwargs.get("finetuned_from"),
             metrics=self._metrics(),
+            robustness=kwargs.get("robustness", ()),
             dataset=dataset if isinstance(dataset, str) or not dataset else dataset[0],
             model_id=getattr(self, "hub_model_id", None),
             tags=[tags] if isinstance(tags := kwargs.get("tags") or [], str) else tags,

@@ -37,6 +37,7 @@ from hf_condlr import (
     CondLRTrainer,
     CondLRTrainingArguments,
     FactoredTrainer,
+    FactoredTrainerMixin,
     condition_report,
     get_robust_lowrank_model,
 )
@@ -303,11 +304,22 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     trainer.save_metrics(split, metrics)
     if trainer.is_world_process_zero():
         save(trainer, Path(training_args.output_dir))
-    dataset = None if Path(data_args.dataset_name).exists() else data_args.dataset_name
+    card = {"dataset": None if Path(data_args.dataset_name).exists() else data_args.dataset_name}
+    if isinstance(trainer, FactoredTrainerMixin):
+        card["robustness"] = [
+            {
+                "attack": "pgd-linf",
+                "epsilon": attack.epsilon,
+                "steps": attack.steps,
+                "samples": len(data[split]),
+                "accuracy": metrics[f"{split}_accuracy_pgd_{attack.epsilon:g}"],
+            }
+            for attack in data_args.attacks()
+        ]
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset=dataset)
+        trainer.push_to_hub(**card)
     else:
-        trainer.create_model_card(dataset=dataset)
+        trainer.create_model_card(**card)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from huggingface_hub import ModelCard
 from PIL import Image as Picture
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification, set_seed
 
@@ -151,6 +152,11 @@ def test_what_is_saved_is_what_was_evaluated(call, recipe, method):
 
     files = ("model.safetensors",) if method == "dense" else ("condlr.safetensors", "condition_report.json")
     assert all((out / name).is_file() for name in ("README.md", "preprocessor_config.json", *files))
+    if method != "dense":
+        results = ModelCard.load(out / "README.md").data.eval_results
+        [attacked] = [result for result in results if result.metric_type == "robust_accuracy"]
+        assert attacked.metric_value == pytest.approx(metrics["test_accuracy_pgd_0.05"])
+        assert attacked.metric_args["epsilon"] == 0.05
     again = call(model_name_or_path=out, method="dense", num_train_epochs=0, max_eval_samples=None)
     assert read(again / "test_results.json")["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
 
