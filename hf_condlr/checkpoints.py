@@ -139,7 +139,7 @@ def _from_json(entry: dict[str, Any]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- layers
 
 
-def stored_names(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
+def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
     """Its factored and folded layers; one in several places under its first name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
 
@@ -154,7 +154,7 @@ def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
     Raises:
         CheckpointError: `state_dict` lacks a factor, or has one of another shape.
     """
-    layers = stored_names(model)
+    layers = compressed_layers(model)
     if state_dict is None:
         return {name: StoredLayer.of(layer) for name, layer in layers.items()}
     own = {f"{n}.{part}": p for n, m in layers.items() for part, p in m.named_parameters()}

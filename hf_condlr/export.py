@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_condlr.conversion import fold_model
 from hf_condlr.errors import ConversionError, MissingExtraError
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import factored_layers
 
 
 def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str, Tensor] | None = None) -> Path:
@@ -42,7 +42,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str
         ) from error
     example = dict(inputs or _example(model))
     folded = copy.deepcopy(model).eval()
-    if any(isinstance(module, LowRankLayer) for module in folded.modules()):
+    if factored_layers(folded):
         fold_model(folded)
     if getattr(folded.config, "use_cache", False):
         folded.config.use_cache = False  # a cache is an object, no tensor

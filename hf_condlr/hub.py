@@ -14,7 +14,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import factored_layers
 from hf_condlr.model_card import write_model_card
 
 
@@ -61,7 +61,7 @@ def push_to_hub(
         "commit_description": commit_description,
         "create_pr": create_pr,
     }
-    if not any(isinstance(module, LowRankLayer) for module in model.modules()):  # folded: κ is no more to be told
+    if not factored_layers(model):  # folded: κ is no more to be told
         cls: Any = type(model)
         options |= {"private": private, "max_shard_size": max_shard_size, "tags": tags or []}
         return cls.push_to_hub(model, repo_id, token=token, revision=revision, **options)

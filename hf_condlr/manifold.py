@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_condlr.errors import ConditioningError, OptimizerError
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error, orthonormalize
 from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks
 
@@ -74,7 +74,7 @@ class ManifoldStep:
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         self.optimizer: torch.optim.Optimizer = inner
         unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
-        self.layers = {name: m for name, m in unwrapped.named_modules() if isinstance(m, LowRankLayer)}
+        self.layers = factored_layers(unwrapped)
         self.warmup_steps = warmup_steps
         self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
         self.step_count = 0

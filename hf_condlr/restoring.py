@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_condlr.checkpoints import check_factors, read_headers, verify_files, weight_files
 from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import factored_layers
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
             received=", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
             remedy="Build the model with the config it was saved with; nothing was loaded.",
         )
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
+    layers = factored_layers(model)
     tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -31,13 +30,12 @@ from hf_condlr.checkpoints import (
     SUFFIX,
     Manifest,
     StoredLayer,
+    compressed_layers,
     stored_layers,
-    stored_names,
 )
 from hf_condlr.errors import CheckpointError
 from hf_condlr.hub import push_to_hub
 
-logger = logging.getLogger(__name__)
 STAGING = ".condlr-"
 _SHARD = re.compile(r"(-\d{5}-of-\d{5})\.safetensors$")
 
@@ -49,7 +47,7 @@ def attach_saving(model: Any) -> None:
     classes stay what they are. Copies and pickles of the model keep them.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and stored_names(module):
+        if isinstance(module, PreTrainedModel) and compressed_layers(module):
             object.__setattr__(module, "save_pretrained", partial(save_pretrained, module))
             object.__setattr__(module, "push_to_hub", partial(push_to_hub, module))
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_condlr.checkpoints import STEM
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import ConfigError, OptimizerError
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import factored_layers
 from hf_condlr.manifold import ManifoldStep, attach_manifold_step
 from hf_condlr.model_card import write_model_card
 from hf_condlr.restoring import last_whole_checkpoint, restore_weights
@@ -69,7 +69,7 @@ class FactoredTrainerMixin:
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
         model = self.accelerator.unwrap_model(self.model)
-        if not _factored(model):
+        if not factored_layers(model):
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
             return
         dataset = kwargs.get("dataset")
@@ -144,7 +144,7 @@ class CondLRTrainerMixin(FactoredTrainerMixin):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but U and V: their decay would be projected away. ‖S‖_F = ‖W‖_F, so S decays as W would."""
-        bases = {f"{name}.{k}".lstrip(".") for name, _ in _factored(model) for k in "UV"}
+        bases = {f"{name}.{k}".lstrip(".") for name in factored_layers(model) for k in "UV"}
         return [name for name in super().get_decay_parameter_names(model) if name not in bases]  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -168,7 +168,7 @@ class CondLRTrainerMixin(FactoredTrainerMixin):
 
     def _split_groups(self, optimizer: torch.optim.Optimizer, given: bool) -> None:
         multipliers: dict[int, float] = {}
-        for _, layer in _factored(self.model):
+        for layer in factored_layers(self.model).values():
             multipliers |= {id(p): self.args.factor_learning_rate for p in (layer.U, layer.V)}
             multipliers[id(layer.S)] = self.args.core_learning_rate
         if set(multipliers.values()) <= {1.0}:
@@ -227,7 +227,7 @@ class CondLRTrainerMixin(FactoredTrainerMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds κ, its bound, the orthonormality error and the compression to each training and evaluation log."""
         loss_key = next((key for key in logs if key == "loss" or key.endswith("_loss")), None)
-        if loss_key is not None and _factored(self.model):
+        if loss_key is not None and factored_layers(self.model):
             report = condition_report(self.accelerator.unwrap_model(self.model))
             records = {
                 "kappa_max": report.max_condition_number,
@@ -323,7 +323,3 @@ def _normalises_by_items(model: nn.Module) -> bool:
     """
     code = inspect.unwrap(type(model).forward).__code__
     return bool({"loss_function", "num_items_in_batch"} & {*code.co_names, *code.co_varnames})
-
-
-def _factored(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer)]

@@ -4,7 +4,14 @@ U (m, r) and V (n, r) have orthonormal columns, S (r, r) is dense; m = out_featu
 compute: `attach_manifold_step` keeps the constraint while an optimizer moves the factors.
 """
 
-from hf_condlr.layers.base import Factorization, Factors, FoldedLayer, LowRankLayer, weight_matrix
+from hf_condlr.layers.base import (
+    Factorization,
+    Factors,
+    FoldedLayer,
+    LowRankLayer,
+    factored_layers,
+    weight_matrix,
+)
 from hf_condlr.layers.conv2d import LowRankConv2d
 from hf_condlr.layers.linear import LowRankLinear
 
@@ -15,5 +22,6 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLayer",
     "LowRankLinear",
+    "factored_layers",
     "weight_matrix",
 ]

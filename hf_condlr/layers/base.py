@@ -118,6 +118,11 @@ class LowRankLayer(nn.Module):
         return f"r={self.r}, bias={self.bias is not None}, tau={self.tau:g}, bound={self.bound:.4g}"
 
 
+def factored_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """{name: layer} of all layers that hold U, S, V; one in several places under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
 class FoldedLayer(nn.Sequential):
     """`down` (Vᵀ) and `up` (U S with the bias), plain torch layers that any exporter knows."""
 
