@@ -30,7 +30,7 @@ from hf_condlr.checkpoints import (
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion import replace_modules
 from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import LowRankConv2d, LowRankLinear
+from hf_condlr.layers import LowRankConv2d, LowRankLinear, weight_matrix
 from hf_condlr.saving import attach_saving
 from hf_condlr.targets import head_names
 
@@ -82,9 +82,10 @@ class FactoredCheckpointLoader(HfQuantizer):
             if not _fits(layer, stored_name, tensors):
                 if name in head_names(model):  # for other labels: left dense and drawn anew, as transformers reports
                     continue
+                shape = tuple(weight_matrix(dense).shape)
                 raise CheckpointError(
                     "a stored layer must have the shape of the layer it stands for",
-                    received=f"{_shapes(stored_name, stored, tensors)} for {name} of {_dense_shape(dense)}",
+                    received=f"{_shapes(stored_name, stored, tensors)} for {name} of {shape}",
                     remedy="Load it with the config.json it was saved with.",
                 )
             replacements[dense] = layer
@@ -99,7 +100,6 @@ class FactoredCheckpointLoader(HfQuantizer):
             check_factors(stored_name, (layer.U, layer.S, layer.V), stored, dtype)
             layer.bound = stored.bound
         self.remove_quantization_config(model)
-        model.config.transformers_weights = None
         del model.config.transformers_weights
         if self.manifest.config is not None:
             object.__setattr__(model, "condlr_config", CondLRConfig.from_peft_type(**self.manifest.config))
@@ -152,16 +152,11 @@ def _places(model: Any, manifest: Manifest) -> dict[str, str]:
 
 def _empty_layer(dense: Any, stored: StoredLayer) -> nn.Module:
     cls: Any = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
-    m, n = _dense_shape(dense)
+    m, n = weight_matrix(dense).shape
     layer = cls.empty_like(dense, min(stored.r, m, n), tau=stored.tau, center=stored.center)
     layer.bias = dense.bias
     layer.train(dense.training)
     return layer.fold() if stored.form == "folded" else layer
-
-
-def _dense_shape(dense: Any) -> tuple[int, int]:  # (m, n)
-    shape = dense.weight.shape
-    return (shape[1], shape[0]) if isinstance(dense, Conv1D) else (shape[0], shape[1:].numel())
 
 
 def _fits(layer: nn.Module, stored_name: str, tensors: Shapes) -> bool:
