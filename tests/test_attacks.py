@@ -357,7 +357,7 @@ def test_the_worst_iterate_of_each_sample_is_kept(loss):
     )
     x, labels = torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.long)
     model = Scripted(table, x)
-    adversarial = PGD(EPSILON, steps=2, step_size=0.01, restarts=2, loss=loss)(model, x, labels)
+    adversarial = PGD(EPSILON, steps=2, step_size=0.01, restarts=2, loss=loss, early_stop=False)(model, x, labels)
     assert len(model.seen) == 6
     expected = torch.stack([model.seen[3][0], model.seen[2][1], model.seen[2][2]])
     assert torch.equal(adversarial, expected)
@@ -522,7 +522,7 @@ def test_pixel_model_of_a_transformer_is_attacked():
     )
     model = PixelModel(ViTForImageClassification(config).train(), MEAN, STD)
     pixels, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
-    adversarial = PGD(EPSILON, steps=3)(model, pixels, labels)
+    adversarial = PGD(EPSILON, steps=3, early_stop=False)(model, pixels, labels)
     assert model.model.training
     model.eval()
     assert (cross_entropy(model, adversarial, labels) > cross_entropy(model, pixels, labels)).all()
@@ -548,8 +548,8 @@ def test_errors_of_every_attack(attack):
 def test_errors_of_pgd():
     with pytest.raises(AttackError, match="norm must be linf or l2; received 'l1'"):
         PGD(0.1, "l1")
-    with pytest.raises(AttackError, match="loss must be ce or margin; received 'dlr'"):
-        PGD(0.1, loss="dlr")
+    with pytest.raises(AttackError, match="loss must be ce, margin or dlr; received 'l1'"):
+        PGD(0.1, loss="l1")
     for options in ({"steps": 0}, {"restarts": 0}, {"steps": -1}):
         with pytest.raises(AttackError, match=r"steps and restarts must be ≥ 1; received steps=-?\d+, restarts=\d"):
             PGD(0.1, **options)

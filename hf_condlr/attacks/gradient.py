@@ -2,44 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_condlr.errors import AttackError
+from hf_condlr.attacks.base import (
+    Attack,
+    attacked,
+    logits_of,
+    require,
+    require_bounds,
+    require_choice,
+    require_inputs,
+    require_radius,
+)
+from hf_condlr.attacks.losses import LOSSES, losses, scores
 
 
 @dataclass(frozen=True)
-class FGSM:
+class FGSM(Attack):
     """x' = clip(x + ε sign ∇ₓ CE(model(x), y)), one step to the border of the ℓ∞ ball.
 
     Args:
         epsilon: Radius, in units of the inputs (pixels of [0, 1] with `PixelModel`).
         bounds: Least and largest admissible input value.
+        clip: False leaves the bounds, as the published experiments of CondLR did on CIFAR (arXiv 2306.01485): not an
+            image any more, so a threat of its own.
     """
 
     epsilon: float
     bounds: tuple[float, float] = (0.0, 1.0)
+    clip: bool = True
 
     def __post_init__(self) -> None:
-        _check(self.epsilon, self.bounds)
+        require_radius(self.epsilon)
+        require_bounds(self.bounds)
+
+    @property
+    def name(self) -> str:
+        """`fgsm` or `fgsm-unclipped`."""
+        return "fgsm" if self.clip else "fgsm-unclipped"
+
+    @property
+    def threat(self) -> str:
+        """ℓ∞, with or without bounds."""
+        return "linf" if self.clip else "linf-unclipped"
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Adversarial inputs of the same shape, in at least float32; the model is left as it was found."""
-        _check_inputs(inputs, self.bounds)
-        with _evaluation(model):
-            x = _at_least_float32(inputs)
-            _, gradient = _loss_and_gradient(model, x, labels, "ce")
-            return (x + self.epsilon * gradient.sign()).clamp(*self.bounds)
+        require_inputs(inputs, self.bounds)
+        with attacked(model):
+            x = at_least_float32(inputs)
+            _, gradient = score_and_gradient(model, x, labels, "ce")
+            x = x + self.epsilon * gradient.sign()
+            return x.clamp(*self.bounds) if self.clip else x
+
+    def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
+        """‖x' − x‖_∞."""
+        return norms(adversarial - inputs, "linf")
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(Attack):
     """Projected gradient ascent from a random point of the ball, keeping each sample's worst iterate.
 
     ℓ∞: x ← clip(Π(x + α sign g)), ℓ2: x ← clip(Π(x + α g/‖g‖₂)), Π the projection on the ball of radius ε around the
@@ -52,9 +78,11 @@ class PGD:
         steps: Gradient steps of each restart.
         step_size: α; None for 2.5 ε/steps.
         restarts: Independent runs, the worst counts.
-        loss: `ce`, cross entropy, or `margin`, max_{j≠y} z_j − z_y, which logits of a large scale cannot saturate.
+        loss: `ce`, `margin` or `dlr`, see `losses`.
         bounds: Least and largest admissible input value.
         seed: Of the random starts.
+        early_stop: Attack a sample no further once it is misclassified, which saves its passes. False goes on: what
+            is to fool another model, or to train one, should be far on the wrong side.
     """
 
     epsilon: float
@@ -62,47 +90,76 @@ class PGD:
     steps: int = 10
     step_size: float | None = None
     restarts: int = 1
-    loss: Literal["ce", "margin"] = "ce"
+    loss: Literal["ce", "margin", "dlr"] = "ce"
     bounds: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
+    early_stop: bool = True
 
     def __post_init__(self) -> None:
-        _check(self.epsilon, self.bounds)
-        if self.norm not in ("linf", "l2"):
-            raise AttackError("norm must be linf or l2", received=repr(self.norm), remedy="Choose one.")
-        if self.loss not in ("ce", "margin"):
-            raise AttackError("loss must be ce or margin", received=repr(self.loss), remedy="Choose one.")
-        if self.steps < 1 or self.restarts < 1:
-            received = f"steps={self.steps}, restarts={self.restarts}"
-            raise AttackError("steps and restarts must be ≥ 1", received=received, remedy="Raise them.")
-        if self.step_size is not None and not self.step_size > 0:
-            raise AttackError("step_size must be > 0", received=self.step_size, remedy="None chooses 2.5 ε/steps.")
+        require_radius(self.epsilon)
+        require_bounds(self.bounds)
+        require_choice("norm", self.norm, ("linf", "l2"))
+        require_iterations(self.steps, self.restarts, self.step_size)
+        require_choice("loss", self.loss, LOSSES)
+
+    @property
+    def name(self) -> str:
+        """`pgd-linf` or `pgd-l2`, with the loss where it is not cross entropy."""
+        return f"pgd-{self.norm}" + ("" if self.loss == "ce" else f"-{self.loss}")
+
+    @property
+    def threat(self) -> str:
+        """The norm."""
+        return self.norm
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs of the same shape, in at least float32; the model is left as it was found."""
-        _check_inputs(inputs, self.bounds)
+        """Adversarial inputs of the same shape, in at least float32; the model is left as it was found.
+
+        Args:
+            model: Logits of inputs.
+            inputs: `(B, ...)`, within bounds.
+            labels: Classes `(B,)`, or probabilities `(B, classes)` to move away from.
+        """
+        require_inputs(inputs, self.bounds)
         generator = torch.Generator().manual_seed(self.seed)
-        step_size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
-        with _evaluation(model):
-            x0 = _at_least_float32(inputs)
-            worst, worst_score = x0, _score(model, x0, labels, self.loss)  # an attack never mends an error
+        with attacked(model):
+            x0 = at_least_float32(inputs)
+            with torch.no_grad():  # an attack never mends an error
+                worst, score = x0.clone(), scores(logits_of(model(x0)), labels, self.loss)
             for _ in range(self.restarts):
-                x = self._random_start(x0, generator)
-                for _ in range(self.steps):
-                    score, gradient = _loss_and_gradient(model, x, labels, self.loss)
-                    worst, worst_score = _keep_worse(worst, worst_score, x, score)
-                    x = self._project(x0, x + step_size * _direction(gradient, self.norm))
-                score = _score(model, x, labels, self.loss)
-                worst, worst_score = _keep_worse(worst, worst_score, x, score)
+                start = self._random_start(x0, generator)  # for all samples: none depends on which were stopped
+                self._ascend(model, x0, start, labels, worst, score)
         return worst
+
+    def _ascend(
+        self, model: nn.Module, x0: Tensor, x: Tensor, labels: Tensor, worst: Tensor, worst_score: Tensor
+    ) -> None:
+        """One run from `x`; writes each sample's worst iterate and its score into the last two arguments."""
+        step_size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
+        index = torch.arange(len(x0), device=x0.device)
+        for step in range(self.steps + 1):
+            if self.early_stop and not (going := worst_score[index] < torch.inf).all():
+                index, x = index[going], x[going]
+                if not len(index):
+                    return
+            if step < self.steps:
+                score, gradient = score_and_gradient(model, x, labels[index], self.loss)
+            else:
+                with torch.no_grad():
+                    score = scores(logits_of(model(x)), labels[index], self.loss)
+            worse = score >= worst_score[index]  # a saturated loss is 0 at every iterate: the last one went furthest
+            worst[index[worse]], worst_score[index[worse]] = x[worse], score[worse]
+            if step < self.steps:
+                x = self._project(x0[index], x + step_size * direction(gradient, self.norm))
 
     def _random_start(self, x0: Tensor, generator: torch.Generator) -> Tensor:
         if self.norm == "linf":
             noise = torch.rand(x0.shape, generator=generator).to(x0.device) * 2 - 1
         else:  # uniform in the ball: a uniform direction, and a radius with density ∝ radius^{d−1}
-            noise = _unit(torch.randn(x0.shape, generator=generator).to(x0.device))
-            radius = torch.rand(len(x0), generator=generator).to(x0.device) ** (1 / x0[0].numel())
-            noise = noise * radius.reshape(-1, *[1] * (x0.dim() - 1))
+            noise = unit(torch.randn(x0.shape, generator=generator).to(x0.device))
+            noise = noise * per_sample(torch.rand(len(x0), generator=generator).to(x0.device), x0) ** (
+                1 / x0[0].numel()
+            )
         return self._project(x0, x0 + self.epsilon * noise)
 
     def _project(self, x0: Tensor, x: Tensor) -> Tensor:
@@ -111,91 +168,55 @@ class PGD:
         if self.norm == "linf":
             delta = delta.clamp(-self.epsilon, self.epsilon)
         else:
-            norm = delta.flatten(1).norm(dim=1).reshape(-1, *[1] * (x0.dim() - 1))
-            delta = delta * (self.epsilon / norm.clamp_min(self.epsilon)) if self.epsilon > 0 else delta * 0
+            length = per_sample(norms(delta, "l2"), delta)
+            delta = delta * (self.epsilon / length.clamp_min(self.epsilon)) if self.epsilon > 0 else delta * 0
         return (x0 + delta).clamp(*self.bounds)
+
+    def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
+        """‖x' − x‖ in the attack's norm."""
+        return norms(adversarial - inputs, self.norm)
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
-def _check(epsilon: float, bounds: tuple[float, float]) -> None:
-    if not 0 <= epsilon < float("inf"):
-        raise AttackError("epsilon must be finite and ≥ 0", received=epsilon, remedy="For pixels, 8/255, say.")
-    if not bounds[0] < bounds[1]:
-        raise AttackError("bounds must be (least, largest)", received=bounds, remedy="(0, 1) for pixels.")
+def require_iterations(steps: int, restarts: int, step_size: float | None = None) -> None:
+    """At least one step and one run, a step that goes forward."""
+    received = f"steps={steps}, restarts={restarts}"
+    require(steps >= 1 and restarts >= 1, "steps and restarts must be ≥ 1", received, "Raise them.")
+    require(step_size is None or step_size > 0, "step_size must be > 0", step_size, "None chooses 2.5 ε/steps.")
 
 
-def _check_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
-    if not inputs.is_floating_point():
-        raise AttackError("inputs must be floating point", received=inputs.dtype, remedy="Divide 8-bit pixels by 255.")
-    if not len(inputs):
-        raise AttackError("inputs must hold at least one sample", received="none", remedy="Skip empty batches.")
-    low, high = inputs.min().item(), inputs.max().item()
-    if not (bounds[0] <= low and high <= bounds[1]):
-        raise AttackError(
-            f"inputs must lie within bounds={bounds}",
-            received=f"values from {low:.3g} to {high:.3g}",
-            remedy="Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std).",
-        )
-
-
-def _at_least_float32(inputs: Tensor) -> Tensor:
+def at_least_float32(inputs: Tensor) -> Tensor:
     """Detached; rounding to half precision would leave the ball."""
     return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), gradients on, autocast off; every module's training flag as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.enable_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _loss_and_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+def score_and_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     """Score of each sample, detached, and the gradient of the summed loss at x; parameters get no gradient."""
     x = x.detach().requires_grad_(True)
-    logits = model(x)
-    (gradient,) = torch.autograd.grad(_losses(logits, labels, loss).sum(), x)
-    return _score_of_logits(logits.detach(), labels, loss), gradient
+    logits = logits_of(model(x))
+    (gradient,) = torch.autograd.grad(losses(logits, labels, loss).sum(), x)
+    return scores(logits.detach(), labels, loss), gradient
 
 
-@torch.no_grad()
-def _score(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> Tensor:
-    return _score_of_logits(model(x), labels, loss)
+def direction(gradient: Tensor, norm: str) -> Tensor:
+    """Steepest ascent: sign(g), or g/‖g‖₂ for each sample."""
+    return gradient.sign() if norm == "linf" else unit(gradient)
 
 
-def _score_of_logits(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
-    """The loss, or inf where the label is not the argmax: a misclassified iterate is the worst."""
-    return torch.where(logits.argmax(-1) != labels, torch.inf, _losses(logits, labels, loss))
-
-
-def _losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
-    if loss == "ce":
-        return F.cross_entropy(logits, labels, reduction="none")
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(1) - own
-
-
-def _keep_worse(worst: Tensor, worst_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    worse = score >= worst_score  # a saturated loss is 0 at every iterate: the last one went furthest
-    mask = worse.reshape(-1, *[1] * (x.dim() - 1))
-    return torch.where(mask, x.detach(), worst), torch.where(worse, score, worst_score)
-
-
-def _direction(gradient: Tensor, norm: str) -> Tensor:
-    return gradient.sign() if norm == "linf" else _unit(gradient)
-
-
-def _unit(x: Tensor) -> Tensor:  # (B, ...) -> (B, ...), each sample of ℓ2 norm 1, or 0
-    shape = (-1, *[1] * (x.dim() - 1))
-    largest = x.flatten(1).abs().amax(1).reshape(shape)  # first: the squares of a confident model's gradient vanish
+def unit(x: Tensor) -> Tensor:  # (B, ...) -> (B, ...), each sample of ℓ2 norm 1, or 0
+    """x/‖x‖₂ for each sample."""
+    largest = per_sample(norms(x, "linf"), x)  # first: the squares of a confident model's gradient vanish
     x = x / torch.where(largest > 0, largest, 1.0)
-    return x / x.flatten(1).norm(dim=1).clamp_min(1.0).reshape(shape)
+    return x / per_sample(norms(x, "l2").clamp_min(1.0), x)
+
+
+def norms(x: Tensor, norm: str) -> Tensor:  # (B, ...) -> (B,)
+    """‖x‖_∞ or ‖x‖₂ of each sample."""
+    return x.flatten(1).abs().amax(1) if norm == "linf" else x.flatten(1).norm(dim=1)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:  # (B,), (B, ...) -> (B, 1, ...)
+    """Values that broadcast over the samples of `like`."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))

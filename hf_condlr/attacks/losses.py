@@ -1,0 +1,45 @@
+"""What a gradient attack climbs, and the score that says which of a sample's iterates is the worst."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("ce", "margin", "dlr")
+
+
+def losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
+    """The loss of each sample, larger where the model is more wrong.
+
+    - `ce`: cross entropy −log softmax(z)_y. With probabilities (B, classes) as labels, their cross entropy: the
+      Kullback-Leibler divergence up to a constant.
+    - `margin`: max_{j≠y} z_j − z_y, which logits of a large scale cannot saturate.
+    - `dlr`: the same over z_(1) − z_(3), the largest less the third largest logit, so that scale and shift of the
+      logits do not matter (Croce and Hein 2020); with two classes it is the margin.
+    """
+    if loss == "ce":
+        return F.cross_entropy(logits, labels, reduction="none")
+    labels = classes(labels)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    margin = logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
+    if loss == "margin" or logits.shape[1] < 3:
+        return margin
+    largest = logits.topk(3, dim=1).values
+    return margin / (largest[:, 0] - largest[:, 2]).clamp_min(1e-12)
+
+
+def scores(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
+    """The loss, or inf where a sample is misclassified or its logits are not finite: that is the worst iterate."""
+    values = losses(logits, labels, loss)
+    return torch.where(is_correct(logits, labels) & ~values.isnan(), values, torch.inf)
+
+
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:  # (B, classes), (B,) -> (B,) bool
+    """Whether the label has the largest logit; logits that are not finite are no answer, hence wrong."""
+    return (logits.argmax(1) == classes(labels)) & logits.isfinite().all(1)
+
+
+def classes(labels: Tensor) -> Tensor:  # (B,) or (B, classes) -> (B,)
+    """Class numbers, also of labels given as probabilities."""
+    return labels.argmax(1) if labels.is_floating_point() else labels
