@@ -50,3 +50,7 @@ class MissingExtraError(CondLRError, ImportError):
 
 class AttackError(CondLRError, ValueError):
     """The parameters of an attack contradict each other or its inputs."""
+
+
+class EvaluationError(CondLRError, ValueError):
+    """A data set, or what is asked of it, does not fit an evaluation under attack."""

@@ -18,6 +18,7 @@ EPSILON = 0.1
 LONG = 1e6  # a step after which only its direction counts
 ATTACKS = {
     "FGSM": FGSM,
+    "FGM l2": lambda epsilon, **options: FGSM(epsilon, norm="l2", **options),
     "PGD linf": PGD,
     "PGD l2": lambda epsilon, **options: PGD(epsilon, "l2", **options),
     "PGD linf margin": lambda epsilon, **options: PGD(epsilon, loss="margin", restarts=2, **options),
@@ -187,6 +188,23 @@ def test_an_attack_never_mends_an_error():
     x, labels = torch.full((4, 2), 0.5), torch.zeros(4, dtype=torch.long)
     adversarial = PGD(0.1, steps=2)(Valley(), x, labels)
     assert (Valley()(adversarial).argmax(1) != labels).all()
+
+
+class Undefined(nn.Module):
+    """0 · ∞ in the gradient of every sample, not in the logits."""
+
+    def forward(self, x):
+        return torch.stack([x.sum(1) + 5, (x - x.detach()).abs().sqrt().sum(1)], 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_not_finite_moves_nothing(norm):
+    x, labels = torch.full((4, 2), 0.5), torch.zeros(4, dtype=torch.long)
+    gradient = torch.autograd.grad(Undefined()(x.requires_grad_(True)).sum(), x)[0]
+    assert not gradient.isfinite().any()
+    for attack in (FGSM(0.1, norm=norm), PGD(0.1, norm, early_stop=False)):
+        assert attack(Undefined(), x, labels).isfinite().all()
+    assert torch.equal(FGSM(0.1, norm=norm)(Undefined(), x, labels), x.detach())
 
 
 def test_integer_pixels_and_empty_batches_are_refused():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
-from typing import Any, Self
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class Attack(ABC):
     """
 
     epsilon: float
+    takes: ClassVar[Literal["pixels", "tokens", "texts"]] = "pixels"
+    """Kind of inputs; what takes tokens takes texts too, and tokenises them."""
+    adversarial: ClassVar[bool] = True
+    """False for corruptions: they are drawn without regard to the model, and may mend an error."""
 
     @property
     @abstractmethod
@@ -45,6 +49,11 @@ class Attack(ABC):
         """How far each sample was moved (B,), in units of `epsilon`, which it must not exceed; None: not measured."""
         return None
 
+    @property
+    def within_bounds(self) -> bool:
+        """Whether it promises to keep to the bounds of the inputs."""
+        return bool(getattr(self, "clip", True))
+
     def with_epsilon(self, epsilon: float) -> Self:
         """The same attack with another budget."""
         return replace(self, epsilon=epsilon)  # type: ignore[type-var]
@@ -56,12 +65,9 @@ class Attack(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Every parameter, as JSON values."""
-        return {"attack": self.name, "threat": self.threat, **asdict(self)}  # type: ignore[call-overload]
-
-    @classmethod
-    def options(cls) -> list[str]:
-        """Names of the parameters."""
-        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        values = asdict(self)  # type: ignore[call-overload]
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"attack": self.name, "threat": self.threat, **values}
 
 
 @contextmanager
@@ -71,8 +77,12 @@ def attacked(model: nn.Module) -> Iterator[None]:
     Attack arithmetic is in float32 whatever autocast says outside: a gradient's sign in half precision is often noise.
     """
     training = [module for module in model.modules() if module.training]
+    wrapped = [module for module in model.modules() if {"forward", "_original_forward"} <= set(module.__dict__)]
+    forwards = [module.forward for module in wrapped]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     model.eval()
+    for module in wrapped:  # accelerate writes autocast into a prepared model's forward, which no context ends
+        module.forward = cast(Any, module)._original_forward
     try:
         with (
             torch.random.fork_rng(devices),  # a model may draw random numbers even in evaluation mode
@@ -82,6 +92,8 @@ def attacked(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            module.forward = forward
         for module in training:
             module.training = True
 

@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from hf_condlr.attacks.ascent import require_iterations, score_and_gradient, worst_iterates
 from hf_condlr.attacks.base import (
     Attack,
     attacked,
     logits_of,
-    require,
     require_bounds,
     require_choice,
     require_inputs,
     require_radius,
 )
-from hf_condlr.attacks.losses import LOSSES, losses, scores
+from hf_condlr.attacks.losses import LOSSES
 
 
 @dataclass(frozen=True)
 class FGSM(Attack):
-    """x' = clip(x + ε sign ∇ₓ CE(model(x), y)), one step to the border of the ℓ∞ ball.
+    """x' = clip(x + ε sign ∇ₓ CE(model(x), y)), one step to the border of the ℓ∞ ball; in the ℓ2 ball x + ε g/‖g‖₂.
 
     Args:
         epsilon: Radius, in units of the inputs (pixels of [0, 1] with `PixelModel`).
         bounds: Least and largest admissible input value.
         clip: False leaves the bounds, as the published experiments of CondLR did on CIFAR (arXiv 2306.01485): not an
             image any more, so a threat of its own.
+        norm: `linf` or `l2`.
     """
 
     epsilon: float
     bounds: tuple[float, float] = (0.0, 1.0)
     clip: bool = True
+    norm: Literal["linf", "l2"] = "linf"
 
     def __post_init__(self) -> None:
         require_radius(self.epsilon)
         require_bounds(self.bounds)
+        require_choice("norm", self.norm, ("linf", "l2"))
 
     @property
     def name(self) -> str:
-        """`fgsm` or `fgsm-unclipped`."""
-        return "fgsm" if self.clip else "fgsm-unclipped"
+        """`fgsm`, `fgm-l2`, and which of them leaves the bounds."""
+        return ("fgsm" if self.norm == "linf" else "fgm-l2") + ("" if self.clip else "-unclipped")
 
     @property
     def threat(self) -> str:
-        """ℓ∞, with or without bounds."""
-        return "linf" if self.clip else "linf-unclipped"
+        """The norm, and whether the bounds are left."""
+        return self.norm + ("" if self.clip else "-unclipped")
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Adversarial inputs of the same shape, in at least float32; the model is left as it was found."""
@@ -56,12 +61,12 @@ class FGSM(Attack):
         with attacked(model):
             x = at_least_float32(inputs)
             _, gradient = score_and_gradient(model, x, labels, "ce")
-            x = x + self.epsilon * gradient.sign()
+            x = x + self.epsilon * direction(gradient, self.norm)
             return x.clamp(*self.bounds) if self.clip else x
 
     def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
-        """‖x' − x‖_∞."""
-        return norms(adversarial - inputs, "linf")
+        """‖x' − x‖ in the attack's norm."""
+        return norms(adversarial - inputs, self.norm)
 
 
 @dataclass(frozen=True)
@@ -122,54 +127,32 @@ class PGD(Attack):
         """
         require_inputs(inputs, self.bounds)
         generator = torch.Generator().manual_seed(self.seed)
+        step_size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
         with attacked(model):
             x0 = at_least_float32(inputs)
-            with torch.no_grad():  # an attack never mends an error
-                worst, score = x0.clone(), scores(logits_of(model(x0)), labels, self.loss)
-            for _ in range(self.restarts):
-                start = self._random_start(x0, generator)  # for all samples: none depends on which were stopped
-                self._ascend(model, x0, start, labels, worst, score)
-        return worst
-
-    def _ascend(
-        self, model: nn.Module, x0: Tensor, x: Tensor, labels: Tensor, worst: Tensor, worst_score: Tensor
-    ) -> None:
-        """One run from `x`; writes each sample's worst iterate and its score into the last two arguments."""
-        step_size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
-        index = torch.arange(len(x0), device=x0.device)
-        for step in range(self.steps + 1):
-            if self.early_stop and not (going := worst_score[index] < torch.inf).all():
-                index, x = index[going], x[going]
-                if not len(index):
-                    return
-            if step < self.steps:
-                score, gradient = score_and_gradient(model, x, labels[index], self.loss)
-            else:
-                with torch.no_grad():
-                    score = scores(logits_of(model(x)), labels[index], self.loss)
-            worse = score >= worst_score[index]  # a saturated loss is 0 at every iterate: the last one went furthest
-            worst[index[worse]], worst_score[index[worse]] = x[worse], score[worse]
-            if step < self.steps:
-                x = self._project(x0[index], x + step_size * direction(gradient, self.norm))
+            return worst_iterates(
+                lambda x, index: logits_of(model(x)),
+                x0,
+                labels,
+                start=lambda: self._random_start(x0, generator),
+                move=lambda x, g, index: self._project(x0[index], x + step_size * direction(g, self.norm)),
+                steps=self.steps,
+                restarts=self.restarts,
+                loss=self.loss,
+                early_stop=self.early_stop,
+            )
 
     def _random_start(self, x0: Tensor, generator: torch.Generator) -> Tensor:
         if self.norm == "linf":
-            noise = torch.rand(x0.shape, generator=generator).to(x0.device) * 2 - 1
-        else:  # uniform in the ball: a uniform direction, and a radius with density ∝ radius^{d−1}
-            noise = unit(torch.randn(x0.shape, generator=generator).to(x0.device))
-            noise = noise * per_sample(torch.rand(len(x0), generator=generator).to(x0.device), x0) ** (
-                1 / x0[0].numel()
-            )
-        return self._project(x0, x0 + self.epsilon * noise)
+            noise = torch.rand(x0.shape, generator=generator) * 2 - 1
+        else:
+            noise = uniform_in_ball(x0.shape, generator)
+        return self._project(x0, x0 + self.epsilon * noise.to(x0.device))
 
     def _project(self, x0: Tensor, x: Tensor) -> Tensor:
         """On the ball, then on the bounds; x0 lies within the bounds, so clipping does not leave the ball."""
         delta = x - x0
-        if self.norm == "linf":
-            delta = delta.clamp(-self.epsilon, self.epsilon)
-        else:
-            length = per_sample(norms(delta, "l2"), delta)
-            delta = delta * (self.epsilon / length.clamp_min(self.epsilon)) if self.epsilon > 0 else delta * 0
+        delta = delta.clamp(-self.epsilon, self.epsilon) if self.norm == "linf" else into_ball(delta, self.epsilon)
         return (x0 + delta).clamp(*self.bounds)
 
     def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
@@ -180,24 +163,9 @@ class PGD(Attack):
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
-def require_iterations(steps: int, restarts: int, step_size: float | None = None) -> None:
-    """At least one step and one run, a step that goes forward."""
-    received = f"steps={steps}, restarts={restarts}"
-    require(steps >= 1 and restarts >= 1, "steps and restarts must be ≥ 1", received, "Raise them.")
-    require(step_size is None or step_size > 0, "step_size must be > 0", step_size, "None chooses 2.5 ε/steps.")
-
-
 def at_least_float32(inputs: Tensor) -> Tensor:
     """Detached; rounding to half precision would leave the ball."""
     return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
-
-
-def score_and_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Score of each sample, detached, and the gradient of the summed loss at x; parameters get no gradient."""
-    x = x.detach().requires_grad_(True)
-    logits = logits_of(model(x))
-    (gradient,) = torch.autograd.grad(losses(logits, labels, loss).sum(), x)
-    return scores(logits.detach(), labels, loss), gradient
 
 
 def direction(gradient: Tensor, norm: str) -> Tensor:
@@ -210,6 +178,19 @@ def unit(x: Tensor) -> Tensor:  # (B, ...) -> (B, ...), each sample of ℓ2 norm
     largest = per_sample(norms(x, "linf"), x)  # first: the squares of a confident model's gradient vanish
     x = x / torch.where(largest > 0, largest, 1.0)
     return x / per_sample(norms(x, "l2").clamp_min(1.0), x)
+
+
+def uniform_in_ball(shape: Sequence[int], generator: torch.Generator) -> Tensor:  # (B, ...)
+    """For each sample a point of the unit ℓ2 ball: a uniform direction, and a radius with density ∝ radius^{d−1}."""
+    direction = unit(torch.randn(tuple(shape), generator=generator))
+    radius = torch.rand(shape[0], generator=generator) ** (1 / math.prod(shape[1:]))
+    return direction * per_sample(radius, direction)
+
+
+def into_ball(delta: Tensor, radius: Tensor | float) -> Tensor:  # (B, ...), (B,) -> (B, ...)
+    """Each sample's projection on the ℓ2 ball of its radius around 0."""
+    length = norms(delta, "l2")
+    return delta * per_sample(torch.where(length > radius, radius / length, 1.0), delta)
 
 
 def norms(x: Tensor, norm: str) -> Tensor:  # (B, ...) -> (B,)
