@@ -1,4 +1,4 @@
-"""The command line `condlr`: convert, report, fold, densify, export and push models in folders or on the Hub."""
+"""The command line `condlr`: convert, report, attack, fold, densify, export and push models."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from hf_condlr import loading  # noqa: F401  # registers itself: factored checkpoints load
+from hf_condlr.attacks import ATTACKS, make_attacks
 from hf_condlr.config import CHOICES, CondLRConfig
 from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_model
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import CondLRError, ConfigError
+from hf_condlr.evaluation import evaluate_robustness, load_split
 from hf_condlr.export import export_onnx
 
 EPILOG = """examples:
   condlr convert bert-base-uncased small --compression_ratio 0.5     # untrained yet: train it with CondLRTrainer
   condlr report outputs/vit                                          # rank, κ, bound, size of every layer
+  condlr attack outputs/vit --dataset beans --attack pgd-linf --epsilon 2/255 4/255 8/255
   condlr fold outputs/vit outputs/vit-folded                         # two factors a layer, for inference
   condlr densify outputs/vit outputs/vit-dense                       # an ordinary checkpoint, for any program
   condlr export outputs/vit vit.onnx                                 # pip install 'hf_condlr[onnx]'
@@ -78,6 +81,27 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "rank, condition number, bound and size of every factored layer")
     report.add_argument("--json", action="store_true", help="as JSON")
     report.add_argument("--plot", metavar="FILE", help="draw the spectra; pip install 'hf_condlr[plot]'")
+
+    attack = add("attack", _attack, "accuracy under adversarial attacks, with checks that the attacks worked")
+    attack.add_argument("--dataset", required=True, help="name on the Hub, folder of images or parquet, a parquet file")
+    attack.add_argument("--dataset_config", metavar="NAME", help="configuration of a data set that has several")
+    attack.add_argument("--split", help="test if there is one, else validation, else train")
+    attack.add_argument("--attack", nargs="+", metavar="NAME", help=f"{', '.join(ATTACKS)}; a standard set")
+    attack.add_argument("--epsilon", nargs="+", metavar="E", help="budgets, 8/255 or 0.03; with --attack")
+    attack.add_argument("--steps", type=int, metavar="N", help="gradient steps")
+    attack.add_argument("--restarts", type=int, metavar="N", help="random starts, the worst counts")
+    attack.add_argument("--max_samples", type=int, metavar="N", help="attack so many, drawn once; all")
+    attack.add_argument("--batch_size", type=int, default=64, metavar="N", help="samples attacked together; 64")
+    attack.add_argument("--image_column", metavar="NAME", help="where there are several columns of images")
+    attack.add_argument("--text_columns", nargs="+", metavar="NAME", help="where there are more than one text, or two")
+    attack.add_argument("--label_column", metavar="NAME", help="labels, label or label_ids")
+    attack.add_argument(
+        "--no_checks", action="store_true", help="leave out the checks, which attack a few samples more"
+    )
+    attack.add_argument("--output_dir", metavar="FOLDER", help="write report.json; go on there after an interruption")
+    attack.add_argument("--save_examples", action="store_true", help="write adversarial examples there, as parquet")
+    attack.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    attack.add_argument("--plot", metavar="FILE", help="draw accuracy over ε; pip install 'hf_condlr[plot]'")
 
     add("fold", _fold, "join U and S: two matrix products a layer, for inference", "OUT")
     add("densify", _densify, "multiply the factors out: a dense checkpoint for any program", "OUT")
@@ -134,6 +158,29 @@ def _convert(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     report = condition_report(_load(args.model))
     _say(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
+    if args.plot:
+        report.plot(args.plot)
+
+
+def _attack(args: argparse.Namespace) -> None:
+    if (args.attack is None) != (args.epsilon is None):
+        given, missing = ("--attack", "--epsilon") if args.attack else ("--epsilon", "--attack")
+        raise ConfigError("--attack and --epsilon belong together", received=f"only {given}", remedy=f"Add {missing}.")
+    if args.attack is None and (args.steps or args.restarts):
+        raise ConfigError("--steps and --restarts need --attack", received="no --attack", remedy="Name the attacks.")
+    attacks = None
+    if args.attack is not None:
+        attacks = make_attacks(args.attack, args.epsilon, steps=args.steps, restarts=args.restarts)
+    names = ("image_column", "text_columns", "label_column", "max_samples", "batch_size", "output_dir", "save_examples")
+    report = evaluate_robustness(
+        _load(args.model),
+        load_split(args.dataset, args.dataset_config, args.split),
+        attacks,
+        processor=AutoProcessor.from_pretrained(args.model),
+        checks=not args.no_checks,
+        **{name: getattr(args, name) for name in names},
+    )
+    _say(json.dumps(report.to_dict(), indent=1) if args.json else str(report))
     if args.plot:
         report.plot(args.plot)
 

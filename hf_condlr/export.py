@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_condlr.conversion import fold_model
 from hf_condlr.errors import ConversionError, MissingExtraError
+from hf_condlr.files import replacing
 from hf_condlr.layers import factored_layers
 
 
@@ -48,28 +48,22 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str
         folded.config.use_cache = False  # a cache is an object, no tensor
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     shapes = {name: {0: batch, 1: length} if x.dim() == 2 else {0: batch} for name, x in example.items()}
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        # The exporter's own words about itself, and about torchvision, which it could export too.
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                _Logits(folded, list(example)),
-                tuple(example.values()),
-                temporary,
-                dynamo=True,
-                external_data=False,
-                input_names=list(example),
-                output_names=["logits"],
-                dynamic_shapes=(tuple(shapes.values()),),
-                verbose=False,
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    # The exporter's own words about itself, and about torchvision, which it could export too.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with replacing(path) as temporary, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Logits(folded, list(example)),
+            tuple(example.values()),
+            temporary,
+            dynamo=True,
+            external_data=False,
+            input_names=list(example),
+            output_names=["logits"],
+            dynamic_shapes=(tuple(shapes.values()),),
+            verbose=False,
+        )
+    return Path(path)
 
 
 class _Logits(nn.Module):

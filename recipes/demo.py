@@ -154,7 +154,7 @@ def sweep(
         runs.append((record, trainer))
         bar.update()
     chosen, trainer = min(runs, key=lambda run: worse(run[0]))
-    metrics = recipe.test(trainer, data["test"], attacks)
+    metrics, _ = recipe.test(trainer, data["test"], attacks, checks=False)
     return {
         "learning_rate": chosen["learning_rate"],
         "sweep": [record for record, _ in runs],

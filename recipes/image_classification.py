@@ -38,10 +38,12 @@ from hf_condlr import (
     CondLRTrainingArguments,
     FactoredTrainer,
     FactoredTrainerMixin,
+    RobustnessReport,
     condition_report,
+    evaluate_robustness,
     get_robust_lowrank_model,
 )
-from hf_condlr.attacks import PGD, PixelModel
+from hf_condlr.attacks import PGD
 
 logger = logging.getLogger("image_classification")
 METHODS = ("dense", "lowrank", "condlr")
@@ -100,6 +102,7 @@ class DataArguments:
         default_factory=list, metadata={"help": "ℓ∞ radii of PGD on the test split, for pixels in [0, 1]."}
     )
     pgd_steps: int = field(default=10, metadata={"help": "Gradient steps of an attack."})
+    attack_checks: bool = field(default=True, metadata={"help": "Look for signs that the attacks failed."})
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples"):
@@ -249,30 +252,26 @@ def make_trainer(
     return CondLRTrainer(teacher=teacher, **settings)
 
 
-def robust_accuracy(trainer: Trainer, data: Dataset, attack: PGD) -> float:
-    """Share of the images that are still classified correctly under the attack, over all processes."""
-    processor, accelerator = trainer.processing_class, trainer.accelerator
-    normalise = {"mean": processor.image_mean, "std": processor.image_std} if processor.do_normalize else {}
-    # Not the wrapped model: an attack differentiates with respect to pixels, and has no gradients to share.
-    model = PixelModel(accelerator.unwrap_model(trainer.model), **normalise).to(accelerator.device).eval()
-    pixels = data.with_transform(Transform(processor, channels(model.model), do_normalize=False))
-    loader = DataLoader(pixels, batch_size=trainer.args.eval_batch_size, collate_fn=default_data_collator)
-    correct = []
-    for batch in accelerator.prepare(loader):
-        images = attack(model, batch["pixel_values"], batch["labels"])
-        with torch.no_grad():
-            hits = model(images).argmax(-1) == batch["labels"]
-        correct.append(accelerator.gather_for_metrics(hits))  # without samples repeated to fill the last batch
-    return torch.cat(correct).float().mean().item()
-
-
-def test(trainer: Trainer, images: Dataset, attacks: list[PGD], prefix: str = "test") -> dict[str, float]:
-    """Loss and accuracy, and the accuracy under each attack."""
+def test(
+    trainer: Trainer, images: Dataset, attacks: list[PGD], prefix: str = "test", checks: bool = True
+) -> tuple[dict[str, float], RobustnessReport | None]:
+    """Loss and accuracy, and the accuracy under each attack with its report."""
     clean = images.with_transform(Transform(trainer.processing_class, channels(trainer.model)))
     metrics = trainer.evaluate(clean, metric_key_prefix=prefix) | {f"{prefix}_samples": len(images)}
-    for attack in attacks:
-        metrics[f"{prefix}_accuracy_pgd_{attack.epsilon:g}"] = robust_accuracy(trainer, images, attack)
-    return metrics
+    if not attacks:
+        return metrics, None
+    report = evaluate_robustness(
+        trainer.model,
+        images,
+        attacks,
+        processor=trainer.processing_class,
+        accelerator=trainer.accelerator,
+        batch_size=trainer.args.eval_batch_size,
+        checks=checks,
+        progress=not trainer.args.disable_tqdm,
+    )
+    metrics |= {f"{prefix}_accuracy_pgd_{r.epsilon:g}": r.robust_accuracy for r in report.attacks}
+    return metrics, report
 
 
 def save(trainer: Trainer, folder: Path) -> None:
@@ -299,23 +298,17 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
 
     trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(data["validation"])})
     split = "test" if "test" in data else "validation"
-    metrics = test(trainer, data[split], data_args.attacks(), split)
+    metrics, report = test(trainer, data[split], data_args.attacks(), split, data_args.attack_checks)
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     if trainer.is_world_process_zero():
         save(trainer, Path(training_args.output_dir))
     card = {"dataset": None if Path(data_args.dataset_name).exists() else data_args.dataset_name}
-    if isinstance(trainer, FactoredTrainerMixin):
-        card["robustness"] = [
-            {
-                "attack": "pgd-linf",
-                "epsilon": attack.epsilon,
-                "steps": attack.steps,
-                "samples": len(data[split]),
-                "accuracy": metrics[f"{split}_accuracy_pgd_{attack.epsilon:g}"],
-            }
-            for attack in data_args.attacks()
-        ]
+    if report is not None and trainer.is_world_process_zero():
+        print(report)
+        report.save(Path(training_args.output_dir) / "robustness.json")
+    if report is not None and isinstance(trainer, FactoredTrainerMixin):
+        card["robustness"] = report.card_entries()
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:

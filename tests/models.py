@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Picture
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -206,6 +208,19 @@ def tokens(batch=2, length=7):
 def token_pairs():
     """As `tokens`, and the beginning of an answer for a decoder."""
     return {**tokens(), "decoder_input_ids": tokens(length=4)["input_ids"]}
+
+
+def write_pictures(folder, number=12):
+    """A data set of noisy images for `vit()`: splits train and test as parquet."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (number, IMAGE, IMAGE, 3), generator=generator, dtype=torch.uint8)
+    pictures = [Picture.fromarray(x.numpy()) for x in noise]
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=LABELS)})
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = {"image": pictures, "label": [i % LABELS for i in range(number)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
 
 
 MODELS = {

@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from hf_condlr import CondLRConfig, condition_report, get_robust_lowrank_model
+from hf_condlr import (
+    CondLRConfig,
+    RobustnessReport,
+    condition_report,
+    evaluate_robustness,
+    get_robust_lowrank_model,
+    load_split,
+)
+from hf_condlr.attacks import make_attacks
 from hf_condlr.cli import main
 from hf_condlr.layers import FoldedLayer, LowRankLayer
 from tests import models
@@ -65,6 +73,37 @@ def test_report(factored, tmp_path, capsys):
     assert found == json.loads(json.dumps(condition_report(load(factored)).to_dict()))
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    return models.write_pictures(tmp_path / "pictures")
+
+
+def test_attack(factored, pictures, tmp_path, capsys):
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(factored)
+    options = ("--dataset", pictures, "--attack", "pgd-linf", "fgsm", "--epsilon", "2/255", "4/255", "--steps", 3)
+    assert call("attack", factored, *options, "--output_dir", tmp_path / "out", "--plot", tmp_path / "curve.png") == 0
+    said = capsys.readouterr().out
+    assert "factored: 12 samples, clean" in said and "checks: " in said
+    report = RobustnessReport.load(tmp_path / "out" / "report.json")
+    assert [(a.name, a.epsilon) for a in report.attacks] == [
+        (name, k / 255) for name in ("pgd-linf", "fgsm") for k in (2, 4)
+    ]
+    assert report.attacks[0].settings["steps"] == 3 and (tmp_path / "curve.png").stat().st_size > 1000
+    assert str(report) in said
+    direct = evaluate_robustness(
+        load(factored),
+        load_split(pictures),
+        make_attacks(["pgd-linf", "fgsm"], ["2/255", "4/255"], steps=3),
+        processor=ViTImageProcessorPil.from_pretrained(factored),
+        checks=False,
+    )
+    assert [a.survived for a in direct.attacks] == [a.survived for a in report.attacks]
+    few = ("--dataset", pictures / "test.parquet", "--max_samples", 5, "--no_checks", "--json")
+    assert call("attack", factored, *few) == 0  # the standard attacks
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 5 and found["checks"] == [] and len(found["attacks"]) == 6
+
+
 def test_fold_and_densify(factored, tmp_path):
     expected = output(load(factored))
     assert call("fold", factored, tmp_path / "folded") == 0
@@ -111,13 +150,24 @@ def test_push(factored, tmp_path):
         (("densify", "{dense}", "{out}"), "the model must have factored layers"),
         (("report", "{out}"), "{out}"),
         (("convert", "{dense}", "{dense}", "--r", 2), "OUT must be another folder than MODEL"),
+        (("attack", "{dense}", "--dataset", "{data}", "--attack", "fgsm"), "--attack and --epsilon belong together"),
+        (("attack", "{dense}", "--dataset", "{data}", "--steps", 3), "--steps and --restarts need --attack"),
+        (
+            ("attack", "{dense}", "--dataset", "{data}", "--attack", "fgsm", "--epsilon", "8:255"),
+            "epsilon must be a number or a fraction; received '8:255'",
+        ),
+        (("attack", "{dense}", "--dataset", "{data}", "--split", "dev"), "has the splits train, test; received split="),
+        (
+            ("attack", "{dense}", "--dataset", "{data}", "--attack", "characters", "--epsilon", 0.1),
+            "attacks must take what the data set holds, images; received characters",
+        ),
     ],
 )
-def test_an_error_is_said_without_a_traceback(words, message, dense, tmp_path, capsys):
-    places = {"dense": str(dense), "out": str(tmp_path / "out")}
+def test_an_error_is_said_without_a_traceback(words, message, dense, pictures, tmp_path, capsys):
+    places = {"dense": str(dense), "data": str(pictures), "out": str(tmp_path / "out")}
     assert call(*(str(word).format(**places) for word in words)) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"condlr {words[0]}: ")
+    assert said.splitlines()[-1].startswith(f"condlr {words[0]}: ")  # behind the bars of what reads data
     assert message.format(**places) in said
     assert not (tmp_path / "out").exists()
 
@@ -144,7 +194,7 @@ def test_the_command_is_installed_and_its_help_teaches(capsys):
         [str(Path(sys.executable).with_name("condlr")), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("convert", "report", "fold", "densify", "export", "push"):
+    for command in ("convert", "report", "attack", "fold", "densify", "export", "push"):
         assert f"condlr {command} " in done.stdout  # an example each
         with pytest.raises(SystemExit, match="0"):
             call(command, "--help")

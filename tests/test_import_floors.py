@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 # Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.
 FLOORS = (
-    {"errors"},
-    {"linalg"},
-    {"config", "layers", "attacks", "training_args"},
-    {"initialization", "calibration", "ranks", "stacks", "targets", "checkpoints"},
-    {"manifold", "diagnostics", "metrics", "restoring"},
+    {"errors", "files"},
+    {"linalg", "divergence"},
+    {"config", "layers", "attacks"},
+    {"initialization", "calibration", "ranks", "stacks", "targets", "checkpoints", "training_args"},
+    {"manifold", "diagnostics", "metrics", "restoring", "adversarial"},
     {"model_card", "plots"},
     {"hub"},
     {"saving"},

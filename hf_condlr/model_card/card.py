@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_condlr.diagnostics import condition_report
 from hf_condlr.errors import CondLRError, MissingExtraError
+from hf_condlr.files import replacing
 from hf_condlr.model_card.origin import LICENSE_FIELDS, base_of, is_hub_id, pipeline_tag
 from hf_condlr.model_card.section import render_section, shown
 
@@ -109,12 +109,8 @@ def write_model_card(
         picture=PICTURE if plot else None,
     )
     card.text = f"{head}{BEGIN}\n{section}\n{END}{tail}"
-    temporary = path.with_name(f".{os.getpid()}-{REPOCARD_NAME}")
-    try:
+    with replacing(path) as temporary:
         card.save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,73 @@
+"""One batch under every attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.attacks.base import Attack, Inputs, attacked, take
+from hf_condlr.attacks.losses import is_correct
+from hf_condlr.errors import EvaluationError
+from hf_condlr.evaluation.examples import write_examples
+from hf_condlr.evaluation.outcomes import AttackOutcome, BatchOutcome
+from hf_condlr.evaluation.samples import Samples
+
+
+def attack_batch(
+    samples: Samples, positions: Sequence[int], attacks: Sequence[Attack], number: int, examples: Path | None
+) -> BatchOutcome:
+    """Every attack on the samples of a batch that are classified correctly."""
+    model = samples.model
+    inputs, labels = samples.batch(positions)
+    correct, _ = predict(model, inputs, labels)
+    outcome = BatchOutcome(labels.tolist(), correct.tolist())
+    for attack in attacks:
+        start = time.perf_counter()
+        index = torch.arange(len(labels)) if not attack.adversarial else correct.nonzero().squeeze(1).cpu()
+        survived = torch.zeros(len(labels), dtype=torch.bool)
+        if not len(index):
+            outcome.attacks.append(AttackOutcome(survived.tolist(), moved=None))
+            continue
+        part, y = take(inputs, index), labels[index.to(labels.device)]
+        adversarial = attack.reseeded(number)(model, part, y)
+        right, predictions = predict(model, adversarial, y)
+        survived[index] = right.cpu()
+        result = AttackOutcome(survived.tolist())
+        distance = attack.distance(model, part, adversarial)
+        result.moved = None if distance is None else distance.max().item()
+        if isinstance(adversarial, Tensor) and attack.within_bounds:
+            low, high = getattr(attack, "bounds", (0.0, 1.0))
+            result.outside = max(0.0, low - adversarial.min().item(), adversarial.max().item() - high)
+            rounded = torch.zeros_like(survived)
+            rounded[index] = predict(model, (adversarial * 255).round() / 255, y)[0].cpu()
+            result.survived_rounded = rounded.tolist()
+        result.seconds = time.perf_counter() - start
+        outcome.attacks.append(result)
+        if examples is not None:
+            path = examples / f"{attack.name}-{attack.epsilon:.4g}" / f"{number:06d}.parquet"
+            numbers = [samples.indices[positions[i]] for i in index.tolist()]
+            write_examples(path, numbers, y.tolist(), predictions.tolist(), adversarial)
+    return outcome
+
+
+def predict(model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:  # -> (B,) bool, (B,)
+    """Which samples are classified correctly, and as what all are."""
+    with attacked(model), torch.no_grad():
+        logits = model(inputs)
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise EvaluationError(
+            "the model must yield logits (batch, classes) of at least two classes",
+            received=f"the shape {tuple(logits.shape)}",
+            remedy="Only classifiers of whole samples are attacked.",
+        )
+    if int(labels.max()) >= logits.shape[1]:
+        raise EvaluationError(
+            f"labels must be classes of the model, 0 to {logits.shape[1] - 1}",
+            received=int(labels.max()),
+            remedy="Evaluate on data of the classes that the model was trained for.",
+        )
+    return is_correct(logits, labels), logits.argmax(1)

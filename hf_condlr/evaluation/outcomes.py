@@ -1,0 +1,69 @@
+"""What became of each batch under each attack; kept in files where asked, so that an evaluation can be gone on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate.utils import gather_object
+
+from hf_condlr.files import replacing
+
+
+@dataclass
+class AttackOutcome:
+    """One attack on one batch."""
+
+    survived: list[bool]
+    """Of each sample: classified correctly without the attack and under it."""
+    survived_rounded: list[bool] | None = None
+    """The same after the pixels were rounded to 8 bits; None for what has no pixels."""
+    moved: float | None = None
+    """The largest distance of a sample, in units of the attack's epsilon; None where it is not measured."""
+    outside: float = 0.0
+    """How far a value lies outside the bounds of the inputs, at most."""
+    seconds: float = 0.0
+
+
+@dataclass
+class BatchOutcome:
+    """Labels, correctness without an attack, and what each attack, by its place in the list, left of it."""
+
+    labels: list[int]
+    correct: list[bool]
+    attacks: list[AttackOutcome] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From `asdict`."""
+        return cls(**values | {"attacks": [AttackOutcome(**attack) for attack in values["attacks"]]})
+
+
+class Outcomes:
+    """{number of the batch: outcome}, and the folder that keeps them.
+
+    Args:
+        folder: Where each batch's outcome is written as soon as it is known; None: nowhere. What an earlier evaluation
+            that was interrupted left there is read. Processes must see the same folder to share it.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.batches: dict[int, BatchOutcome] = {}
+        for path in sorted(folder.glob("[0-9]*.json")) if folder is not None else []:
+            self.batches[int(path.stem)] = BatchOutcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def add(self, number: int, outcome: BatchOutcome) -> None:
+        """Keep the outcome of a batch."""
+        self.batches[number] = outcome
+        if self.folder is not None:
+            with replacing(self.folder / f"{number:06d}.json") as temporary:
+                temporary.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+
+    def gather(self) -> list[BatchOutcome]:
+        """Those of all processes in the order of the batches, on every process."""
+        gathered = dict(pair for pairs in gather_object([list(self.batches.items())]) for pair in pairs)
+        self.batches = dict(sorted(gathered.items()))
+        return list(self.batches.values())
