@@ -9,20 +9,19 @@ Pushing and pulling go to a Hub on this machine, the one of the tests. Load time
 from __future__ import annotations
 
 import copy
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_record
 from transformers import (
     AutoModel,
     HfArgumentParser,
@@ -153,15 +152,7 @@ def main() -> None:
     for name, build in models(options).items():
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(name, build, options, Path(folder))
-    record = {
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {options.threads} threads",
-        "versions": {"torch": torch.__version__},
-        "options": asdict(options),
-        "results": results,
-    }
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = write_record(Path(options.output), {"results": results}, options)
     sys.stdout.write(f"{table(results)}\n\nwrote {path}\n")
 
 

@@ -11,27 +11,18 @@ once at the paper's learning rate. Finished runs are kept in the output folder, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import os
-import platform
-import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
-import transformers
 from lenet5_parts import Split, TestOptions, TrainingOptions, build_model, load_mnist, test, train
+from record import digest, markdown, mean_and_spread, method_label, sweep_table, write_record
 from rows import Rows
 from transformers import HfArgumentParser
-
-import hf_condlr
 
 logger = logging.getLogger("lenet5_mnist")
 
@@ -85,8 +76,7 @@ class Experiment:
 
     def weights(self, key: dict[str, Any]) -> Path:
         """Where the trained weights lie: they are attacked later, when the choice is made."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-        return self.folder / "weights" / f"{key['method']}-{digest}.pt"
+        return self.folder / "weights" / f"{key['method']}-{digest(key)}.pt"
 
     def train(self, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
         """The row of one training."""
@@ -109,7 +99,7 @@ class Experiment:
             model.load_state_dict(torch.load(self.weights(trained["key"]), weights_only=True))
             row = self.tested.add(key, test(model, self.data["test"], self.testing))
             logger.info("%s lr=%g seed=%d: test %s", method, learning_rate, seed, {k: row[k] for k in list(row)[1:]})
-        return trained | row
+        return trained | row | {"weights": str(self.weights(trained["key"]).relative_to(self.folder))}
 
     def choose(self, method: str) -> float:
         """The learning rate of the best validation accuracy, the smaller one of two equal ones."""
@@ -132,12 +122,6 @@ class Experiment:
         }
 
 
-def mean_and_spread(values: list[float], scale: float = 100) -> str:
-    """Mean ± sample standard deviation."""
-    spread = f" ± {scale * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{scale * np.mean(values):.2f}{spread}"
-
-
 def largest_condition_number(row: dict[str, Any]) -> float:
     """Of all layers; inf where one is not finite."""
     return max(math.inf if value is None else value for value in row["condition_numbers"].values())
@@ -145,34 +129,22 @@ def largest_condition_number(row: dict[str, Any]) -> float:
 
 def result_table(rows: list[dict[str, Any]]) -> str:
     """A line for each method, over the seeds."""
-    lines = ["| method | learning rate | parameters | clean % | PGD % | largest κ | seeds |", "|" + " --- |" * 7]
+    lines = []
     for method in dict.fromkeys(row["key"]["method"] for row in rows):
         group = [row for row in rows if row["key"]["method"] == method]
         first = group[0]
-        cells = [
-            method.replace("tau=", "CondLR τ = "),
-            f"{first['key']['learning_rate']:g}",
-            f"{first['parameters']:,}",
-            mean_and_spread([row["clean_accuracy"] for row in group]),
-            mean_and_spread([row["robust_accuracy"] for row in group]),
-            f"{max(largest_condition_number(row) for row in group):.4g}",
-            f"{len(group)}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def sweep_table(rows: list[dict[str, Any]], rates: list[float]) -> str:
-    """Validation accuracy of each method at each learning rate."""
-    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + " --- |" * (1 + len(rates))]
-    for method in dict.fromkeys(row["key"]["method"] for row in rows):
-        found = {row["key"]["learning_rate"]: row for row in rows if row["key"]["method"] == method}
-        cells = [
-            "diverged" if found[rate]["diverged"] else f"{100 * found[rate]['validation_accuracy']:.2f}"
-            for rate in rates
-        ]
-        lines.append("| " + " | ".join([method.replace("tau=", "CondLR τ = "), *cells]) + " |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                method_label(method),
+                f"{first['key']['learning_rate']:g}",
+                f"{first['parameters']:,}",
+                mean_and_spread([row["clean_accuracy"] for row in group]),
+                mean_and_spread([row["robust_accuracy"] for row in group]),
+                f"{max(largest_condition_number(row) for row in group):.4g}",
+                f"{len(group)}",
+            ]
+        )
+    return markdown(["method", "learning rate", "parameters", "clean %", "PGD %", "largest κ", "seeds"], lines)
 
 
 def report(results: dict[str, Any], options: Options, testing: TestOptions) -> str:
@@ -191,17 +163,6 @@ def report(results: dict[str, Any], options: Options, testing: TestOptions) -> s
     )
 
 
-def environment(*options: Any) -> dict[str, Any]:
-    """Versions, kind of machine and command."""
-    modules = {"hf_condlr": hf_condlr, "torch": torch, "transformers": transformers, "datasets": datasets}
-    return {
-        "command": shlex.join(["python", "benchmarks/lenet5_mnist.py", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{n: m.__version__ for n, m in modules.items()}},
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads",
-        "options": {name: value for part in options for name, value in asdict(part).items()},
-    }
-
-
 def main() -> None:
     """Run what is missing, print the tables, write them and the rows as JSON."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -210,8 +171,7 @@ def main() -> None:
     options, training, testing = parser.parse_args_into_dataclasses()
     torch.set_num_threads(options.threads)
     results = Experiment(options, training, testing).run()
-    path = Path(options.output_dir) / "results.json"
-    path.write_text(json.dumps(environment(options, training, testing) | results, indent=1, allow_nan=False) + "\n")
+    path = write_record(Path(options.output_dir) / "results.json", results, options, training, testing)
     sys.stdout.write(report(results, options, testing) + f"\nwrote {path}\n")
 
 

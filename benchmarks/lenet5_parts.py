@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
 from hf_condlr.attacks import PGD, PixelModel
@@ -172,7 +173,7 @@ def train(
     order = torch.Generator().manual_seed(seed)  # of its own: each method sees the images in the same order
     start, losses = time.perf_counter(), []
     for epoch in range(options.epochs):
-        losses.append(_epoch(pixel_model, optimizer, data["train"], order, options.batch_size))
+        losses.append(one_epoch(pixel_model, optimizer, data["train"], order, options.batch_size))
         logger.info("  %s lr=%g seed=%d epoch %d: loss %s", method, learning_rate, seed, epoch + 1, losses[-1])
         if losses[-1] is None:
             break
@@ -189,19 +190,21 @@ def train(
     return row, model
 
 
-def _epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, order: torch.Generator, batch_size: int
+def one_epoch(
+    model: nn.Module, optimizer: Optimizer, data: Split, order: torch.Generator, batch_size: int, schedule: Any = None
 ) -> float | None:
     """Mean loss of one pass over the split; None, at once, when the loss is not finite."""
-    total, batches = 0.0, torch.randperm(len(split.labels), generator=order).split(batch_size)
+    total, batches = 0.0, torch.randperm(len(data.labels), generator=order).split(batch_size)
     for index in batches:
-        pixels, labels = split.batch(index)
+        pixels, labels = data.batch(index)
         loss = F.cross_entropy(model(pixels), labels)
         if not loss.isfinite():
             return None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         total += loss.item()
     return total / len(batches)
 

@@ -13,18 +13,15 @@ Compared, interleaved in one run, per round once each in turn:
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from record import write_record
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
@@ -155,13 +152,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {
-        "command": shlex.join(["python", "benchmarks/manifold_step.py", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.type == "cpu" else "CUDA",
-        "torch": torch.__version__,
-        "options": asdict(options),
-        "seconds": {},
-    }
+    seconds = {}
     for name in options.models:
         methods = Case(name, options, device).methods()
         for call in methods.values():
@@ -170,7 +161,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for method, call in methods.items():
                 times[method].append(call())
-        record["seconds"][name] = times
+        seconds[name] = times
         ours = statistics.median(times["manifold step"])
         lines = [
             f"| {name}, rank ratio {options.rank_ratio:g} | ms (median) | spread | against ours |",
@@ -181,9 +172,7 @@ def main() -> None:
             spread = f"{1e3 * min(values):.0f} … {1e3 * max(values):.0f}"
             lines.append(f"| {method} | {1e3 * median:.0f} | {spread} | {median / ours:.2f} × |")
         sys.stdout.write("\n".join(lines) + "\n\n")
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = write_record(Path(options.output), {"seconds": seconds}, options)
     sys.stdout.write(f"wrote {path}\n")
 
 

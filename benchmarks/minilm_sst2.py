@@ -13,16 +13,13 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import logging
 import math
 import os
-import platform
-import shlex
-import statistics
+import re
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import load_dataset
+from record import digest, markdown, mean_and_spread, write_record
 from rows import Rows
 from transformers import (
     AutoModelForSequenceClassification,
@@ -103,6 +101,7 @@ class Options:
     batch_size: int = field(default=16, metadata={"help": "Sentences a step."})
     max_length: int = field(default=32, metadata={"help": "Tokens a sentence, the rest cut off."})
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
+    save_models: bool = field(default=False, metadata={"help": "Keep every model, with its tokenizer, to attack it."})
     output_dir: str = field(default="outputs/minilm_sst2", metadata={"help": "Rows and results go here."})
 
 
@@ -159,18 +158,22 @@ class Experiment:
         row = (ROWS | MULTIPLIERS).get(name)
         extra = {"row": "dense"} if row is None else {"row": name, "compression_ratio": o.compression_ratio}
         key = extra | {"learning_rate": learning_rate, "seed": seed} | settings
+        folder = self.model_folder(key)
         found = self.rows.find(key)
-        if found is not None:
+        if found is not None and (folder.is_dir() or not self.options.save_models):
             return found
         set_seed(seed)
         model = self.dense_model() if row is None else self.build(row)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = self.trainer(model, row, learning_rate, seed, folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = self.trainer(model, row, learning_rate, seed, scratch)
             trainer.train()
-            if row is None:
-                model.save_pretrained(self.teacher_path(learning_rate, seed))
+            if saved := row is None or self.options.save_models:  # dense ones teach
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
             scores = {s: trainer.evaluate(self.data[s])["eval_accuracy"] for s in ("validation", "test")}
         result: dict[str, Any] = {"accuracy": scores}
+        if saved:
+            result["model"] = str(folder.relative_to(self.folder))
         if row is not None:
             report = condition_report(model)
             kappa = report.max_condition_number
@@ -201,13 +204,14 @@ class Experiment:
         )
         teacher = None
         if row.distillation:
-            first = self.options.seeds[0]
-            teacher = self.dense_model(self.teacher_path(self.choose("dense"), first))
+            chosen = self.train("dense", self.choose("dense"), self.options.seeds[0])
+            teacher = self.dense_model(self.folder / chosen["model"])
         return CondLRTrainer(args=args, teacher=teacher, **kwargs)
 
-    def teacher_path(self, learning_rate: float, seed: int) -> Path:
-        """Where a fine-tuned dense model lies."""
-        return self.folder / f"dense-lr{learning_rate:g}-seed{seed}-steps{self.options.steps}"
+    def model_folder(self, key: dict[str, Any]) -> Path:
+        """Where a trained model lies, if it was saved."""
+        name = re.sub(r"\W+", "-", key["row"])
+        return self.folder / "models" / f"{name}-lr{key['learning_rate']:g}-seed{key['seed']}-{digest(key)}"
 
     def choose(self, name: str) -> float:
         """The learning rate of the best validation accuracy of the first seed."""
@@ -218,17 +222,15 @@ class Experiment:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """A line for each row, over the seeds."""
-    lines = ["| row | learning rate | validation % | test % | largest κ |", "|" + " --- |" * 5]
+    lines = []
     for name, rows in results.items():
         cells = [name, f"{rows[0]['key']['learning_rate']:g}"]
         for split in ("validation", "test"):
-            values = [100 * row["accuracy"][split] for row in rows]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            cells.append(mean_and_spread([row["accuracy"][split] for row in rows], digits=1))
         kappa = [row.get("largest_kappa") or math.inf for row in rows if "largest_kappa" in row]
         cells.append(f"{max(kappa):.4g}" if kappa else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(["row", "learning rate", "validation %", "test %", "largest κ"], lines)
 
 
 def main() -> None:
@@ -242,15 +244,8 @@ def main() -> None:
     experiment = Experiment(options)
     names = [n for n in ("dense", *ROWS, *MULTIPLIERS) if any(n.startswith(prefix) for prefix in options.rows)]
     results = {n: [experiment.train(n, experiment.choose(n), seed) for seed in options.seeds] for n in names}
-    record = {
-        "command": shlex.join(["python", "benchmarks/minilm_sst2.py", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {options.threads} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "options": asdict(options),
-        "results": results,
-    }
     path = experiment.folder / f"results-{options.compression_ratio:g}.json"
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_record(path, {"results": results}, options)
     sys.stdout.write(f"{table(results)}\n\nwrote {path}\n")
 
 

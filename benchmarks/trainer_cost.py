@@ -9,18 +9,17 @@ one process, so that a noisy machine meets both alike. Time is that of the train
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from record import write_record
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, Trainer, set_seed
 from transformers.utils import logging
 
@@ -104,15 +103,7 @@ def main() -> None:
             f"| {name} | {1e3 * statistics.median(values):.0f} | "
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
         )
-    record = {
-        "machine": f"{platform.machine()}, {options.threads} threads, cuda {torch.cuda.is_available()}",
-        "versions": {"torch": torch.__version__},
-        "options": asdict(options),
-        "seconds": times,
-    }
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = write_record(Path(options.output), {"seconds": times}, options)
     sys.stdout.write("\n".join(lines) + f"\n\nwrote {path}\n")
 
 
