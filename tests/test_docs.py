@@ -8,13 +8,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["docs/training_loop.md"])
-def test_the_page_runs(page, capsys):
+def run(page):
+    """The names that the page's program leaves."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     namespace = {}
     exec(compile("\n".join(blocks), page, "exec"), namespace)
+    return namespace
+
+
+def test_the_page_on_the_training_loop_runs(capsys):
+    namespace = run("docs/training_loop.md")
     assert "κ at most" in capsys.readouterr().out
     assert namespace["report"].layers
+
+
+def test_the_page_on_robustness_runs(capsys):
+    namespace = run("docs/robustness.md")
+    assert namespace["report"].samples == namespace["second"].samples == 40
+    assert len(namespace["report"].checks) == 15
+    assert "less dense" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ from hf_condlr.attacks.text import require_text_model
 from hf_condlr.attacks.token_ball import TokenBall
 
 
+WIDEST_TURN, NARROWEST_TURN = 0.6, 0.1
+"""s of the first and the last query of `EmbeddingSearch`."""
+
+
 class EmbeddingAttack(Attack):
     """Texts or token tensors in, token tensors with a `perturbation` (B, T, d) out; the model is a `TextModel`.
 
@@ -39,12 +43,12 @@ class EmbeddingAttack(Attack):
         Args:
             model: A `TextModel`.
             inputs: Texts, pairs of texts or token tensors; a perturbation that they have is replaced.
-            labels: Classes (B,), or for gradient attacks probabilities (B, classes).
+            labels: Classes (B,), or probabilities (B, classes).
         """
         model = require_text_model(model)
         with attacked(model):
             ball = TokenBall(model, inputs, self.epsilon)
-            return {**ball.tokens, "perturbation": self._perturbation(ball, labels)}
+            return {**ball.tokens, "perturbation": self._perturbation(ball, labels.to(ball.radius.device))}
 
     @abstractmethod
     def _perturbation(self, ball: TokenBall, labels: Tensor) -> Tensor:
@@ -141,10 +145,12 @@ class EmbeddingPGD(EmbeddingAttack):
 
 @dataclass(frozen=True)
 class EmbeddingSearch(EmbeddingAttack):
-    """Random search on the spheres, blind to gradients, as `Square` is for images.
+    """Random search on the spheres ‖δ_i‖₂ = ε‖E_i‖₂, blind to gradients, as `Square` is for images.
 
-    Each query gives a random share of a sample's tokens, which shrinks from all to one, one new direction, and keeps
-    it where the margin max_{j≠y} z_j − z_y grows. A gradient attack that is weaker was misled by a masked gradient.
+    Each query turns all tokens of a sample by s along a direction of its own, δ_i ← ε‖E_i‖₂ unit(δ_i/(ε‖E_i‖₂) + s u),
+    and keeps this where the margin max_{j≠y} z_j − z_y grows; where it does not, the next query tries −u, as SimBA
+    (Guo et al. 2019). u leads from one random token of the vocabulary to another. A gradient attack that is weaker
+    was misled by a masked gradient.
 
     Args:
         epsilon: Radius, as a share of a token's norm.
@@ -170,22 +176,18 @@ class EmbeddingSearch(EmbeddingAttack):
         generator = torch.Generator().manual_seed(self.seed)
         best = ball.zero()
         score = scores(ball.logits(best), labels, "margin")
+        direction, retry = torch.zeros_like(best[:, :1]), torch.zeros_like(score, dtype=torch.bool)
         for query in range(self.queries):
             going = (score < torch.inf).nonzero()[:, 0]  # an attack never mends an error
             if not len(going):
                 break
-            chosen, direction = self._propose(ball, 1 - query / self.queries, generator)
-            delta = torch.where(chosen, ball.steepest(direction), best)[going]
+            fresh = ball.directions(generator)  # for all samples: none depends on which were stopped
+            direction = torch.where(retry[:, None, None], -direction, fresh)
+            turn = WIDEST_TURN + (NARROWEST_TURN - WIDEST_TURN) * query / self.queries
+            delta = ball.steepest(best + turn * ball.radius[..., None] * direction)[going]
             new = scores(ball.logits(delta, going), labels[going], "margin")
             better = new > score[going]
             best[going[better]], score[going[better]] = delta[better], new[better]
+            refused = torch.zeros_like(retry).index_fill(0, going[~better], True)
+            retry = refused & ~retry
         return best
-
-    def _propose(self, ball: TokenBall, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens to move (B, T, 1), a share of each sample's, and where to (B, T, d); draws are for all samples."""
-        samples, length, size = ball.embedded.shape
-        editable = ball.radius > 0
-        draws = torch.rand(samples, length, generator=generator).to(ball.radius).masked_fill(~editable, 2.0)
-        number = (share * editable.sum(1, keepdim=True)).round().clamp_min(1)
-        direction = torch.randn(samples, 1, size, generator=generator).to(ball.radius)
-        return (draws.argsort(1).argsort(1) < number)[..., None], direction.expand(-1, length, -1)

@@ -72,5 +72,5 @@ def perturbed(embedding: nn.Module, ids: Tensor, perturbation: Tensor) -> Iterat
         not waiting,
         "input_ids must be looked up, as (batch, tokens), in the module that get_input_embeddings() returns",
         f"a model that does not call its {type(embedding).__name__} so",
-        "Attack the characters of this model's texts, not its embeddings.",
+        "Use a model of another architecture: attacks on this one would change nothing.",
     )

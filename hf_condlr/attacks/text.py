@@ -29,7 +29,7 @@ class TextModel(nn.Module):
     A batch is a list of strings or of pairs of strings, or a mapping of token tensors as a tokenizer gives them:
     `input_ids` (B, T), `attention_mask` (B, T), perhaps `token_type_ids`. It may have one more entry, `perturbation`
     (B, T, d) in float32, which is added to the output of the input embedding for this call, in float32 also where the
-    model is in half precision.
+    model is in half precision. The decoder of an encoder-decoder reads the tokens as they are.
 
     Args:
         model: A sequence classifier of transformers.
@@ -98,14 +98,13 @@ class TextModel(nn.Module):
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return encoded.to(self._embedding.weight.device)
+        return encoded.to(self.device)
 
     def tokens(self, inputs: Inputs) -> dict[str, Tensor]:
         """The batch as token tensors on the model's device: texts are encoded, a mapping is checked."""
-        weight = self._embedding.weight
         tokens = dict(inputs if isinstance(inputs, Mapping) else self.encode(inputs))
-        tokens = {name: value.to(weight.device) for name, value in tokens.items()}
-        require_ids(tokens, vocabulary=len(weight))
+        tokens = {name: value.to(self.device) for name, value in tokens.items()}
+        require_ids(tokens, vocabulary=self.vocabulary)
         require(
             count(tokens) == 1 or self.config is None or self._id("pad") is not None,
             "a batch of several samples needs a model that knows its padding token",
@@ -126,6 +125,16 @@ class TextModel(nn.Module):
         ids = tokens["input_ids"]
         mask = ~torch.isin(ids, torch.tensor(sorted(self._special_ids()), dtype=ids.dtype, device=ids.device))
         return mask & tokens["attention_mask"].bool() if "attention_mask" in tokens else mask
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model has embeddings for."""
+        return len(self._embedding.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the embedding."""
+        return self._embedding.weight.device
 
     @property
     def _embedding(self) -> Any:

@@ -43,6 +43,15 @@ class TokenBall:
         noise = uniform_in_ball((self.radius.numel(), self.embedded.shape[-1]), generator)
         return self.radius[..., None] * noise.view(self.embedded.shape).to(self.radius)
 
+    def directions(self, generator: torch.Generator) -> Tensor:  # (B, 1, d), of norm 1
+        """For each sample, from one random token of the vocabulary to another.
+
+        There the model answers more strongly than in a direction uniform on the sphere, where hardly any token lies.
+        """
+        ids = torch.randint(self.model.vocabulary, (len(self.embedded), 2), generator=generator)
+        embedded = self.model.embed({"input_ids": ids})
+        return unit(embedded[:, :1] - embedded[:, 1:])
+
     def steepest(self, gradient: Tensor, index: Tensor | None = None) -> Tensor:  # (k, T, d), (k,) -> (k, T, d)
         """The point that maximises the product with the gradient: δ_i = ε‖E_i‖₂ g_i/‖g_i‖₂."""
         radius = self.radius if index is None else self.radius[index]
