@@ -19,7 +19,6 @@ from hf_condlr.attacks.losses import LOSSES, scores
 from hf_condlr.attacks.text import require_text_model
 from hf_condlr.attacks.token_ball import TokenBall
 
-
 WIDEST_TURN, NARROWEST_TURN = 0.6, 0.1
 """s of the first and the last query of `EmbeddingSearch`."""
 

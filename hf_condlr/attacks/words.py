@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from types import MappingProxyType
+from typing import Any
 
 from hf_condlr.attacks.text import Text
 
@@ -21,7 +22,7 @@ class Words:
     """
 
     def __init__(self, text: Text) -> None:
-        self.single = isinstance(text, str)
+        self._whole: Callable[[list[str]], Any] = "".join if isinstance(text, str) else type(text)
         self.parts = [re.split(r"(\s+)", part) for part in ([text] if isinstance(text, str) else text)]
         places = [(part, piece) for part, pieces in enumerate(self.parts) for piece in range(len(pieces))]
         self.places = [place for place in places if any(map(str.isalnum, self[place]))]
@@ -33,11 +34,12 @@ class Words:
 
     def text(self, changes: Mapping[Place, str] = MappingProxyType({})) -> Text:
         """The text, with other words in some places."""
-        first, *second = (
-            "".join(changes.get((part, piece), old) for piece, old in enumerate(pieces))
-            for part, pieces in enumerate(self.parts)
+        return self._whole(
+            [
+                "".join(changes.get((part, piece), old) for piece, old in enumerate(pieces))
+                for part, pieces in enumerate(self.parts)
+            ]
         )
-        return first if self.single else (first, *second)  # type: ignore[return-value]
 
     def place(self, part: int, character: int) -> Place:
         """Of the piece that has this character of the part."""
