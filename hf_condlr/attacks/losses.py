@@ -18,10 +18,14 @@ def losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes)
     - `dlr`: the same over z_(1) − z_(3), the largest less the third largest logit, so that scale and shift of the
       logits do not matter (Croce and Hein 2020); with two classes it is the margin.
     """
-    if loss == "ce":
+    if labels.is_floating_point() and loss == "ce":
         return F.cross_entropy(logits, labels, reduction="none")
     labels = classes(labels)
     own = logits.gather(1, labels[:, None]).squeeze(1)
+    if loss == "ce":
+        # log(1 + Σ_{j≠y} e^{z_j − z_y}): the gradient p_y − 1 of z_y, which is rounded to 0 where p_y is to 1, is here
+        # the sum of the others' p_j, so that it points the right way up to a gap of about 100 in float32.
+        return (logits - own[:, None]).scatter(1, labels[:, None], 0.0).logsumexp(1)
     margin = logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
     if loss == "margin" or logits.shape[1] < 3:
         return margin
