@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from torch import nn
 
 from hf_condlr import evaluate_robustness
-from hf_condlr.attacks import FGSM, PGD, CharacterAttack, Corruption, EmbeddingPGD, TextModel
+from hf_condlr.attacks import FGSM, PGD, CharacterAttack, Corruption, EmbeddingPGD, TextModel, Transfer
 from hf_condlr.attacks.base import Attack
 from hf_condlr.errors import AttackError, EvaluationError
 from hf_condlr.evaluation import RobustnessReport
@@ -137,6 +137,61 @@ def test_images_pixel_values_and_pairs_give_the_same():
     assert results[0].model == "digits-mlp"
 
 
+class Handing(nn.Module):
+    """Hands everything on, as PEFT and torch.compile do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_other_forms_of_the_same_data_and_model():
+    images, processor = classifiers.images(40), classifiers.processor()
+    expected = evaluate(classifiers.mlp(), images, processor=processor)
+    rows = [(row["image"], row["label"]) for row in images]
+    values = [{"pixel_values": (x - classifiers.MEAN) / classifiers.STD, "labels": y} for x, y in classifiers.Pairs(40)]
+    for model, dataset in (
+        (classifiers.mlp(), rows),  # pictures and labels, as torchvision's data sets give them
+        (classifiers.mlp(), images.with_format("torch")),
+        (Handing(classifiers.mlp()), values),
+        (Handing(classifiers.mlp()), images),
+    ):
+        report = evaluate(model, dataset, processor=processor, checks=True, check_samples=16)
+        assert [a.survived for a in report.attacks] == [a.survived for a in expected.attacks]
+        [own] = [check for check in report.checks if check.name == "the attacked model is the model"]
+        assert own.passed and "own preprocessing" in own.found
+    single = evaluate(classifiers.mlp(), images, ATTACKS[1], processor=processor)
+    assert single.attacks[0].survived == expected.attacks[1].survived
+    with torch.inference_mode():
+        again = evaluate(classifiers.mlp(), images, processor=processor)
+    assert [a.survived for a in again.attacks] == [a.survived for a in expected.attacks]
+
+
+def test_rounding_is_measured_in_batches_without_a_correct_sample_too():
+    report = evaluate(batch_size=1, max_samples=40, attacks=[FGSM(0.4 / 255)])
+    assert report.clean_accuracy < 1 and report.attacks[0].rounded_accuracy == report.clean_accuracy
+
+
+class Argmax(nn.Module):
+    """Certain answers, no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = classifiers.pixel_mlp()
+
+    def forward(self, x):
+        return torch.nn.functional.one_hot(self.inner(x).argmax(1), 10).float() * 9
+
+
+def test_a_model_without_gradients_is_evaluated_and_found_out():
+    report = evaluate(Argmax(), attacks=[PGD(32 / 255, steps=3)], checks=True, check_samples=64)
+    failed = {check.name for check in report.failed_checks}
+    assert "gradients are not zero (linf)" in failed and report.attacks[0].robust_accuracy > 0.8
+
+
 def test_max_samples_draws_the_same_samples_for_every_model():
     first = evaluate(max_samples=50)
     second = evaluate(classifiers.pixel_mlp(scale=2.0), max_samples=50)
@@ -177,16 +232,29 @@ def test_interrupted_and_gone_on_is_uninterrupted(tmp_path):
     gone_on = evaluate(model, output_dir=tmp_path / "broken")
     assert comparable(gone_on) == comparable(whole)
     assert 0 < model.calls < calls  # finished batches are not attacked again
-    again = Breaks(at=1)
-    assert comparable(evaluate(again, output_dir=tmp_path / "broken")) == comparable(whole) and again.calls == 0
+    again = Breaks(at=None)
+    assert comparable(evaluate(again, output_dir=tmp_path / "broken")) == comparable(whole)
+    assert again.calls == 2  # of the first and the last batch, which tell whether it is the same evaluation
     assert comparable(RobustnessReport.load(tmp_path / "broken" / "report.json")) == comparable(whole)
 
 
-def test_another_model_attack_or_choice_is_not_taken_for_the_same(tmp_path):
+def test_another_model_attack_choice_or_data_set_is_not_taken_for_the_same(tmp_path):
     evaluate(output_dir=tmp_path)
     changed = classifiers.pixel_mlp()
     changed.model.layers[4].bias.data += 1e-3
-    for options in ({"model": changed}, {"attacks": ATTACKS[:2]}, {"max_samples": 50}, {"batch_size": 50}):
+    pixels, labels = classifiers.held_out()
+    darker = torch.utils.data.TensorDataset(0.9 * pixels, labels)
+    transfer = [Transfer(PGD(0.1, steps=2), changed)], [Transfer(PGD(0.1, steps=2), classifiers.pixel_mlp())]
+    for options in (
+        {"model": changed},
+        {"model": classifiers.pixel_mlp(scale=300.0)},  # the same parameters
+        {"attacks": ATTACKS[:2]},
+        {"attacks": transfer[0]},
+        {"attacks": transfer[1]},
+        {"dataset": darker},
+        {"max_samples": 50},
+        {"batch_size": 50},
+    ):
         before = set(tmp_path.glob("outcomes-*"))
         evaluate(**options, output_dir=tmp_path)
         assert len(set(tmp_path.glob("outcomes-*")) - before) == 1
@@ -241,9 +309,8 @@ def test_saved_examples_are_those_that_were_evaluated(tmp_path):
     model, (pixels, labels) = classifiers.pixel_mlp().eval(), classifiers.held_out()
     report = evaluate(model, attacks=[PGD(0.1, steps=5), FGSM(0.05)], output_dir=tmp_path, save_examples=True)
     for result, name in zip(report.attacks, ("pgd-linf-0.1", "fgsm-0.05"), strict=True):
-        rows = load_dataset(str(tmp_path / "examples" / name), cache_dir=str(tmp_path / "cache"))["train"].with_format(
-            "torch"
-        )
+        folder = tmp_path / f"examples-{report.settings['key']}" / name
+        rows = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))["train"].with_format("torch")
         assert len(rows) == sum(report.correct)
         index, adversarial = rows["index"][:], torch.stack(list(rows["pixels"][:]))
         assert adversarial.shape[1:] == (1, 8, 8) and adversarial.dtype == torch.float32
@@ -272,6 +339,12 @@ def test_saved_examples_are_those_that_were_evaluated(tmp_path):
         ({"dataset": [{"text": "a"}]}, "must have a column of labels, labels, label, label_ids, or label_column"),
         ({"dataset": [(torch.zeros(1, 8, 8), 0.5)]}, "labels must be one class number a sample; received .*0.5"),
         ({"dataset": [(torch.zeros(1, 8, 8), -1)]}, "labels must be class numbers from 0; received -1"),
+        ({"dataset": [(torch.zeros(1, 8, 8), "cat")]}, "labels must be one class number a sample; received .*cat"),
+        ({"dataset": [(torch.zeros(1, 8, 8), None)]}, "labels must be one class number a sample; received .*None"),
+        ({"dataset": [(torch.zeros(1, 8, 8), torch.eye(10)[3])]}, "labels must be one class number a sample"),
+        ({"dataset": DatasetDict(test=classifiers.images(4))}, r"must be one split; received test. .*data\['test'\]"),
+        ({"attacks": []}, "attacks must be at least one attack; received none"),
+        ({"attacks": ["pgd-linf"]}, "attacks must be at least one attack; received 'pgd-linf'.*make_attacks"),
         ({"dataset": [(torch.zeros(1, 8, 8), 10)]}, "labels must be classes of the model, 0 to 9; received 10"),
         (
             {"dataset": classifiers.images(4), "image_column": "photo"},
@@ -360,11 +433,12 @@ def test_examples_of_texts_are_saved(tmp_path):
     model, tokenizer = text_models.trained_reviewer()
     report = evaluate(model, reviews(), TEXT_ATTACKS, processor=tokenizer, output_dir=tmp_path, save_examples=True)
     cache = {"cache_dir": str(tmp_path / "cache"), "split": "train"}
-    rows = load_dataset(str(tmp_path / "examples" / "characters-0.3"), **cache)
+    folder = tmp_path / f"examples-{report.settings['key']}"
+    rows = load_dataset(str(folder / "characters-0.3"), **cache)
     inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt")
     with torch.no_grad():
         assert model(**inputs).logits.argmax(1).tolist() == rows["prediction"][:]
-    rows = load_dataset(str(tmp_path / "examples" / "pgd-embedding-0.3"), **cache).with_format("torch")
+    rows = load_dataset(str(folder / "pgd-embedding-0.3"), **cache).with_format("torch")
     batch = {name: torch.stack(list(rows[name][:])) for name in ("input_ids", "attention_mask", "perturbation")}
     with torch.no_grad():
         predictions = TextModel(model, tokenizer)(batch).argmax(1)

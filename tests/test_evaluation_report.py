@@ -102,6 +102,10 @@ def test_only_reports_of_the_same_samples_are_compared():
         EvaluationError, match="of the same samples to be compared; received different ones for ours, b"
     ):
         compare([report(), report("b", digest="other")])
+    weaker = report("b")
+    weaker.attacks[0].settings = {"attack": "fgsm"}
+    with pytest.raises(EvaluationError, match=r"of the same attacks to be compared; received .* ours for b"):
+        compare([report(), weaker])
     with pytest.raises(EvaluationError, match="there must be reports to compare"):
         compare([])
 

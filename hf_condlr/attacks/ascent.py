@@ -71,7 +71,9 @@ def score_and_gradient(
     """
     x = x.detach().requires_grad_(True)
     logits = logits_of(model(x))
-    (gradient,) = torch.autograd.grad(losses(logits, labels, loss).sum(), x)
+    if not logits.requires_grad:  # no path back to the inputs, through an argmax, say: the gradient is zero
+        return scores(logits, labels, loss), torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(losses(logits, labels, loss).sum(), x, materialize_grads=True)
     return scores(logits.detach(), labels, loss), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 

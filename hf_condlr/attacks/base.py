@@ -86,6 +86,7 @@ def attacked(model: nn.Module) -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices),  # a model may draw random numbers even in evaluation mode
+            torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cuda", enabled=False),
             torch.autocast("cpu", enabled=False),

@@ -165,7 +165,8 @@ class PGD(Attack):
 
 def at_least_float32(inputs: Tensor) -> Tensor:
     """Detached; rounding to half precision would leave the ball."""
-    return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+    inputs = inputs.clone() if inputs.is_inference() else inputs.detach()  # else nothing could be differentiated
+    return inputs.to(torch.promote_types(inputs.dtype, torch.float32))
 
 
 def direction(gradient: Tensor, norm: str) -> Tensor:

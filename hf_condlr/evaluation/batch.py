@@ -30,7 +30,8 @@ def attack_batch(
         index = torch.arange(len(labels)) if not attack.adversarial else correct.nonzero().squeeze(1).cpu()
         survived = torch.zeros(len(labels), dtype=torch.bool)
         if not len(index):
-            outcome.attacks.append(AttackOutcome(survived.tolist(), moved=None))
+            has_pixels = isinstance(inputs, Tensor) and attack.within_bounds
+            outcome.attacks.append(AttackOutcome(survived.tolist(), survived.tolist() if has_pixels else None))
             continue
         part, y = take(inputs, index), labels[index.to(labels.device)]
         adversarial = attack.reseeded(number)(model, part, y)
@@ -48,7 +49,9 @@ def attack_batch(
         result.seconds = time.perf_counter() - start
         outcome.attacks.append(result)
         if examples is not None:
-            path = examples / f"{attack.name}-{attack.epsilon:.4g}" / f"{number:06d}.parquet"
+            same = [a for a in attacks if (a.name, a.epsilon) == (attack.name, attack.epsilon)]
+            copy = f"-{same.index(attack) + 1}" if len(same) > 1 else ""
+            path = examples / f"{attack.name}-{attack.epsilon:.4g}{copy}" / f"{number:06d}.parquet"
             numbers = [samples.indices[positions[i]] for i in index.tolist()]
             write_examples(path, numbers, y.tolist(), predictions.tolist(), adversarial)
     return outcome

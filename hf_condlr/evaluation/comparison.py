@@ -73,10 +73,12 @@ class RobustnessComparison:
 
 
 def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
-    """Put reports of several models on the same samples side by side.
+    """Put reports of several models on the same samples and under the same attacks side by side.
+
+    In the picture, reports that share a name are runs of one model: give each `evaluate_robustness` a `name`.
 
     Raises:
-        EvaluationError: There are none, or they were not measured on the same samples.
+        EvaluationError: There are none, or they were not measured on the same samples, or not by the same attacks.
     """
     if not reports:
         raise EvaluationError("there must be reports to compare", received="none", remedy="Evaluate two models.")
@@ -86,6 +88,14 @@ def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
             "reports must be of the same samples to be compared",
             received=f"different ones for {', '.join(digests.values())}",
             remedy="Evaluate all models with the same data, max_samples and seed.",
+        )
+    asked = [[attack.settings for attack in report.attacks] for report in reports]
+    different = [report.model for report, attacks in zip(reports, asked, strict=True) if attacks != asked[0]]
+    if different:
+        raise EvaluationError(
+            "reports must be of the same attacks to be compared",
+            received=f"others than for {reports[0].model} for {', '.join(different)}",
+            remedy="Evaluate all models with the same attacks.",
         )
     return RobustnessComparison(list(reports))
 

@@ -28,10 +28,11 @@ from hf_condlr.evaluation.settings import evaluation_key, normalisation, paramet
 logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be differentiated
 def evaluate_robustness(
     model: nn.Module,
     dataset: Any,
-    attacks: Iterable[Attack] | None = None,
+    attacks: Iterable[Attack] | Attack | None = None,
     *,
     processor: Any = None,
     name: str | None = None,
@@ -74,7 +75,8 @@ def evaluate_robustness(
         checks: Whether to look for signs that the numbers are too good, by further attacks on a few samples.
         check_samples: So many.
         output_dir: Where outcomes are kept, to go on from after an interruption, and the report, `report.json`.
-        save_examples: Write adversarial examples to `output_dir/examples`, a folder of parquet for each attack.
+        save_examples: Write adversarial examples to `output_dir/examples-KEY`, a folder of parquet for each attack; the
+            report states the key, which another model, data set or choice of attacks changes.
         accelerator: The one in use, if there is one.
         progress: Show a bar.
 
@@ -101,7 +103,8 @@ def evaluate_robustness(
     samples = Samples(
         model, dataset, processor=processor, data_collator=data_collator, max_samples=max_samples, seed=seed, **columns
     )
-    chosen = list(attacks) if attacks is not None else default_attacks(samples)
+    attacks = default_attacks(samples) if attacks is None else attacks
+    chosen = [attacks] if isinstance(attacks, Attack) else list(attacks)
     _require_arguments(chosen, samples, batch_size, check_samples, save_examples and output_dir is None)
     digest = parameters_digest(samples.model)
     settings: dict[str, Any] = {
@@ -111,23 +114,26 @@ def evaluate_robustness(
         "data": samples.kind,
         "data_fingerprint": getattr(dataset, "_fingerprint", None),
         "data_rows": len(dataset),
+        "data_digest": samples.fingerprint(batch_size),
         "batch_size": batch_size,
         "max_samples": max_samples,
         "seed": seed,
     } | normalisation(samples.model)
     folder = None if output_dir is None else Path(output_dir)
-    outcomes = Outcomes(folder and folder / f"outcomes-{evaluation_key(settings, chosen, save_examples)}")
+    key = evaluation_key(settings, chosen, save_examples)
+    outcomes = Outcomes(folder and folder / f"outcomes-{key}")
+    examples = folder / f"examples-{key}" if folder is not None and save_examples else None
     accelerator.wait_for_everyone()  # nobody writes before all have read what is there
     positions = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
     todo = [number for number in range(len(positions)) if number not in outcomes.batches]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     with tqdm(total=len(mine), desc="attacks", unit="batch", disable=_silent(progress, accelerator)) as bar:
         for number in mine:
-            examples = folder / "examples" if folder is not None and save_examples else None
             outcomes.add(number, attack_batch(samples, positions[number], chosen, number, examples))
             bar.update()
     report = _report(name or Path(name_of(model)).name, chosen, outcomes.gather())
     report.settings = settings | {
+        "key": key,
         "samples_digest": samples.digest(report.labels),
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
@@ -215,6 +221,13 @@ def _require_arguments(
     if nowhere:
         raise EvaluationError(
             "save_examples needs a folder", received="output_dir=None", remedy="Give output_dir, or leave it out."
+        )
+    wrong = [repr(attack) for attack in attacks if not isinstance(attack, Attack)]
+    if wrong or not attacks:
+        raise EvaluationError(
+            "attacks must be at least one attack",
+            received=", ".join(wrong) or "none",
+            remedy="For names there is hf_condlr.attacks.make_attacks(['pgd-linf'], ['4/255', '8/255'], steps=20).",
         )
     takes = {"texts": ("texts", "tokens"), "input_ids": ("tokens",)}.get(samples.kind, ("pixels",))
     for attack in attacks:

@@ -7,13 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import datasets
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from hf_condlr.attacks import PixelModel, TextModel
-from hf_condlr.attacks.base import Inputs, logits_of
+from hf_condlr.attacks.base import Inputs, attacked, logits_of
 from hf_condlr.errors import EvaluationError
 
 LABELS = ("labels", "label", "label_ids")
@@ -24,8 +25,8 @@ TEXTS = ("texts", "input_ids")
 class Samples:
     """The samples of a data set that are evaluated, and the model that takes them.
 
-    Recognised by its first row are: pairs (pixels of [0, 1], label); `pixel_values` that an image processor has
-    normalised; images; `input_ids`; and one or two columns of text.
+    Recognised by its first row are: pairs (pixels of [0, 1] or an image, label); `pixel_values` that an image processor
+    has normalised; images; `input_ids`; and one or two columns of text.
 
     Args:
         model: Yields logits; a `PixelModel` or `TextModel` is taken as it is.
@@ -57,11 +58,13 @@ class Samples:
         max_samples: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.dataset, self.processor = dataset, processor
+        self.dataset, self.processor = _with_images(dataset), processor
         self.indices = _choose(dataset, max_samples, seed)
-        row = dataset[self.indices[0]]
+        row = self.dataset[self.indices[0]]
         self.kind, self.columns = _recognise(row, image_column, text_columns)
-        self.label_column = label_column or next((name for name in LABELS if name in row), "")
+        self.label_column: Any = 1  # of a pair
+        if isinstance(row, Mapping):
+            self.label_column = label_column or next((name for name in LABELS if name in row), "")
         if isinstance(row, Mapping) and self.label_column not in row:
             raise EvaluationError(
                 f"the data set must have a column of labels, {', '.join(LABELS)}, or label_column must name it",
@@ -99,12 +102,29 @@ class Samples:
         elif self.kind == "texts":
             columns = [[row[name] for row in rows] for name in self.columns]
             limit = getattr(self.model, "max_length", None)
-            inputs = self.processor(*columns, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            options = {"padding": len(rows) > 1, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+            inputs = self.processor(*columns, **options)
         else:
             inputs = self._collate(rows)
         dtype = next(model.parameters()).dtype
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        return logits_of(model(**{k: v.to(self.device) for k, v in inputs.items()}))
+        inputs = {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        return logits_of(model(inputs["pixel_values"]) if "pixel_values" in inputs else model(**inputs))
+
+    def fingerprint(self, batch_size: int) -> str:
+        """Of what the attacked model gets in the first and the last batch, and of what it gives, to two digits.
+
+        Another normalisation, column, configuration or content of the data gives another one.
+        """
+        digest = hashlib.sha256()
+        for start in (0, max(0, len(self) - batch_size)):
+            inputs, labels = self.batch(range(start, min(start + batch_size, len(self))))
+            with attacked(self.model), torch.no_grad():
+                largest = self.model(inputs).abs().max().item()
+            parts = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+            for part in [*parts, labels]:
+                digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+            digest.update(f"{largest:.2g}".encode())
+        return digest.hexdigest()
 
     @property
     def device(self) -> torch.device:
@@ -159,32 +179,41 @@ class Samples:
                 received="no processor",
                 remedy="Give processor=AutoImageProcessor.from_pretrained(...), or rows of pixel_values.",
             )
-        channels = getattr(getattr(self.model, "model", self.model), "config", None)
-        mode = "L" if getattr(channels, "num_channels", 3) == 1 else "RGB"
-        converted = [image.convert(mode) for image in images]
+        config = getattr(getattr(self.model, "model", self.model), "config", None)
+        mode = {1: "L", 3: "RGB"}.get(getattr(config, "num_channels", 0))  # else as the images are
+        converted = [image.convert(mode or ("L" if image.mode == "L" else "RGB")) for image in images]
         pixels = self.processor(converted, return_tensors="pt", **options)["pixel_values"]
         return pixels
 
     def _collate(self, rows: list[Any]) -> dict[str, Tensor]:
         """Tensors that the model's forward takes, without the labels."""
-        taken = {*inspect.signature(self.model.model.forward).parameters, *LABELS}  # Trainer drops the others too
+        parameters = inspect.signature(self.model.model.forward).parameters
+        taken = {*parameters, *LABELS, self.kind}  # Trainer drops the others too
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            taken |= {"attention_mask", "token_type_ids"}  # PEFT and torch.compile do not name what they hand on
         batch = self.data_collator([{name: row[name] for name in row if name in taken} for row in rows])
         return {name: value for name, value in batch.items() if name not in LABELS and isinstance(value, Tensor)}
 
     def _labels(self, rows: list[Any]) -> Tensor:  # -> (B,)
-        values = [row[1] if self.kind == "tensors" else row[self.label_column] for row in rows]
-        labels = torch.as_tensor([value.item() if isinstance(value, Tensor) else value for value in values])
+        values = [row[self.label_column] for row in rows]
+        try:
+            labels = torch.as_tensor([value.item() if isinstance(value, Tensor) else value for value in values])
+        except (TypeError, ValueError, RuntimeError):  # names, None, vectors
+            labels = torch.empty(0)
         if labels.dim() != 1 or labels.is_floating_point():
             raise EvaluationError(
                 "labels must be one class number a sample",
-                received=f"values such as {values[0]!r}",
-                remedy="Only classifiers of whole samples are attacked, with one class for each.",
+                received=f"values such as {str(values[0])[:50]}",
+                remedy="Only classifiers of whole samples are attacked; class_encode_column makes numbers of names.",
             )
         return labels
 
 
 def _choose(dataset: Any, max_samples: int | None, seed: int) -> list[int]:
     """Numbers of the samples to evaluate."""
+    if isinstance(dataset, Mapping):
+        names = ", ".join(map(str, dataset))
+        raise EvaluationError("a data set must be one split", received=names, remedy="Choose one: data['test'].")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise EvaluationError(
             "a data set must have a length and rows by number",
@@ -201,11 +230,19 @@ def _choose(dataset: Any, max_samples: int | None, seed: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def _recognise(row: Any, image_column: str | None, text_columns: Sequence[str] | None) -> tuple[str, list[str]]:
+def _with_images(dataset: Any) -> Any:
+    """Images as such, where a format of `datasets` would make arrays of them that no image processor has seen."""
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] in (None, "custom"):
+        return dataset
+    has_images = any(isinstance(feature, datasets.Image) for feature in dataset.features.values())
+    return dataset.with_format(None) if has_images else dataset
+
+
+def _recognise(row: Any, image_column: str | None, text_columns: Sequence[str] | None) -> tuple[str, list[Any]]:
     """What the rows hold, and the columns of images or texts."""
     if not isinstance(row, Mapping):
         if isinstance(row, (tuple, list)) and len(row) == 2:
-            return "tensors", []
+            return ("images", [0]) if isinstance(row[0], Image) else ("tensors", [])
         raise EvaluationError(
             "a row must be a dictionary or a pair (pixels, label)",
             received=type(row).__name__,

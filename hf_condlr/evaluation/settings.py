@@ -37,7 +37,8 @@ def versions() -> dict[str, str]:
 
 def evaluation_key(settings: dict[str, Any], attacks: Sequence[Attack], examples: bool) -> str:
     """Names an evaluation: only the same one is gone on with."""
-    text = json.dumps([settings, [attack.settings() for attack in attacks], examples], sort_keys=True)
+    sources = [parameters_digest(source) for attack in attacks if (source := getattr(attack, "source", None))]
+    text = json.dumps([settings, [attack.settings() for attack in attacks], sources, examples], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
