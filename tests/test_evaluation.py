@@ -165,8 +165,9 @@ def test_other_forms_of_the_same_data_and_model():
         assert own.passed and "own preprocessing" in own.found
     single = evaluate(classifiers.mlp(), images, ATTACKS[1], processor=processor)
     assert single.attacks[0].survived == expected.attacks[1].survived
+    model = classifiers.mlp()
     with torch.inference_mode():
-        again = evaluate(classifiers.mlp(), images, processor=processor)
+        again = evaluate(model, images, processor=processor)
     assert [a.survived for a in again.attacks] == [a.survived for a in expected.attacks]
 
 
