@@ -27,6 +27,7 @@ def draw(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise MissingExtraError(
             "plot needs matplotlib", received="no such package", remedy="pip install 'hf_condlr[plot]'."
@@ -49,6 +50,7 @@ def draw(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
             axes.plot(x, [sum(v) / len(v) for v in values], "o-", color=color, markersize=4, linewidth=1.5, label=name)
             axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, lw=0)
         axes.set(xlabel=f"ε ({LABELS.get(threat, threat)})", ylim=(0, 1.02), xlim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("accuracy, worst case over attacks")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
