@@ -30,7 +30,8 @@ from transformers import HfArgumentParser
 
 from hf_condlr.attacks import FGSM, PGD, Attack, AutoAttack, CharacterAttack, Corruption, EmbeddingPGD
 from hf_condlr.attacks.corruptions import KINDS
-from hf_condlr.evaluation import RobustnessReport, compare, evaluate_robustness
+from hf_condlr.evaluation import RobustnessReport, evaluate_robustness
+from hf_condlr.evaluation.curves import draw
 
 logger = logging.getLogger("robustness_study")
 
@@ -210,7 +211,7 @@ def main() -> None:
         tables += attack_tables(reports)
         if part.name == "attacks":
             tables += [area_table(reports)]
-            compare(reports).plot(folder / "curves.png")
+            draw(reports, folder / "curves.png")  # runs of one method as one line
         pairs = zip(attacked, reports, strict=True)
         doubts = [f"- {t.method}, seed {t.seed}: {check}" for t, report in pairs for check in report.failed_checks]
         if doubts:

@@ -206,6 +206,39 @@ def test_a_model_without_gradients_is_evaluated_and_found_out():
     assert "gradients are not zero (linf)" in failed and report.attacks[0].robust_accuracy > 0.8
 
 
+def test_processors_of_several_kinds_and_those_that_normalise_otherwise():
+    images, processor = classifiers.images(40), classifiers.processor()
+    expected = evaluate(classifiers.mlp(), images, processor=processor)
+    both = type("BothProcessor", (), {"image_processor": processor, "tokenizer": object()})()
+    report = evaluate(classifiers.mlp(), images, processor=both)
+    assert [a.survived for a in report.attacks] == [a.survived for a in expected.attacks]
+    assert report.settings["columns"] == ["image", "label"] and report.settings["processor"] == type(processor).__name__
+    with pytest.raises(AttackError, match="must say how pixels are normalised; received object"):
+        evaluate(classifiers.mlp(), classifiers.Pairs(4), processor=object())
+    processor.include_top = True
+    with pytest.raises(AttackError, match=r"must normalise pixels once; received .*include_top=True"):
+        evaluate(classifiers.mlp(), images, processor=processor)
+
+
+def test_a_model_in_half_precision_is_found_out():
+    report = evaluate(classifiers.pixel_mlp().bfloat16(), checks=True, check_samples=16)
+    [check] = [check for check in report.failed_checks if check.name == "float32 in the attack"]
+    assert "parameters in half precision" in check.found and "model.float()" in check.suspicion
+
+
+def test_checks_draw_their_samples(monkeypatch):
+    """Rows may come sorted by class."""
+    pixels, labels = classifiers.held_out()
+    order = labels.argsort(stable=True)
+    data = torch.utils.data.TensorDataset(pixels[order], labels[order])
+    batches, module = [], sys.modules["hf_condlr.evaluation.evaluate"]
+    check_batch = module._check_batch
+    monkeypatch.setattr(module, "_check_batch", lambda s, p: batches.append(p) or check_batch(s, p))
+    report = evaluate(dataset=data, checks=True, check_samples=30)
+    assert report.settings["check_samples"] == 30 and len(batches[0]) == 30
+    assert len({int(labels[order][p]) for p in batches[0]}) > 5
+
+
 def test_max_samples_draws_the_same_samples_for_every_model():
     first = evaluate(max_samples=50)
     second = evaluate(classifiers.pixel_mlp(scale=2.0), max_samples=50)
@@ -272,6 +305,17 @@ def test_another_model_attack_choice_or_data_set_is_not_taken_for_the_same(tmp_p
         before = set(tmp_path.glob("outcomes-*"))
         evaluate(**options, output_dir=tmp_path)
         assert len(set(tmp_path.glob("outcomes-*")) - before) == 1
+
+
+def test_batches_whose_data_changed_are_attacked_again(tmp_path):
+    """In the middle, where the key does not look."""
+    pixels, labels = classifiers.held_out()
+    changed = pixels.clone()
+    changed[60:120] = changed[60:120].flip(-1)
+    first, second = (torch.utils.data.TensorDataset(x, labels) for x in (pixels, changed))
+    evaluate(dataset=first, output_dir=tmp_path)
+    assert comparable(evaluate(dataset=second, output_dir=tmp_path)) == comparable(evaluate(dataset=second))
+    assert len(list(tmp_path.glob("outcomes-*"))) == 1
 
 
 SCRIPT = """
@@ -349,7 +393,7 @@ def test_saved_examples_are_those_that_were_evaluated(tmp_path):
         ({"dataset": iter([])}, "a data set must have a length and rows by number; received list_iterator"),
         ({"dataset": []}, "the data set must hold at least one sample"),
         ({"dataset": [3]}, r"a row must be a dictionary or a pair \(pixels, label\); received int"),
-        ({"dataset": [{"a": 1, "label": 0}]}, "rows must hold one image, or one or two texts"),
+        ({"dataset": [{"a": 1, "label": 0}]}, "rows must hold one image or one text, or the two"),
         ({"dataset": [{"text": "a"}]}, "must have a column of labels, labels, label, label_ids, or label_column"),
         ({"dataset": [(torch.zeros(1, 8, 8), 0.5)]}, "labels must be one class number a sample; received .*0.5"),
         ({"dataset": [(torch.zeros(1, 8, 8), -1)]}, "labels must be class numbers from 0; received -1"),
@@ -429,6 +473,9 @@ def test_texts_pairs_and_tokens_are_evaluated():
     pairs = data.add_column("text_pair", ["the plot was"] * len(data))
     paired = evaluate(model, pairs, [EmbeddingPGD(0.3, steps=2)], processor=tokenizer)
     assert paired.samples == 48 and paired.settings["data"] == "texts"
+    named = data.add_column("id", [f"review {i}" for i in range(len(data))])
+    with pytest.raises(EvaluationError, match=r"or the two texts of a known pair.*of texts: text, id.*text_columns"):
+        evaluate(model, named, TEXT_ATTACKS[:1], processor=tokenizer)
     alone = evaluate(model, pairs, TEXT_ATTACKS[:1], processor=tokenizer, text_columns=["text"])
     assert alone.attacks[0].survived == report.attacks[0].survived
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_condlr import evaluate_robustness
-from hf_condlr.attacks import FGSM, PGD, PixelModel
+from hf_condlr.attacks import FGSM, PGD, Corruption, PixelModel
 from hf_condlr.attacks.base import Attack
 from hf_condlr.evaluation.checks import check_outcomes
 from hf_condlr.evaluation.outcomes import AttackOutcome, BatchOutcome
@@ -251,6 +251,18 @@ class Steep(nn.Module):
 def test_examples_that_rounding_undoes():
     _, checks = checked(Steep(), [FGSM(0.4 / 255)])
     assert "examples hold as 8-bit images" in fails(checks)
+
+
+def test_more_survivors_than_allowed_are_counted_as_integers_and_corruptions_left_out():
+    attacks = [PGD(0.1), PGD(0.2)]
+    for more, passed in ((1, True), (2, False)):
+        flags = [[True] * 100 + [False] * 100, [True] * (100 + more) + [False] * (100 - more)]
+        batch = BatchOutcome([0] * 200, [True] * 200, [AttackOutcome(survived) for survived in flags])
+        found = {check.name: check for check in check_outcomes(attacks, [batch], expected=200)}
+        assert found["robust accuracy falls with ε"].passed is passed
+    noise = [Corruption("shot_noise", 1), Corruption("shot_noise", 2)]
+    found = {check.name: check for check in check_outcomes(noise, [batch], expected=200)}
+    assert found["robust accuracy falls with ε"].passed is None
 
 
 def test_a_missing_batch_or_attack_is_noticed():

@@ -102,6 +102,8 @@ def test_only_reports_of_the_same_samples_are_compared():
         EvaluationError, match="of the same samples to be compared; received different ones for ours, b"
     ):
         compare([report(), report("b", digest="other")])
+    with pytest.raises(EvaluationError, match="must have names of their own to be compared; received ours, ours"):
+        compare([report(), report()])
     weaker = report("b")
     weaker.attacks[0].settings = {"attack": "fgsm"}
     with pytest.raises(EvaluationError, match=r"of the same attacks to be compared; received .* ours for b"):

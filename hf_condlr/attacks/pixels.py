@@ -36,8 +36,21 @@ class PixelModel(nn.Module):
         """With the mean and the standard deviation of an image processor of transformers.
 
         Raises:
-            AttackError: The processor does not scale 8-bit pixels to [0, 1], so that ε would have no unit.
+            AttackError: It is no image processor, or it does not scale 8-bit pixels to [0, 1] and normalise them once,
+                so that ε would have no unit.
         """
+        require(
+            hasattr(processor, "do_normalize"),
+            "an image processor must say how pixels are normalised",
+            type(processor).__name__,
+            "Give AutoImageProcessor.from_pretrained(...), or build PixelModel(model, mean, std).",
+        )
+        require(
+            not getattr(processor, "include_top", False),
+            "an image processor must normalise pixels once",
+            f"{type(processor).__name__} with include_top=True, which divides by the std twice",
+            "Build PixelModel(model, mean, std) with what both steps together do to a pixel of [0, 1].",
+        )
         scale = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
         shifted = getattr(processor, "rescale_offset", None)
         require(

@@ -152,7 +152,7 @@ def challenges(c: Challenger) -> Iterator[Check]:
         f"nothing survives a huge ε ({threat})",
         total - wrong <= allowed(total, 0.05) if total else None,
         f"{total - wrong} of {total} samples survive ε = {huge:.4g}",
-        "No image resists a budget that contains all images: the attack does not work on this model.",
+        "Nothing should resist a budget that contains every input: the attack does not find what is there.",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +68,10 @@ def check_outcomes(attacks: Sequence[Attack], batches: Sequence[BatchOutcome], e
         "; ".join(over) or f"{len(moved)} attacks measured, at most {outside:.1e} outside the bounds",
         "An attack left its threat model: its robust accuracy is too low.",
     )
-    survived = {id(attack): _share(batches, i, "survived") for i, attack in enumerate(attacks)}
+    survived = [_survivors(batches, i, "survived") or 0 for i in range(len(attacks))]
     yield _falls_with_epsilon(attacks, survived, n)
-    rounded = [(a, survived[id(a)], _share(batches, i, "survived_rounded")) for i, a in enumerate(attacks)]
-    gains = [(after - before, attack) for attack, before, after in rounded if before is not None and after is not None]
+    rounded = [(a, survived[i], _survivors(batches, i, "survived_rounded")) for i, a in enumerate(attacks)]
+    gains = [((after - before) / n, attack) for attack, before, after in rounded if after is not None]
     gain, attack = max(gains, key=lambda pair: pair[0], default=(0.0, None))
     yield Check(
         "examples hold as 8-bit images",
@@ -97,29 +97,28 @@ def _rounded(epsilon: float) -> float:
     return epsilon * (1 + 1e-5) + 1e-6
 
 
-def _share(batches: Sequence[BatchOutcome], index: int, name: str) -> float | None:
+def _survivors(batches: Sequence[BatchOutcome], index: int, name: str) -> int | None:
     values = [getattr(batch.attacks[index], name) for batch in batches]
-    if any(value is None for value in values):
-        return None
-    return sum(map(sum, values)) / sum(map(len, values))
+    return None if any(value is None for value in values) else sum(map(sum, values))
 
 
-def _falls_with_epsilon(attacks: Sequence[Attack], survived: Mapping[int, float | None], n: int) -> Check:
-    rises, families = [], 0
-    by_family: dict[str, list[Attack]] = {}
-    for attack in attacks:
-        by_family.setdefault(repr(attack.with_epsilon(1) if attack.epsilon else attack), []).append(attack)
+def _falls_with_epsilon(attacks: Sequence[Attack], survived: Sequence[int], n: int) -> Check:
+    rises, series = [], 0
+    by_family: dict[str, list[int]] = {}
+    for i, attack in enumerate(attacks):
+        if attack.adversarial:  # a stronger corruption does not contain a weaker one
+            by_family.setdefault(repr(attack.with_epsilon(0)), []).append(i)
     for family in by_family.values():
-        ordered = sorted(family, key=lambda attack: attack.epsilon)
-        families += len(ordered) > 1
+        ordered = sorted(family, key=lambda i: attacks[i].epsilon)
+        series += len(ordered) > 1
         for weak, strong in itertools.pairwise(ordered):
-            low, high = survived[id(weak)] or 0.0, survived[id(strong)] or 0.0
-            if (high - low) * n > allowed(n, 0.005):
-                rises.append(f"{strong.name}: {low:.1%} at {weak.epsilon:.4g}, {high:.1%} at {strong.epsilon:.4g}")
+            if survived[strong] - survived[weak] > allowed(n, 0.005):
+                at = [f"{survived[i] / n:.1%} at {attacks[i].epsilon:.4g}" for i in (weak, strong)]
+                rises.append(f"{attacks[strong].name}: {', '.join(at)}")
     return Check(
         "robust accuracy falls with ε",
-        not rises if families else None,
-        "; ".join(rises) or (f"in all {families} series" if families else "one budget for each attack"),
+        not rises if series else None,
+        "; ".join(rises) or (f"in all {series} series" if series else "one budget for each attack"),
         "A larger ball holds the smaller one: the attack does not find what is there.",
     )
 
@@ -155,14 +154,14 @@ def check_model(
         f"values from {logits.min().item():.3g} to {logits.max().item():.3g}",
         "Rows sum to 1: after a softmax the gradients of confident samples vanish. Return what goes into it.",
     )
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     yield Check(
         "float32 in the attack",
-        logits.dtype in (torch.float32, torch.float64),
-        str(logits.dtype).removeprefix("torch."),
-        "Half precision rounds the loss that is climbed.",
+        logits.dtype in (torch.float32, torch.float64) and not half,
+        f"logits in {str(logits.dtype).removeprefix('torch.')}" + (", parameters in half precision" if half else ""),
+        "Half precision rounds the loss that is climbed, and its gradient: attack model.float().",
     )
     gap = None if own is None else ((logits - own).abs().max() / scale).item()
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     yield Check(
         "the attacked model is the model",
         digests[0] == digests[1] and (gap is None or gap <= (0.1 if half else 1e-3)),

@@ -21,9 +21,8 @@ class RobustnessComparison:
 
     @property
     def cases(self) -> list[tuple[str, float]]:
-        """(threat, ε) that every report has, in the order of the first."""
-        first, *others = [[(case.threat, case.epsilon) for case in report.worst_cases] for report in self.reports]
-        return [case for case in first if all(case in other for other in others)]
+        """Every (threat, ε)."""
+        return [(case.threat, case.epsilon) for case in self.reports[0].worst_cases]
 
     def difference(self, report: RobustnessReport, case: tuple[str, float] | None) -> tuple[float, float]:
         """Accuracy of `report` less that of the first, and its standard error, from the paired outcomes.
@@ -75,10 +74,9 @@ class RobustnessComparison:
 def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
     """Put reports of several models on the same samples and under the same attacks side by side.
 
-    In the picture, reports that share a name are runs of one model: give each `evaluate_robustness` a `name`.
-
     Raises:
-        EvaluationError: There are none, or they were not measured on the same samples, or not by the same attacks.
+        EvaluationError: There are none, two share a name, or they were not measured on the same samples, or not by the
+            same attacks.
     """
     if not reports:
         raise EvaluationError("there must be reports to compare", received="none", remedy="Evaluate two models.")
@@ -88,6 +86,13 @@ def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
             "reports must be of the same samples to be compared",
             received=f"different ones for {', '.join(digests.values())}",
             remedy="Evaluate all models with the same data, max_samples and seed.",
+        )
+    names = [report.model for report in reports]
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            "reports must have names of their own to be compared",
+            received=", ".join(names),
+            remedy="Give evaluate_robustness a name for each model.",
         )
     asked = [[attack.settings for attack in report.attacks] for report in reports]
     different = [report.model for report, attacks in zip(reports, asked, strict=True) if attacks != asked[0]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -67,7 +67,7 @@ def evaluate_robustness(
         name: Of the model in the report; by default what it was loaded from, or its class.
         data_collator: Joins rows of `pixel_values` or `input_ids`.
         image_column: Where there are several.
-        text_columns: Where there are several.
+        text_columns: Where there are several, unless they are a pair of usual names, such as premise and hypothesis.
         label_column: Where it is not `labels`, `label` or `label_ids`.
         batch_size: Samples attacked together, on each process.
         max_samples: So many, drawn with `seed`, the same for every model.
@@ -106,12 +106,17 @@ def evaluate_robustness(
     attacks = default_attacks(samples) if attacks is None else attacks
     chosen = [attacks] if isinstance(attacks, Attack) else list(attacks)
     _require_arguments(chosen, samples, batch_size, check_samples, save_examples and output_dir is None)
+    for source in (getattr(attack, "source", None) for attack in chosen):
+        if isinstance(source, nn.Module):
+            source.to(accelerator.device)
     digest = parameters_digest(samples.model)
     settings: dict[str, Any] = {
         "model_class": type(model).__name__,
         "model_digest": digest,
         "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch."),
         "data": samples.kind,
+        "columns": [*samples.columns, samples.label_column],
+        "processor": type(samples.processor).__name__ if samples.processor is not None else None,
         "data_fingerprint": getattr(dataset, "_fingerprint", None),
         "data_rows": len(dataset),
         "data_digest": samples.fingerprint(batch_size),
@@ -120,29 +125,30 @@ def evaluate_robustness(
         "seed": seed,
     } | normalisation(samples.model)
     folder = None if output_dir is None else Path(output_dir)
-    key = evaluation_key(settings, chosen, save_examples)
+    [key] = broadcast_object_list([evaluation_key(settings, chosen, save_examples)])
     outcomes = Outcomes(folder and folder / f"outcomes-{key}")
     examples = folder / f"examples-{key}" if folder is not None and save_examples else None
     accelerator.wait_for_everyone()  # nobody writes before all have read what is there
     positions = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
-    todo = [number for number in range(len(positions)) if number not in outcomes.batches]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    mine = range(len(positions))[accelerator.process_index :: accelerator.num_processes]
     with tqdm(total=len(mine), desc="attacks", unit="batch", disable=_silent(progress, accelerator)) as bar:
         for number in mine:
-            outcomes.add(number, attack_batch(samples, positions[number], chosen, number, examples))
+            known = outcomes.batches.get(number)
+            outcome = attack_batch(samples, positions[number], chosen, number, known=known, examples=examples)
+            outcomes.add(number, outcome)
             bar.update()
     report = _report(name or Path(name_of(model)).name, chosen, outcomes.gather())
     report.settings = settings | {
         "key": key,
         "samples_digest": samples.digest(report.labels),
+        "check_samples": check_samples if checks else 0,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
     report.versions = versions()
     if checks:
-        count = min(check_samples, len(samples))
-        starts = range(0, count, batch_size)
-        batches = [_check_batch(samples, range(i, min(i + batch_size, count))) for i in starts]
+        drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))  # rows may come sorted
+        batches = [_check_batch(samples, part.tolist()) for part in drawn[:check_samples].split(batch_size)]
         report.checks = _run_checks(samples, batches, chosen, report, list(outcomes.batches.values()), digest)
     if folder is not None and accelerator.is_main_process:
         report.save(folder / "report.json")

@@ -34,6 +34,8 @@ class BatchOutcome:
     labels: list[int]
     correct: list[bool]
     attacks: list[AttackOutcome] = field(default_factory=list)
+    digest: str = ""
+    """Of inputs and labels."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -57,6 +59,8 @@ class Outcomes:
 
     def add(self, number: int, outcome: BatchOutcome) -> None:
         """Keep the outcome of a batch."""
+        if self.batches.get(number) is outcome:
+            return
         self.batches[number] = outcome
         if self.folder is not None:
             with replacing(self.folder / f"{number:06d}.json") as temporary:

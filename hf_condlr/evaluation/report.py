@@ -26,7 +26,7 @@ class AttackResult:
     settings: dict[str, Any] = field(default_factory=dict)
     """Every parameter of the attack."""
     rounded_accuracy: float | None = None
-    """Robust accuracy once the adversarial pixels are rounded to 8 bits."""
+    """Robust accuracy once pixels are rounded to 8 bits; samples that this mends are attacked beyond the border."""
     largest_distance: float | None = None
     """Of all samples, in units of epsilon."""
     seconds: float = 0.0

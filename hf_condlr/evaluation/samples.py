@@ -18,6 +18,11 @@ from hf_condlr.attacks.base import Inputs, attacked, logits_of
 from hf_condlr.errors import EvaluationError
 
 LABELS = ("labels", "label", "label_ids")
+PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text", "text_pair")),
+    *(("question", "sentence"), ("question", "passage"), ("question", "context"), ("text1", "text2")),
+)
+"""Columns that are both taken without being named: another second one may be an identifier."""
 TEXTS = ("texts", "input_ids")
 """Kinds of rows that text attacks are for."""
 
@@ -34,7 +39,7 @@ class Samples:
         processor: The model's image processor, or its tokenizer.
         data_collator: Joins rows of `pixel_values` or `input_ids` to a batch; transformers' own by default.
         image_column: The only column of images if not given.
-        text_columns: All columns of text, at most two, if not given.
+        text_columns: The only column of text, or a pair of usual names (`PAIRS`), if not given.
         label_column: `labels`, `label` or `label_ids` if not given.
         max_samples: So many, drawn once with `seed`; all if not given. Files often come sorted by class.
         seed: Of that choice.
@@ -58,13 +63,15 @@ class Samples:
         max_samples: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.dataset, self.processor = _with_images(dataset), processor
+        self.dataset = _with_images(dataset)
         self.indices = _choose(dataset, max_samples, seed)
         row = self.dataset[self.indices[0]]
-        self.kind, self.columns = _recognise(row, image_column, text_columns)
         self.label_column: Any = 1  # of a pair
         if isinstance(row, Mapping):
             self.label_column = label_column or next((name for name in LABELS if name in row), "")
+        self.kind, self.columns = _recognise(row, image_column, text_columns, self.label_column)
+        # A processor of several kinds, as CLIP's, has one for images and one for texts.
+        self.processor = getattr(processor, "tokenizer" if self.kind in TEXTS else "image_processor", processor)
         if isinstance(row, Mapping) and self.label_column not in row:
             raise EvaluationError(
                 f"the data set must have a column of labels, {', '.join(LABELS)}, or label_column must name it",
@@ -120,10 +127,7 @@ class Samples:
             inputs, labels = self.batch(range(start, min(start + batch_size, len(self))))
             with attacked(self.model), torch.no_grad():
                 largest = self.model(inputs).abs().max().item()
-            parts = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-            for part in [*parts, labels]:
-                digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-            digest.update(f"{largest:.2g}".encode())
+            digest.update(contents(inputs) + contents(labels) + f"{largest:.2g}".encode())
         return digest.hexdigest()
 
     @property
@@ -132,8 +136,15 @@ class Samples:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def digest(self, labels: Sequence[int]) -> str:
-        """Names the samples: two reports with the same one speak of the same samples."""
-        return hashlib.sha256(repr((len(self.dataset), self.indices, list(labels))).encode()).hexdigest()
+        """Names the samples: reports of different models with the same one speak of the same samples.
+
+        Of places, labels and, where they are no model's own (tokens, normalised pixels), the contents of 64 samples.
+        """
+        digest = hashlib.sha256(repr((len(self.dataset), self.indices, list(labels))).encode())
+        for row in self._rows(range(min(64, len(self)))) if self.kind in ("tensors", "images", "texts") else []:
+            for value in [row[0]] if self.kind == "tensors" else [row[name] for name in self.columns]:
+                digest.update(value.tobytes() if isinstance(value, Image) else contents(value))
+        return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------------- pieces
 
@@ -209,6 +220,13 @@ class Samples:
         return labels
 
 
+def contents(inputs: Inputs) -> bytes:
+    """Of a batch or a part of it, to be hashed."""
+    if isinstance(inputs, Mapping):
+        return b"".join(name.encode() + contents(value) for name, value in sorted(inputs.items()))
+    return inputs.detach().cpu().float().numpy().tobytes() if isinstance(inputs, Tensor) else repr(inputs).encode()
+
+
 def _choose(dataset: Any, max_samples: int | None, seed: int) -> list[int]:
     """Numbers of the samples to evaluate."""
     if isinstance(dataset, Mapping):
@@ -238,7 +256,9 @@ def _with_images(dataset: Any) -> Any:
     return dataset.with_format(None) if has_images else dataset
 
 
-def _recognise(row: Any, image_column: str | None, text_columns: Sequence[str] | None) -> tuple[str, list[Any]]:
+def _recognise(
+    row: Any, image_column: str | None, text_columns: Sequence[str] | None, label_column: Any
+) -> tuple[str, list[Any]]:
     """What the rows hold, and the columns of images or texts."""
     if not isinstance(row, Mapping):
         if isinstance(row, (tuple, list)) and len(row) == 2:
@@ -256,13 +276,14 @@ def _recognise(row: Any, image_column: str | None, text_columns: Sequence[str] |
             if kind in row:
                 return kind, []
     images = [image_column] if image_column else [name for name, value in row.items() if isinstance(value, Image)]
-    texts = list(text_columns or [name for name, value in row.items() if isinstance(value, str)])
+    texts = list(text_columns or [n for n, value in row.items() if isinstance(value, str) and n != label_column])
     if len(images) == 1 and text_columns is None:
         return "images", images
-    if 1 <= len(texts) <= 2 and (text_columns or not images):
+    known = text_columns or len(texts) == 1 or tuple(texts) in PAIRS
+    if 1 <= len(texts) <= 2 and known and (text_columns or not images):
         return "texts", texts
     raise EvaluationError(
-        "rows must hold one image, or one or two texts",
+        "rows must hold one image or one text, or the two texts of a known pair",
         received=f"columns of images: {', '.join(images) or 'none'}; of texts: {', '.join(texts) or 'none'}",
         remedy="Name them with image_column or text_columns.",
     )

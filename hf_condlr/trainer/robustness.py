@@ -16,7 +16,7 @@ class RobustEvaluationMixin(FactoredTrainerMixin):
     """Attacks a part of the data set at the end of each `evaluate()`. To be put before a Trainer class.
 
     Metrics, behind the evaluation's prefix: `robust_accuracy`, every sample's worst case over all attacks;
-    `accuracy_pgd_linf_0.0313` and the like, under one attack; `robust_samples`, how many were attacked. `predict()`
+    `accuracy_pgd_linf_0.0313725` and the like, under one attack; `robust_samples`, how many were attacked. `predict()`
     attacks nothing.
 
     Args:
