@@ -62,8 +62,8 @@ def vit() -> PixelModel:
 
 
 def bert() -> TextModel:
-    """A BERT of MiniLM's shape, two layers of it."""
-    config = BertConfig(hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536)
+    """A small BERT."""
+    config = BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
     return TextModel(BertForSequenceClassification(config))
 
 
@@ -110,7 +110,7 @@ def embedding_passes(model: nn.Module, ids: Tensor, labels: Tensor, steps: int) 
 CASES: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
     "LeNet5, 28×28 pixels": (lambda: PixelModel(LeNet5("paper")), images, pgd, pixel_passes),
     "ViT (4 layers, width 96), 28×28 pixels": (vit, images, pgd, pixel_passes),
-    "BERT (2 layers, width 384), 24 tokens": (bert, tokens, embedding_pgd, embedding_passes),
+    "BERT (2 layers, width 128), 24 tokens": (bert, tokens, embedding_pgd, embedding_passes),
 }
 
 
