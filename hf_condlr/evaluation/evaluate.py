@@ -137,7 +137,7 @@ def evaluate_robustness(
             outcome = attack_batch(samples, positions[number], chosen, number, known=known, examples=examples)
             outcomes.add(number, outcome)
             bar.update()
-    report = _report(name or Path(name_of(model)).name, chosen, outcomes.gather())
+    report = _report(name or Path(name_of(model)).name, chosen, outcomes.gather(mine))
     report.settings = settings | {
         "key": key,
         "samples_digest": samples.digest(report.labels),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -66,8 +67,8 @@ class Outcomes:
             with replacing(self.folder / f"{number:06d}.json") as temporary:
                 temporary.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
 
-    def gather(self) -> list[BatchOutcome]:
-        """Those of all processes in the order of the batches, on every process."""
-        gathered = dict(pair for pairs in gather_object([list(self.batches.items())]) for pair in pairs)
+    def gather(self, mine: Iterable[int]) -> list[BatchOutcome]:
+        """Those of all processes in the order of the batches, on every process; each gives the batches it looked at."""
+        gathered = dict(pair for pairs in gather_object([[(i, self.batches[i]) for i in mine]]) for pair in pairs)
         self.batches = dict(sorted(gathered.items()))
         return list(self.batches.values())
