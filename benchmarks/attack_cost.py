@@ -25,10 +25,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     HfArgumentParser,
-    ViTConfig,
-    ViTForImageClassification,
     set_seed,
 )
+from vit_mnist import TrainingOptions, build_model
 
 from hf_condlr.attacks import PGD, EmbeddingPGD, PixelModel, TextModel
 from hf_condlr.attacks.base import Attack, Inputs, attacked
@@ -47,18 +46,8 @@ class Options:
 
 
 def vit() -> PixelModel:
-    """A ViT of the size that the study trains on MNIST."""
-    config = ViTConfig(
-        image_size=28,
-        patch_size=7,
-        num_channels=1,
-        num_labels=10,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=384,
-    )
-    return PixelModel(ViTForImageClassification(config), 0.5, 0.5)
+    """The ViT that the study trains on MNIST."""
+    return PixelModel(build_model("dense", 0, TrainingOptions()), 0.5, 0.5)
 
 
 def bert() -> TextModel:

@@ -46,7 +46,8 @@ def attack_batch(
             outcome.attacks.append(AttackOutcome(survived.tolist(), survived.tolist() if has_pixels else None))
             continue
         part, y = take(inputs, index), labels[index.to(labels.device)]
-        adversarial = attack.reseeded(number)(model, part, y)
+        seeded = attack.reseeded(number)
+        adversarial = seeded(model, part, y)
         right, predictions = predict(model, adversarial, y)
         survived[index] = right.cpu()
         result = AttackOutcome(survived.tolist())
@@ -56,7 +57,7 @@ def attack_batch(
             low, high = getattr(attack, "bounds", (0.0, 1.0))
             result.outside = max(0.0, low - adversarial.min().item(), adversarial.max().item() - high)
             rounded = torch.zeros_like(survived)
-            rounded[index] = _survive_rounding(model, attack.reseeded(number), part, adversarial, y, right).cpu()
+            rounded[index] = _survive_rounding(model, seeded, part, adversarial, y, right).cpu()
             result.survived_rounded = rounded.tolist()
         result.seconds = time.perf_counter() - start
         outcome.attacks.append(result)

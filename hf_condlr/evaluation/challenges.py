@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_condlr.attacks import FGSM, PGD, EmbeddingFGM, EmbeddingPGD, EmbeddingSearch, Square
-from hf_condlr.attacks.base import Attack, Inputs, attacked, take
-from hf_condlr.attacks.losses import is_correct
+from hf_condlr.attacks.base import Attack, Inputs, take
+from hf_condlr.evaluation.batch import predict
 from hf_condlr.evaluation.checks import Check, CheckBatch, allowed
 from hf_condlr.evaluation.report import AttackResult
 
@@ -82,7 +82,7 @@ class Challenger:
                 continue
             inputs, labels = take(batch.inputs, index), batch.labels[index.to(batch.labels.device)]
             adversarial = attack.reseeded(batch.positions[0] + 1)(self.model, inputs, labels)
-            wrong += int((~correctly(self.model, adversarial, labels)).sum())
+            wrong += int((~predict(self.model, adversarial, labels)[0]).sum())
             total += len(index)
         return wrong, total
 
@@ -93,13 +93,6 @@ class Challenger:
             distance = attack.distance(self.model, batch.inputs, attack(self.model, batch.inputs, batch.labels))
             still += int((distance == 0).sum()) if distance is not None else 0
         return still
-
-
-@torch.no_grad()
-def correctly(model: nn.Module, inputs: Inputs, labels: Tensor) -> Tensor:  # -> (B,) bool
-    """Whether each sample is classified correctly, in evaluation mode and float32."""
-    with attacked(model), torch.no_grad():
-        return is_correct(model(inputs), labels)
 
 
 def challenges(c: Challenger) -> Iterator[Check]:

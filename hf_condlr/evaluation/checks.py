@@ -126,7 +126,6 @@ def _falls_with_epsilon(attacks: Sequence[Attack], survived: Sequence[int], n: i
 # -------------------------------------------------------------------------------------------------- on the model
 
 
-@torch.no_grad()
 def check_model(
     model: nn.Module,
     batches: Sequence[CheckBatch],
