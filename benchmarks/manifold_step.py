@@ -3,6 +3,7 @@
 Compared, interleaved in one run, per round once each in turn:
 
 - `manifold step`: the two hooks of `attach_manifold_step`, the optimizer's own work (SGD) taken off;
+- `projection every k-th`: the same with `projection_interval=k`, per step;
 - `loop of QR and SVD`: the same mathematics layer by layer, Householder QR for the bases, an SVD clip for the core;
 - `published update`: a transcription of the paper's formulas: dense m×m projector, QR, SVD, layer by layer;
 - `stacked SVD polar`: stacked polar retraction by SVD, no conditioning at all;
@@ -85,12 +86,23 @@ class Case:
     def methods(self) -> dict[str, Callable[[], float]]:
         """{name: a call that resets, takes one step and returns its seconds}."""
         return {
-            "manifold step": lambda: self.timed(self.optimizer.step) - self.plain_sgd(),
+            "manifold step": lambda: self.every(1),
+            "projection every 4th": lambda: self.every(4),
             "loop of QR and SVD": lambda: self.timed(lambda: self.loop(self.project)),
             "published update": lambda: self.timed(lambda: self.loop(self.project_densely)),
             "stacked SVD polar": lambda: self.timed(self.stacked_svd_polar),
             "matrix products": lambda: self.timed(self.products),
         }
+
+    def every(self, interval: int) -> float:
+        """One of `interval` steps, the last of which projects; without the optimizer."""
+        self.handle.projection_interval, self.handle.step_count = interval, 0
+        seconds = self.timed(lambda: self.steps(interval))
+        return seconds / interval - self.plain_sgd()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.optimizer.step()
 
     def plain_sgd(self) -> float:
         """The optimizer without the hooks."""

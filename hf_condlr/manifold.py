@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error, orthonormalize
-from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks
+from hf_condlr.optimizer_checks import check_count, check_dtypes, check_optimizer, refuse, shown
+from hf_condlr.precision import full_precision
+from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks, moving_factors
 
 logger = logging.getLogger(__name__)
 MAX_INITIAL_CONDITION = 1e4  # a warm-up starts at κ_0 clipped to [1 + τ, this]
@@ -34,6 +33,7 @@ def attach_manifold_step(
     *,
     warmup_steps: int = 0,
     metric_scaling: bool | None = None,
+    projection_interval: int = 1,
 ) -> ManifoldStep:
     """Keep the constraint of every factored layer of `model` under `optimizer`, from its next step on. Call it once.
 
@@ -49,27 +49,40 @@ def attach_manifold_step(
             1 + τ(t) = κ_0^{1−p} (1+τ)^p with p = min(1, t/T_w). With 0 the first step conditions at once.
         metric_scaling: Divide the gradients of U and V by c² = ‖S‖_F²/r, as the flow does. None: on for SGD, off for
             others, which rescale gradients themselves.
+        projection_interval: k. Retract and condition after every k-th step only, which is most of the cost. In between
+            the constraint does **not** hold: call `settle()` of the handle, on every process, before you evaluate,
+            save or load weights, and at the end. See `ManifoldStep.settle`.
 
     Returns:
-        A handle: `step_count`, `bounds()`, `state_dict()`, `load_state_dict()`, `remove()`.
+        A handle: `step_count`, `bounds()`, `settle()`, `state_dict()`, `load_state_dict()`, `remove()`.
 
     Raises:
         OptimizerError: The guarantee cannot be kept: factors missing from the optimizer, in half precision, sharded,
             attached already, a frozen S that is worse conditioned than its bound, or a schedule-free optimizer.
     """
-    return ManifoldStep(optimizer, model, warmup_steps=warmup_steps, metric_scaling=metric_scaling)
+    return ManifoldStep(
+        optimizer,
+        model,
+        warmup_steps=warmup_steps,
+        metric_scaling=metric_scaling,
+        projection_interval=projection_interval,
+    )
 
 
 class ManifoldStep:
     """The handle of `attach_manifold_step`."""
 
     def __init__(
-        self, optimizer: Any, model: nn.Module, *, warmup_steps: int = 0, metric_scaling: bool | None = None
+        self,
+        optimizer: Any,
+        model: nn.Module,
+        *,
+        warmup_steps: int = 0,
+        metric_scaling: bool | None = None,
+        projection_interval: int = 1,
     ) -> None:
-        if not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise OptimizerError(
-                "warmup_steps must be an integer ≥ 0", received=repr(warmup_steps), remedy="0 conditions at once."
-            )
+        check_count("warmup_steps", warmup_steps, 0, "0 conditions at once.")
+        check_count("projection_interval", projection_interval, 1, "1 projects after every step.")
         # Only accelerate's wrapper: others (Lookahead, ...) move the factors after the optimizer inside them.
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         self.optimizer: torch.optim.Optimizer = inner
@@ -77,15 +90,19 @@ class ManifoldStep:
         self.layers = factored_layers(unwrapped)
         self.warmup_steps = warmup_steps
         self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
+        self.projection_interval = projection_interval
         self.step_count = 0
-        _check(self.optimizer, self.layers)
+        check_optimizer(self.optimizer, self.layers)
+        _check_attached(self.optimizer, self.layers)
         self._orthonormalize()
         self.initial_condition = {
             name: min(max(condition_number(layer.S.detach()).item(), 1 + layer.tau), MAX_INITIAL_CONDITION)
             for name, layer in self.layers.items()
         }
+        # Of the factors that have moved since the last projection; empty where the constraint holds.
         self._bases: list[BasisStack] = []
         self._cores: list[CoreStack] = []
+        self._moving: tuple = ()
         self._skipped = False
         self._warned = False
         self._hooks = [
@@ -96,17 +113,50 @@ class ManifoldStep:
     # -------------------------------------------------------------------------------------------------- handle
 
     def remove(self) -> None:
-        """Detach from the optimizer: from now on nothing keeps the constraint."""
+        """Detach from the optimizer: the model is settled, and from now on nothing keeps the constraint."""
+        self.settle()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def bounds(self) -> dict[str, float]:
-        """{layer: 1 + τ(t)}, what κ(S) obeys after step t = `step_count`; after at least one step."""
+        """{layer: 1 + τ(t)}, what κ(S) obeys when projected after step t = `step_count`; after at least one step."""
         return {name: self._bound(name, layer) for name, layer in self.layers.items()}
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring back what has moved since the last projection, so that the constraint holds; else do nothing.
+
+        With `projection_interval` k > 1 and U₀ the basis at the last projection, the steps in between move U in the
+        flat chart Δ ↦ U₀ + Δ. Its gradient is (I − U₀U₀ᵀ)∇L(U₀ + Δ): each step projects at U₀, which is orthonormal,
+        and not at the present U, at which I − UUᵀ would be no projection. What momentum and adaptive scaling add
+        outside of the tangent space goes with the accumulated Δ ← (I − U₀U₀ᵀ)Δ, and U ← R(U₀ + Δ); S is conditioned
+        to the bound of the present step. W jumps by what is dropped, which grows with k and the learning rate.
+
+        It happens by itself where `step_count` is a multiple of k, and before a step in which other factors have
+        gradients than in the last one. All processes must call it at the same step. Between the projections a layer's
+        `bound` is inf, and so it is in a checkpoint that `save_pretrained` writes there.
+
+        Raises:
+            ConditioningError: A core would vanish; it goes back to its value at the last projection.
+        """
+        if self._bases or self._cores:
+            for stack in [*self._bases, *self._cores]:
+                stack.begin_step()
+            self._report(self._project())
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands: the step count, T_w and each layer's κ_0; plain numbers."""
+        """Where the schedule stands: the step count, T_w and each layer's κ_0; plain numbers.
+
+        Raises:
+            OptimizerError: The model is not settled, so that going on from here would not be the same training.
+        """
+        if self._bases or self._cores:
+            raise OptimizerError(
+                "the state must be saved where the constraint holds",
+                received=f"{self.step_count % self.projection_interval} steps since the last projection",
+                remedy="Call settle() first, on every process, and then save model, optimizer and this.",
+            )
         return {
             "step_count": self.step_count,
             "warmup_steps": self.warmup_steps,
@@ -129,6 +179,7 @@ class ManifoldStep:
         self.step_count = int(state["step_count"])
         self.warmup_steps = int(state["warmup_steps"])
         self.initial_condition = {name: float(value) for name, value in state["initial_condition"].items()}
+        self._bases, self._cores = [], []  # of the training that is left
         self._orthonormalize()  # weights may have been loaded too
         if self.step_count:
             self._publish_bounds()
@@ -169,34 +220,62 @@ class ManifoldStep:
         self._skipped = found_inf is not None and bool(found_inf.item())
         if self._skipped:
             return
-        _check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
-        with _full_precision():
-            # While bounds still tighten, a core that was frozen in the meantime has to follow.
-            warming_up = self.step_count <= self.warmup_steps
-            self._bases, self._cores = basis_stacks(self.layers), core_stacks(self.layers, all_cores=warming_up)
+        check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
+        with full_precision():
+            self._gather()
             for bases in self._bases:
                 bases.project_gradients(self.metric_scaling)
             for cores in self._cores:
                 cores.sanitize_gradients()
 
+    def _gather(self) -> None:
+        """Stacks of the factors that this step may move: those of the step before, or new ones after a projection."""
+        # While bounds still tighten, a core that was frozen in the meantime has to follow.
+        all_cores = self.step_count <= self.warmup_steps
+        moving = moving_factors(self.layers, all_cores=all_cores)
+        if moving != self._moving:
+            self.settle()
+        if self._bases or self._cores:
+            for stack in [*self._bases, *self._cores]:
+                stack.begin_step()
+        else:
+            self._bases, self._cores = basis_stacks(self.layers), core_stacks(self.layers, all_cores=all_cores)
+        self._moving = moving
+
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._skipped:
             return
-        stacks = [*self._bases, *self._cores]
-        with _full_precision():
-            self.step_count += 1
+        self.step_count += 1
+        if self.step_count % self.projection_interval == 0:
+            self._report(self._project())
+            return
+        stacks: list[BasisStack | CoreStack] = [*self._bases, *self._cores]
+        for stack in stacks:
+            stack.finite_update()
+        for layer in self.layers.values():
+            layer.bound = math.inf
+        self._report(stacks)
+
+    def _project(self) -> list[BasisStack | CoreStack]:
+        """Retract the bases, condition the cores; the stacks, for `_report`."""
+        stacks: list[BasisStack | CoreStack] = [*self._bases, *self._cores]
+        with full_precision():
             for bases in self._bases:
                 bases.retract_update()
             for cores in self._cores:
                 cores.condition_update([self._bound(name, self.layers[name]) for name in cores.layers])
         self._publish_bounds()
         self._bases, self._cores = [], []
+        return stacks
+
+    def _report(self, stacks: list[BasisStack | CoreStack]) -> None:
+        """Raise where a core vanished; say, once, which factors were held."""
         if vanished := [name for stack in stacks if isinstance(stack, CoreStack) for name in stack.vanished]:
             raise ConditioningError(
                 "a core S must not vanish: it would have no condition number",
-                received=f"no finite scale after step {self.step_count} in {_shown(vanished)}",
-                remedy="Lower the weight decay or the learning rate of S. Its value before the step is back in place.",
+                received=f"no finite scale after step {self.step_count} in {shown(vanished)}",
+                remedy="Lower the weight decay or the learning rate of S. Its last conditioned value is back in place.",
             )
         held = [name for stack in stacks for name in stack.held()]
         if held and not self._warned:
@@ -205,95 +284,15 @@ class ManifoldStep:
                 "gradients or updates that are not finite at step %d: %s kept their values. Said once; lower the "
                 "learning rate if the loss does not recover.",
                 self.step_count,
-                _shown(held),
+                shown(held),
             )
 
 
-# ------------------------------------------------------------------------------------------------------ checks
-
-
-def _check(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) -> None:
-    """Refuse what would silently break the guarantee."""
-    if not layers:
-        raise OptimizerError(
-            "the model must have factored layers",
-            received="none",
-            remedy="Call get_robust_lowrank_model(model, config) first.",
-        )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    factors = {f"{name}.{k}": getattr(layer, k) for name, layer in layers.items() for k in "USV"}
-    _refuse(
-        [name for name, p in factors.items() if p.requires_grad and id(p) not in held],
-        "the optimizer must hold every trainable factor",
-        "Make the optimizer after the conversion, from model.parameters(); one optimizer for all factors.",
-    )
-    _check_dtypes(factors)
-    _refuse(
-        [type(optimizer).__name__] if callable(getattr(optimizer, "eval", None)) else [],
-        "an optimizer must not swap parameters for evaluation, as schedule-free ones do: they would be unconstrained",
-        "Use AdamW, SGD or another one that steps the parameters themselves.",
-    )
-    _refuse(
-        [name for name, p in factors.items() if isinstance(p, DTensor)],
-        "factors must not be sharded",
-        "Use DDP, which keeps whole parameters on each device.",
-    )
-    frozen = {name: layer for name, layer in layers.items() if not layer.S.requires_grad}
-    kappa = {name: condition_number(layer.S.detach()).item() for name, layer in frozen.items()}
-    _refuse(
-        [
-            f"{name}.S (κ = {kappa[name]:.4g}, bound {1 + layer.tau:.4g})"
-            for name, layer in frozen.items()
-            if not kappa[name] <= (1 + layer.tau) * (1 + 1e-4)
-        ],
-        "a frozen S must obey its bound already",
-        "Train S (requires_grad_(True)), or raise tau for these layers with tau_pattern.",
-    )
+def _check_attached(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) -> None:
     others = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
     attached = {id(x) for step in others if isinstance(step, ManifoldStep) for x in step.layers.values()}
-    _refuse(
+    refuse(
         [name for name, layer in layers.items() if id(layer) in attached],
         "attach_manifold_step must be called once for an optimizer and model",
         "Keep the handle of the first call, or remove() it before.",
     )
-
-
-def _check_dtypes(factors: dict[str, nn.Parameter]) -> None:
-    _refuse(
-        [f"{name} ({p.dtype})" for name, p in factors.items() if p.dtype not in (torch.float32, torch.float64)],
-        "factors must be float32 or float64: rounding to half precision alone breaks orthonormality",
-        "Call model.float() and train under autocast (bf16=True or fp16=True in TrainingArguments).",
-    )
-
-
-def _refuse(names: list[str], rule: str, remedy: str) -> None:
-    if names:
-        raise OptimizerError(rule, received=_shown(names), remedy=remedy)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-# --------------------------------------------------------------------------------------------------- precision
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products in true float32, whatever autocast or TF32 settings hold outside: half of it breaks the guarantee."""
-    backends = [b for b in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if b]
-    settings: list[tuple[Any, str, Any]] = [
-        (b, "fp32_precision", "ieee") for b in backends if hasattr(b, "fp32_precision")
-    ]
-    settings = settings or [(torch.backends.cuda.matmul, "allow_tf32", False)]  # torch < 2.9
-    previous = [getattr(b, name) for b, name, _ in settings]
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        for backend, name, value in settings:
-            setattr(backend, name, value)
-        try:
-            yield
-        finally:
-            for (backend, name, _), value in zip(settings, previous, strict=True):
-                setattr(backend, name, value)

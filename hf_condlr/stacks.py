@@ -1,7 +1,7 @@
 """Factors of equal shape as one stack (L, m, r): what the manifold step does to them before and after an optimizer.
 
-A stack lives for one optimizer step. Everything is batched over the L layers; the flags of layers whose gradient or
-update is not finite stay on the device until the end of the step.
+A stack lives from one projection to the next, by default for one step. Everything is batched over the L layers; the
+flags of layers whose gradient or update is not finite stay on the device until the end of the step.
 """
 
 from __future__ import annotations
@@ -28,18 +28,37 @@ class Stack:
     """Parameters of equal shape, dtype and device, with their values before the optimizer's step.
 
     Attributes:
-        old: Values before the step, (L, m, r).
+        start: Values at the last projection, (L, m, r); those obey the constraint.
+        old: Values before the step, the same in the first one.
         usable: (L,) bool: gradient and update are finite. A factor that is not keeps its old value.
     """
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter]) -> None:
         self.names, self.parameters = names, parameters
-        self.old = torch.stack([p.detach() for p in parameters])
-        self.usable = torch.ones(len(parameters), dtype=torch.bool, device=self.old.device)
+        self.start = self.old = torch.stack([p.detach() for p in parameters])
+        self.usable = self._all_usable()
+
+    def begin_step(self) -> None:
+        """Before a further step since the projection: keep what it finds."""
+        self.old = torch.stack([p.detach() for p in self.parameters])
+        self.usable = self._all_usable()
+
+    def finite_update(self) -> Tensor:  # -> (L, m, r)
+        """The values after the step, a fresh tensor; factors that are not usable go back to their old ones."""
+        new = torch.stack([p.detach() for p in self.parameters])
+        self.usable &= _finite(new)
+        if not self.usable.all():
+            new = torch.where(self.usable[:, None, None], new, self.old)
+            self._write(new)
+        self.old = self.start  # no copy is kept over forward and backward
+        return new
 
     def held(self) -> list[str]:
         """Names of the factors that kept their old value. Waits for the device."""
         return [name for name, usable in zip(self.names, self.usable.tolist(), strict=True) if not usable]
+
+    def _all_usable(self) -> Tensor:
+        return torch.ones(len(self.parameters), dtype=torch.bool, device=self.old.device)
 
     def _finite_gradients(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """Gradients, 0 where not finite (they would stay in the optimizer's moments for ever), and which were."""
@@ -70,11 +89,11 @@ class BasisStack(Stack):
         self.retract = retract_polar if full_tangent else retract_cholesky
 
     def project_gradients(self, metric_scaling: bool) -> None:
-        """G ← (I − UUᵀ)G, with `metric_scaling` divided by c² = ‖S‖_F²/r."""
+        """G ← (I − UUᵀ)G with U of the last projection; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
         G, self.usable = self._finite_gradients(self.parameters)
-        G = self.project(self.old, G)
+        G = self.project(self.start, G)
         if metric_scaling:
-            r = self.old.shape[-1]
+            r = self.start.shape[-1]
             c_squared = torch.stack([S.detach().square().sum() / r for S in self.cores]).to(G.dtype)
             G = G / torch.where(c_squared > 0, c_squared, 1.0)[:, None, None]
             self.usable &= _finite(G)  # a tiny S can overflow what was finite
@@ -82,23 +101,26 @@ class BasisStack(Stack):
         _copy_each(_gradients(self.parameters), G)
 
     def retract_update(self) -> None:
-        """U ← R(U + Δ), Δ the tangent part of the optimizer's displacement; what did not move stays bitwise."""
-        new = torch.stack([p.detach() for p in self.parameters])
-        displacement = new.sub_(self.old)
+        """U ← R(U + Δ), Δ the tangent part of the displacement since the last projection.
+
+        What did not move stays bitwise.
+        """
+        displacement = self.finite_update().sub_(self.start)
         moved = (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
-        self.usable &= _finite(displacement)
+        sound = _finite(displacement)
         # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
-        displacement = self.project(self.old, _select(self.usable, displacement, torch.zeros(())))
-        retracted = self.retract(displacement.add_(self.old))
-        self.usable &= _finite(retracted)
-        self._write(_select(self.usable & moved, retracted, self.old))
+        displacement = self.project(self.start, _select(sound, displacement, torch.zeros(())))
+        retracted = self.retract(displacement.add_(self.start))
+        sound &= _finite(retracted)
+        self._write(_select(sound & moved, retracted, self.start))
+        self.usable &= sound
 
 
 class CoreStack(Stack):
     """Cores S, (L, r, r), also without a gradient, since their bound may have tightened.
 
     Attributes:
-        vanished: Layers whose update would have made S zero; they keep their old values.
+        vanished: Layers whose update would have made S zero; they get the values of the last projection.
     """
 
     def __init__(self, layers: list[str], parameters: list[nn.Parameter], center: Center) -> None:
@@ -116,9 +138,7 @@ class CoreStack(Stack):
 
     def condition_update(self, bounds: list[float]) -> None:
         """S ← S with κ(S) ≤ its bound, `bounds` in the order of the layers."""
-        new = torch.stack([p.detach() for p in self.parameters])
-        self.usable &= _finite(new)
-        S = _select(self.usable, new, self.old)
+        S = self.finite_update()
         index = [i for i, bound in enumerate(bounds) if not math.isinf(bound)]
         if index:
             tau = torch.tensor([bounds[i] - 1 for i in index], dtype=torch.float64)
@@ -131,8 +151,16 @@ class CoreStack(Stack):
             vanished = ~conditionable & (S.abs().amax(dim=(1, 2)) < 1)
             self.vanished += [self.layers[i] for i, gone in zip(index, vanished.tolist(), strict=True) if gone]
             self.usable[index] &= conditionable  # the others have overflown
-            S = _select(conditionable, S, self.old[index])
+            S = _select(conditionable, S, self.start[index])
         return clamp_singular_values(S, tau, center=self.center)
+
+
+def moving_factors(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> tuple:
+    """What stacks depend on: which U and V have a gradient, which S train, or move with their bound. To compare."""
+    return tuple(
+        (_has_gradient(x.U), _has_gradient(x.V), x.S.requires_grad, all_cores or x.S.requires_grad)
+        for x in layers.values()
+    )
 
 
 def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
@@ -141,7 +169,7 @@ def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
         (f"{name}.{kind}", p, layer.S, not layer.S.requires_grad)
         for name, layer in layers.items()
         for kind, p in (("U", layer.U), ("V", layer.V))
-        if p.requires_grad and p.grad is not None
+        if _has_gradient(p)
     )
     return [BasisStack(names, ps, cores, flags[0]) for names, ps, cores, flags in _grouped(rows)]
 
@@ -161,6 +189,10 @@ def _finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
 def _select(mask: Tensor, X: Tensor, otherwise: Tensor) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
     """`torch.where` along the stack, without a copy in the usual case that the mask is all true."""
     return X if mask.all() else torch.where(mask[:, None, None], X, otherwise.to(X))
+
+
+def _has_gradient(p: nn.Parameter) -> bool:
+    return p.requires_grad and p.grad is not None
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:

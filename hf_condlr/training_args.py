@@ -108,6 +108,13 @@ class CondLRArguments(AdversarialArguments):
         default=None,
         metadata={"help": "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for others."},
     )
+    projection_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Retract U and V and condition S after every k-th optimizer step, and before each evaluation, "
+            "saving and the end of the training; between these κ is not bounded."
+        },
+    )
     distillation_weight: float = field(
         default=0.0,
         metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ T² KL(teacher ‖ student); needs a teacher."},
@@ -121,6 +128,7 @@ class CondLRArguments(AdversarialArguments):
         self._require(0 <= self.conditioning_warmup_ratio <= 1, "conditioning_warmup_ratio", "lie in [0, 1]")
         self._require(self.factor_learning_rate >= 0, "factor_learning_rate", "be ≥ 0")
         self._require(self.core_learning_rate >= 0, "core_learning_rate", "be ≥ 0")
+        self._require(self.projection_interval >= 1, "projection_interval", "be an integer ≥ 1")
         self._require(0 <= self.distillation_weight <= 1, "distillation_weight", "lie in [0, 1]")
         self._require(self.distillation_temperature > 0, "distillation_temperature", "be > 0")
         for name in ("bf16_full_eval", "fp16_full_eval"):

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 # Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.
 FLOORS = (
-    {"errors", "files"},
+    {"errors", "files", "precision"},
     {"linalg", "divergence"},
     {"config", "layers", "attacks"},
-    {"initialization", "calibration", "ranks", "stacks", "targets", "checkpoints", "training_args"},
+    {"initialization", "calibration", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
     {"manifold", "diagnostics", "metrics", "restoring", "adversarial"},
     {"model_card", "plots"},
     {"hub"},

@@ -31,7 +31,9 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
 
     To be put before a Trainer class. Gradient clipping (`max_grad_norm`) sees the gradients as backward left them,
     before their projection on the tangent space. Evaluations during the warm-up cannot become the best model: their κ
-    is above 1 + τ.
+    is above 1 + τ. With `projection_interval` > 1 the model is settled (`ManifoldStep.settle`) before each evaluation,
+    prediction and saving and when training ends; what is logged in between is of a model outside of the constraint, and
+    has no `kappa_bound`.
 
     Args:
         teacher: A dense model whose logits the student also learns (`distillation_weight` > 0).
@@ -68,7 +70,10 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
             if self.manifold_step is not None:
                 self.manifold_step.remove()
             self.manifold_step = attach_manifold_step(
-                optimizer, self.model if model is None else model, metric_scaling=self.args.metric_scaling
+                optimizer,
+                self.model if model is None else model,
+                metric_scaling=self.args.metric_scaling,
+                projection_interval=self.args.projection_interval,
             )
         return optimizer
 
@@ -103,6 +108,26 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
                 group["params"] = [p for p in group["params"] if multipliers.get(id(p), 1.0) != multiplier]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 optimizer.add_param_group(settings | {"params": parameters, "lr": group["lr"] * multiplier})
+
+    # ------------------------------------------------------------------------------------------------ settled models
+
+    def _settle(self) -> None:
+        if self.manifold_step is not None:
+            self.manifold_step.settle()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, on a model that obeys the constraint."""
+        self._settle()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, of a model that obeys the constraint; checkpoints come by here before the optimizer's state."""
+        self._settle()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()  # also before the best model is loaded, which is not to be taken for a displacement
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
 
     # --------------------------------------------------------------------------------------------------- records
 
