@@ -150,6 +150,96 @@ def test_gradients_of_linear_are_right():
     assert gradcheck(forward, (x, *values))
 
 
+# B rows below, at and above min(m, n) = 6, where S is joined with a basis first
+ROWS = [(), (1,), (6,), (7,), (3, 4), (2, 3, 9), (0, 9)]
+
+
+@pytest.mark.parametrize("leading", ROWS, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9), (6, 6)])
+def test_values_and_gradients_are_those_of_the_matrix_for_every_number_of_rows(m, n, leading):
+    """Against NumPy's W = U S Vᵀ, in float64 to 1e-12 (measured: 2e-14)."""
+    layer = with_random_core(LowRankLinear(n, m, 4, dtype=torch.float64))
+    x = torch.randn(*leading, n, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(*leading, m, dtype=torch.float64)
+    y = layer(x)
+    (y * weights).sum().backward()
+    U, S, V, W = *(numpy_of(p) for p in (layer.U, layer.S, layer.V)), product(layer)
+    X, D = numpy_of(x).reshape(-1, n), numpy_of(weights).reshape(-1, m)
+    G = D.T @ X  # the loss's gradient with respect to W
+    assert_close(y, (X @ W.T + numpy_of(layer.bias)).reshape(*leading, m), 1e-12)
+    assert_close(x.grad, (D @ W).reshape(*leading, n), 1e-12)
+    assert_close(layer.bias.grad, D.sum(0), 1e-12)
+    for p, expected in ((layer.U, G @ V @ S.T), (layer.S, U.T @ G @ V), (layer.V, G.T @ U @ S)):
+        assert_close(p.grad, expected, 1e-12)
+
+
+def bytes_between_forward_and_backward(layer, x):
+    """Of storages that autograd keeps, parameters and x aside."""
+    given = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in given)
+
+
+@pytest.mark.parametrize(("m", "n"), [(40, 30), (30, 40)])
+def test_many_rows_keep_one_intermediate_and_few_rows_two(m, n):
+    """4 bytes times B r and min(m, n) r; the three products keep 2 B r."""
+    r = 10
+    layer = LowRankLinear(n, m, r)
+    assert bytes_between_forward_and_backward(layer, torch.randn(500, n, requires_grad=True)) == 4 * (500 * r + 30 * r)
+    assert bytes_between_forward_and_backward(layer, torch.randn(20, n, requires_grad=True)) == 4 * (2 * 20 * r)
+
+
+def test_many_rows_under_autocast():
+    layer = with_random_core(LowRankLinear(12, 10, 6))
+    x = torch.randn(100, 12)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - expected).abs().max() < 0.03 * expected.abs().max()
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_compiled_for_dynamic_shapes_there_are_two_graphs_at_most():
+    """One for few rows and one for many, whatever the sizes."""
+    layer = with_random_core(LowRankLinear(9, 6, 4))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (3, 4, 6, 7, 30, 31, 3, 50, 2):
+        x = torch.randn(rows, 9)
+        assert_close(compiled(x), layer(x))
+    assert len(graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_dynamic_shapes_one_graph_serves_every_number_of_rows(strict):
+    layer = with_random_core(LowRankLinear(9, 6, 4))
+    rows = torch.export.Dim("rows", min=1, max=1000)
+    program = torch.export.export(layer, (torch.randn(8, 9),), dynamic_shapes={"x": {0: rows}}, strict=strict)
+    traced = torch.jit.trace(layer, torch.randn(8, 9), check_trace=False)
+    for count in (2, 6, 7, 500):
+        x = torch.randn(count, 9)
+        assert_close(program.module()(x), layer(x))
+        assert_close(traced(x), layer(x))
+    assert torch.fx.symbolic_trace(layer)(x).shape == (500, 6)
+
+
 # -------------------------------------------------------------------------------------------------------------- conv
 
 KERNELS = [1, 3, (2, 3), (4, 2), (1, 5)]
@@ -213,7 +303,9 @@ def test_conv_takes_images_without_a_batch_and_empty_batches(leading, mode):
 def test_conv_keeps_the_memory_format():
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     layer = LowRankConv2d(3, 4, 3, 2, padding=1)
-    assert_close(layer(x), layer(x.contiguous()))
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    assert_close(y, layer(x.contiguous()))
 
 
 def test_gradients_of_conv_are_right():

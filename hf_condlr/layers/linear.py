@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, allocate, give_weight, weight_matrix
 from hf_condlr.linalg import Center, truncated_svd
+
+# torch 2.6 cannot tell exporting from compiling
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class LowRankLinear(LowRankLayer):
@@ -80,8 +85,20 @@ class LowRankLinear(LowRankLayer):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:  # (*, n) -> (*, m)
-        """W x + b for each row of x."""
-        return F.linear(F.linear(F.linear(x, self.V.mT), self.S), self.U, self.bias)
+        """W x + b for each row of x, multiplied in the order that costs least.
+
+        With B rows, ((x V) Sᵀ) Uᵀ takes B r(m + n) + B r² multiplications. Joining S with the smaller basis first,
+        (x V)(U S)ᵀ or (x (V Sᵀ)) Uᵀ, takes B r(m + n) + min(m, n) r²; backward takes twice that in each case, and keeps
+        one intermediate (B, r) instead of two. So S is joined where B > min(m, n).
+        """
+        m, n = self.out_features, self.in_features
+        rows = math.prod(x.shape[:-1])
+        # A traced or exported graph is for every B: rows are then a symbol, or must not become a guard.
+        if not isinstance(rows, int) or _is_exporting() or rows <= min(m, n):
+            return F.linear(F.linear(F.linear(x, self.V.mT), self.S), self.U, self.bias)
+        if m <= n:
+            return F.linear(F.linear(x, self.V.mT), self.U @ self.S, self.bias)
+        return F.linear(F.linear(x, self.S @ self.V.mT), self.U, self.bias)
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The dense layer of the class it came from, with weight U S Vᵀ."""
