@@ -134,8 +134,9 @@ class ManifoldStep:
         to the bound of the present step. W jumps by what is dropped, which grows with k and the learning rate.
 
         It happens by itself where `step_count` is a multiple of k, and before a step in which other factors have
-        gradients than in the last one. All processes must call it at the same step. Between the projections a layer's
-        `bound` is inf, and so it is in a checkpoint that `save_pretrained` writes there.
+        gradients than in the last one. All processes must call it at the same step. How often it is called changes the
+        training, for k > 1. Between the projections a layer's `bound` is inf, and so it is in a checkpoint that
+        `save_pretrained` writes there.
 
         Raises:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
@@ -154,7 +155,7 @@ class ManifoldStep:
         if self._bases or self._cores:
             raise OptimizerError(
                 "the state must be saved where the constraint holds",
-                received=f"{self.step_count % self.projection_interval} steps since the last projection",
+                received=f"step {self.step_count}, between two projections",
                 remedy="Call settle() first, on every process, and then save model, optimizer and this.",
             )
         return {

@@ -746,7 +746,9 @@ def test_resume_within_an_interval_equals_settling_there():
     whole, resumed = copy.deepcopy(start), copy.deepcopy(start)
     optimizer, handle = fresh(whole)
     _train(whole, optimizer, 5)
-    with pytest.raises(OptimizerError, match=r"saved where the constraint holds; received 1 steps .*Call settle\(\)"):
+    with pytest.raises(
+        OptimizerError, match=r"saved where the constraint holds; received step 5, between .*Call settle\(\)"
+    ):
         handle.state_dict()
     handle.settle()
     saved = copy.deepcopy({"m": whole.state_dict(), "o": optimizer.state_dict(), "h": handle.state_dict()})
