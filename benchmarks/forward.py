@@ -55,7 +55,7 @@ def folded(layer: LowRankLinear, x: Tensor) -> Tensor:
     """(x V)(U S)ᵀ or (x (V Sᵀ)) Uᵀ."""
     if layer.out_features <= layer.in_features:
         return F.linear(F.linear(x, layer.V.mT), layer.U @ layer.S, layer.bias)
-    return F.linear(F.linear(x, layer.S @ layer.V.mT), layer.U, layer.bias)
+    return F.linear(F.linear(x, (layer.V @ layer.S.mT.contiguous()).mT), layer.U, layer.bias)
 
 
 def saved_bytes(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> int:

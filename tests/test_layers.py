@@ -190,11 +190,25 @@ def bytes_between_forward_and_backward(layer, x):
 
 @pytest.mark.parametrize(("m", "n"), [(40, 30), (30, 40)])
 def test_many_rows_keep_one_intermediate_and_few_rows_two(m, n):
-    """4 bytes times B r and min(m, n) r; the three products keep 2 B r."""
+    """4 bytes times B r and min(m, n) r, with a copy of Sᵀ where it goes into V; the three products keep 2 B r."""
     r = 10
     layer = LowRankLinear(n, m, r)
-    assert bytes_between_forward_and_backward(layer, torch.randn(500, n, requires_grad=True)) == 4 * (500 * r + 30 * r)
-    assert bytes_between_forward_and_backward(layer, torch.randn(20, n, requires_grad=True)) == 4 * (2 * 20 * r)
+    many, few = (torch.randn(rows, n, requires_grad=True) for rows in (500, 20))
+    assert bytes_between_forward_and_backward(layer, many) == 4 * (500 * r + 30 * r + (r * r if n < m else 0))
+    assert bytes_between_forward_and_backward(layer, few) == 4 * (2 * 20 * r)
+
+
+@pytest.mark.parametrize("r", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (32, 16), (16, 32)])
+def test_outputs_do_not_depend_on_where_the_factors_lie(m, n, r):
+    """A loaded checkpoint's lie anywhere in a file: its outputs are those of the saved model to the bit."""
+    layer = with_random_core(LowRankLinear(n, m, r))
+    other = copy.deepcopy(layer)
+    for p, offset in ((other.U, 1), (other.S, 2), (other.V, 3)):
+        p.data = torch.empty(p.numel() + offset)[offset:].view(p.shape).copy_(p.data)
+    for rows in (4, 40, 400):
+        x = torch.randn(rows, n)
+        assert torch.equal(layer(x), other(x))
 
 
 def test_many_rows_under_autocast():

@@ -98,7 +98,9 @@ class LowRankLinear(LowRankLayer):
             return F.linear(F.linear(F.linear(x, self.V.mT), self.S), self.U, self.bias)
         if m <= n:
             return F.linear(F.linear(x, self.V.mT), self.U @ self.S, self.bias)
-        return F.linear(F.linear(x, self.S @ self.V.mT), self.U, self.bias)
+        # A product with a transposed small matrix rounds by the address of its factors: the copy keeps it reproducible.
+        VS = self.V @ self.S.mT.contiguous()
+        return F.linear(F.linear(x, VS.mT), self.U, self.bias)
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The dense layer of the class it came from, with weight U S Vᵀ."""
