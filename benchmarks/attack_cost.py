@@ -27,7 +27,7 @@ from transformers import (
     HfArgumentParser,
     set_seed,
 )
-from vit_mnist import TrainingOptions, build_model
+from vit_parts import TrainingOptions, build_model
 
 from hf_condlr.attacks import PGD, EmbeddingPGD, PixelModel, TextModel
 from hf_condlr.attacks.base import Attack, Inputs, attacked

@@ -72,7 +72,7 @@ def lenet5(record: Path, seeds: Sequence[int]) -> Iterator[Trained]:
 
 
 def vit(record: Path, seeds: Sequence[int]) -> Iterator[Trained]:
-    """Of `vit_mnist.py`; the factored checkpoints load because hf_condlr is imported."""
+    """Of `vit_small.py`; the factored checkpoints load because hf_condlr is imported."""
     for row in json.loads(record.read_text())["best"]:
         key, path = row["key"], record.parent / row["model"]
 

@@ -1,6 +1,6 @@
 """Attack the trained models of a benchmark, every method alike: tables, a picture of accuracy over ε, all outcomes.
 
-The models are those that `lenet5_mnist.py`, `vit_mnist.py` and `minilm_sst2.py --save_models true` chose by accuracy on
+The models are those that `lenet5_mnist.py`, `vit_small.py` and `minilm_sst2.py --save_models true` chose by accuracy on
 clean validation data; attacks see the test split only, and all models the same samples of it. Each report is kept in
 the output folder, and a second call goes on from there.
 
