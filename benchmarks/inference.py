@@ -1,0 +1,195 @@
+"""Inference with factored layers: three factors, folded, folded and compiled, beside dense.
+
+Per compression ratio and batch size, interleaved in one run, for the linear layers alone (each on random rows of its
+own width) and for the whole model:
+
+- `dense`: the model before conversion;
+- `three factors`: as it is trained;
+- `folded`: `fold_model`, two matrix products a layer;
+- `folded, compiled`: the same under `torch.compile`, where a compiler works.
+
+The limit is the ratio of the operations that the linear layers of both take, as `FlopCounterMode` counts them: what a
+form can gain in the linear layers if every operation took equally long.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --model vit-b16 --layers 12 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import markdown, write_record
+from speed_parts import (
+    CONFIGS,
+    DTYPES,
+    any_device,
+    batch_for,
+    build,
+    factor,
+    interleaved,
+    linear_names,
+    ratios,
+    spread,
+    tokens_of,
+)
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from hf_condlr import fold_model
+
+
+@dataclass
+class Options:
+    """What is measured."""
+
+    model: str = field(default="vit-b16", metadata={"help": ", ".join(CONFIGS)})
+    layers: int = field(default=2, metadata={"help": "Blocks of the model; those of ViT-B/16 are 12."})
+    compression_ratios: list[float] = field(
+        default_factory=lambda: [0.4, 0.6, 0.75], metadata={"help": "Share of the linear layers' weights removed."}
+    )
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 64], metadata={"help": "Samples in a batch."})
+    tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
+    dtype: str = field(default="float32", metadata={"help": ", ".join(DTYPES)})
+    rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; the median of the ratios counts."})
+    compiled: bool = field(default=True, metadata={"help": "Try torch.compile."})
+    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
+    output: str = field(default="outputs/inference.json", metadata={"help": "Where the record goes."})
+
+
+class LinearLayers(nn.Module):
+    """The layers of a model that are factored, or were, without what lies between them."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.layers: Any = nn.ModuleList(model.get_submodule(name) for name in names)
+
+    def forward(self, inputs: dict[int, Tensor]) -> list[Tensor]:  # {n: (B, n)} -> L × (B, m)
+        """Each layer on the rows of its width."""
+        return [layer(inputs[layer.in_features]) for layer in self.layers]
+
+    def rows(self, count: int, like: Tensor) -> dict[int, Tensor]:  # -> {n: (count, n)}
+        """Random inputs."""
+        widths = {layer.in_features for layer in self.layers}
+        return {n: torch.randn(count, n, dtype=like.dtype, device=like.device) for n in widths}
+
+
+def why_no_compiler(device: torch.device) -> str | None:
+    """The reason, or None where `torch.compile` works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3, device=device))
+    except Exception as error:  # whatever the compiler behind torch dies of
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def compiled(model: Any) -> Any:
+    """With constant shapes: after one batch size torch would otherwise compile for any."""
+    return torch.compile(copy.deepcopy(model), dynamic=False)
+
+
+class Forms:
+    """A model and what becomes of it at one compression ratio."""
+
+    def __init__(self, dense: PreTrainedModel, ratio: float, with_compiler: bool) -> None:
+        names = linear_names(dense)
+        factored = factor(copy.deepcopy(dense), ratio)
+        models: dict[str, Any] = {"dense": dense, "three factors": factored, "folded": copy.deepcopy(factored)}
+        fold_model(models["folded"])
+        self.linear: dict[str, Any] = {form: LinearLayers(model, names) for form, model in models.items()}
+        self.whole: dict[str, Any] = dict(models)
+        if with_compiler:
+            self.whole["folded, compiled"] = compiled(models["folded"])
+            self.linear["folded, compiled"] = compiled(self.linear["folded"])
+
+    def limits(self, inputs: dict[int, Tensor]) -> dict[str, float]:
+        """Operations of the dense linear layers over those of each form."""
+        counts: dict[str, int] = {}
+        for form, layers in self.linear.items():
+            if form in ("dense", "three factors", "folded"):
+                with FlopCounterMode(display=False) as counter:
+                    layers(inputs)
+                counts[form] = counter.get_total_flops()
+        counts["folded, compiled"] = counts["folded"]
+        return {form: counts["dense"] / counts[form] for form in self.linear}
+
+
+def measure(
+    dense: PreTrainedModel, ratio: float, options: Options, with_compiler: bool, device: torch.device
+) -> list[dict[str, Any]]:
+    """Seconds of every form, for every batch size: of the linear layers, then of the whole model."""
+    forms = Forms(dense, ratio, with_compiler)
+    results = []
+    for batch_size in options.batch_sizes:
+        batch = batch_for(dense, batch_size, options.tokens, device)
+        batch = {key: x.to(dense.dtype) if x.is_floating_point() else x for key, x in batch.items()}
+        weight = next(dense.parameters())
+        inputs = forms.linear["dense"].rows(batch_size * tokens_of(dense, options.tokens), weight)
+        calls: dict[str, dict[str, Callable[[], Any]]] = {
+            "linear layers": {form: partial(m, inputs) for form, m in forms.linear.items()},
+            "whole model": {form: partial(m, **batch) for form, m in forms.whole.items()},
+        }
+        for part, of_forms in calls.items():
+            times = interleaved(of_forms, options.rounds, device)
+            result = {"compression_ratio": ratio, "batch_size": batch_size, "part": part, "seconds": times}
+            results.append(result | {"limits": forms.limits(inputs)})
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line for each form that is not dense: its speed-up, and how much of the limit that is."""
+    lines = []
+    for result in sorted(results, key=lambda x: (x["part"], x["batch_size"])):
+        base = result["seconds"]["dense"]
+        for form, times in result["seconds"].items():
+            if form == "dense":
+                continue
+            gains, limit = ratios(base, times), result["limits"][form]
+            cells = [result["part"], str(result["batch_size"]), f"{result['compression_ratio']:.0%}", form]
+            cells += [f"{1e3 * statistics.median(t):,.1f}" for t in (base, times)]
+            lines.append([*cells, spread(gains), f"{limit:.2f}", f"{statistics.median(gains) / limit:.0%}"])
+    header = [
+        "part",
+        "batch",
+        "removed",
+        "form",
+        "dense, ms",
+        "ms",
+        "speed-up",
+        "limit of the linear layers",
+        "reached",
+    ]
+    return markdown(header, lines)
+
+
+def main() -> None:
+    """Measure, print a table, write all times."""
+    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
+    logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    set_seed(0)
+    device = any_device()
+    reason = why_no_compiler(device) if options.compiled else "not asked for"
+    dense: Any = build(options.model, options.layers).to(device, DTYPES[options.dtype]).eval()
+    results: list[dict[str, Any]] = []
+    for ratio in options.compression_ratios:
+        torch.compiler.reset()  # each ratio's graphs are its own: torch stops at 8 of one function
+        with torch.inference_mode():
+            results += measure(dense, ratio, options, reason is None, device)
+    path = write_record(Path(options.output), {"results": results, "why_no_compiler": reason}, options)
+    note = f"\n\nnot compiled: {reason}" if reason else ""
+    sys.stdout.write(f"{table(results)}{note}\n\nwrote {path}\n")
+
+
+if __name__ == "__main__":
+    main()
