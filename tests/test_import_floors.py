@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "hf_condlr"
-PUBLIC_MODULES = (PACKAGE, f"{PACKAGE}.attacks")
+PUBLIC_MODULES = (PACKAGE, f"{PACKAGE}.attacks", f"{PACKAGE}.baselines")
 ROOT = Path(__file__).parent.parent
 
 # Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.
@@ -17,7 +17,7 @@ FLOORS = (
     {"linalg", "divergence"},
     {"config", "layers", "attacks"},
     {"initialization", "calibration", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
-    {"manifold", "diagnostics", "metrics", "restoring", "adversarial"},
+    {"manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
     {"model_card", "plots"},
     {"hub"},
     {"saving"},
