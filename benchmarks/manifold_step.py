@@ -9,21 +9,29 @@ Compared, interleaved in one run, per round once each in turn:
 - `stacked SVD polar`: stacked polar retraction by SVD, no conditioning at all;
 - `matrix products`: the eleven products of the step and nothing else, the floor.
 
-    python benchmarks/manifold_step.py --models bert-base-3-layers --rank_ratio 0.2
+Beside the time of the first one: the largest number of bytes that it holds at once, in copies of the factors.
+
+    python benchmarks/manifold_step.py --models bert-base-3-layers --rank_ratios 0.2
+    python benchmarks/manifold_step.py --models vit-b vit-l llama-1b --rank_ratios 0.25 0.5 --blocks 1
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from record import write_record
+from record import markdown, write_record
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import HfArgumentParser
 
 from hf_condlr import LowRankLinear, attach_manifold_step
@@ -31,6 +39,7 @@ from hf_condlr import LowRankLinear, attach_manifold_step
 # (m, n) of the linear layers of one block, and the number of blocks
 SHAPES = {
     "bert-base-3-layers": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 3),
+    "bert-base": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 12),
     "vit-b": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 12),
     "vit-l": ([(1024, 1024)] * 4 + [(4096, 1024), (1024, 4096)], 24),
     "llama-1b": ([(2048, 2048)] * 2 + [(512, 2048)] * 2 + [(8192, 2048)] * 2 + [(2048, 8192)], 16),
@@ -42,7 +51,8 @@ class Options:
     """What is measured."""
 
     models: list[str] = field(default_factory=lambda: ["bert-base-3-layers"], metadata={"help": ", ".join(SHAPES)})
-    rank_ratio: float = field(default=0.2, metadata={"help": "Rank as a share of min(m, n)."})
+    rank_ratios: list[float] = field(default_factory=lambda: [0.2], metadata={"help": "Rank over min(m, n)."})
+    blocks: int | None = field(default=None, metadata={"help": "Blocks of a model; all of it if not given."})
     tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
     rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; the median counts."})
     threads: int = field(default=2, metadata={"help": "Threads of torch on a CPU."})
@@ -52,11 +62,12 @@ class Options:
 class Case:
     """Layers of a model, their gradients, and every way to take the step. Times are of the step, in seconds."""
 
-    def __init__(self, name: str, options: Options, device: torch.device) -> None:
+    def __init__(self, name: str, rank_ratio: float, options: Options, device: torch.device) -> None:
         block, repeats = SHAPES[name]
+        repeats = options.blocks or repeats
         self.device = device
         self.layers = nn.ModuleList(
-            LowRankLinear(n, m, max(1, round(options.rank_ratio * min(m, n))), False, tau=options.tau, device=device)
+            LowRankLinear(n, m, max(1, round(rank_ratio * min(m, n))), False, tau=options.tau, device=device)
             for m, n in block * repeats
         )
         self.tau = options.tau
@@ -103,6 +114,14 @@ class Case:
     def steps(self, count: int) -> None:
         for _ in range(count):
             self.optimizer.step()
+
+    def peak_copies(self) -> float:
+        """Bytes that a step holds at most, over those of the factors."""
+        self.reset()
+        with LiveBytes() as live, torch.no_grad():
+            self.handle.projection_interval = 1
+            self.optimizer.step()
+        return live.peak / sum(p.nbytes for p in self.layers.parameters())
 
     def plain_sgd(self) -> float:
         """The optimizer without the hooks."""
@@ -153,9 +172,48 @@ class Case:
             X @ (X @ (X.mT @ X))
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside of it hold at once; what one operation takes within is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(x)._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, Tensor) and _storage(x)._cdata not in given | self.known:
+                storage = _storage(x)
+                self.known.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage:
+    return x.untyped_storage()
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def table(label: str, times: dict[str, list[float]]) -> str:
+    """A line for each method: median, least and most, and the median of the ratios to ours, round by round."""
+    lines = []
+    for method, values in times.items():
+        ratios = [value / ours for value, ours in zip(values, times["manifold step"], strict=True)]
+        spread = f"{1e3 * min(values):.0f} … {1e3 * max(values):.0f}"
+        lines.append([method, f"{1e3 * statistics.median(values):.0f}", spread, f"{statistics.median(ratios):.2f} ×"])
+    return markdown([label, "ms (median)", "spread", "against ours"], lines)
 
 
 def main() -> None:
@@ -164,27 +222,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = {}
-    for name in options.models:
-        methods = Case(name, options, device).methods()
+    seconds: dict[str, Any] = {}
+    copies: dict[str, float] = {}
+    for name, rank_ratio in itertools.product(options.models, options.rank_ratios):
+        case = Case(name, rank_ratio, options, device)
+        methods = case.methods()
         for call in methods.values():
             call()  # warm
         times: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(options.rounds):
             for method, call in methods.items():
                 times[method].append(call())
-        seconds[name] = times
-        ours = statistics.median(times["manifold step"])
-        lines = [
-            f"| {name}, rank ratio {options.rank_ratio:g} | ms (median) | spread | against ours |",
-            "|" + " --- |" * 4,
-        ]
-        for method, values in times.items():
-            median = statistics.median(values)
-            spread = f"{1e3 * min(values):.0f} … {1e3 * max(values):.0f}"
-            lines.append(f"| {method} | {1e3 * median:.0f} | {spread} | {median / ours:.2f} × |")
-        sys.stdout.write("\n".join(lines) + "\n\n")
-    path = write_record(Path(options.output), {"seconds": seconds}, options)
+        label = f"{name}, rank ratio {rank_ratio:g}"
+        seconds[label], copies[label] = times, case.peak_copies()
+        sys.stdout.write(table(label, times) + f"\n\nat most {copies[label]:.2f} copies of the factors at once\n\n")
+    results = {"seconds": seconds, "copies_of_factors": copies}
+    path = write_record(Path(options.output), results, options)
     sys.stdout.write(f"wrote {path}\n")
 
 

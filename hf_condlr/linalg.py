@@ -57,25 +57,28 @@ def retract_qr(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r)
     return (Q * sign.unsqueeze(-2)).to(X.dtype)
 
 
-def retract_cholesky(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r)
+def retract_cholesky(X: Tensor, *, fallback: bool = True) -> Tensor:  # (*, m, r) -> (*, m, r)
     """X L⁻ᵀ with XᵀX = LLᵀ (Cholesky-QR): the same Q as `retract_qr`, from matrix products.
 
     The error in orthonormality grows like eps κ(X)². κ(X)² ≤ ‖XᵀX‖_∞ ‖L⁻¹‖_1 ‖L⁻¹‖_∞ certifies it from small matrices;
     where that is above 32, or Cholesky breaks down, Householder QR takes over. For X = U + Δ with UᵀU = I and
-    horizontal Δ, XᵀX = I + ΔᵀΔ: that takes a step of several times the size of U.
+    horizontal Δ, XᵀX = I + ΔᵀΔ: that takes a step of several times the size of U. To see whether it happened the host
+    waits for the device; with `fallback=False` it does not, and such matrices become NaN.
     """
     X_ = _at_least_float32(X)
     gram = X_.mT @ X_
     eps = torch.finfo(gram.dtype).eps
     L, info = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    L = torch.where((info == 0)[..., None, None], L, identity)
+    L = torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), L, identity)
     inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
     kappa_squared = _max_row_sum(gram) * _max_row_sum(inverse) * _max_row_sum(inverse.mT)
     # A NaN is not trusted, nor squares that are no longer normal numbers.
     trusted = (info == 0) & (kappa_squared <= 32) & (_max_row_sum(gram) > torch.finfo(L.dtype).tiny / eps)
     Q = X_ @ inverse.mT
-    if not trusted.all():
+    if not fallback:
+        Q = torch.where(trusted.unsqueeze(-1).unsqueeze(-1), Q, torch.nan)
+    elif not trusted.all():
         Q[~trusted] = retract_qr(X_[~trusted])
     return Q.to(X.dtype)
 

@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from hf_condlr.devices import runs_ahead
 from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error, orthonormalize
@@ -54,7 +55,7 @@ def attach_manifold_step(
             save or load weights, and at the end. See `ManifoldStep.settle`.
 
     Returns:
-        A handle: `step_count`, `bounds()`, `settle()`, `state_dict()`, `load_state_dict()`, `remove()`.
+        A handle: `step_count`, `bounds()`, `settle()`, `check()`, `state_dict()`, `load_state_dict()`, `remove()`.
 
     Raises:
         OptimizerError: The guarantee cannot be kept: factors missing from the optimizer, in half precision, sharded,
@@ -99,10 +100,7 @@ class ManifoldStep:
             name: min(max(condition_number(layer.S.detach()).item(), 1 + layer.tau), MAX_INITIAL_CONDITION)
             for name, layer in self.layers.items()
         }
-        # Of the factors that have moved since the last projection; empty where the constraint holds.
-        self._bases: list[BasisStack] = []
-        self._cores: list[CoreStack] = []
-        self._moving: tuple = ()
+        self._forget_stacks()
         self._skipped = False
         self._warned = False
         self._hooks = [
@@ -141,10 +139,38 @@ class ManifoldStep:
         Raises:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
         """
-        if self._bases or self._cores:
-            for stack in [*self._bases, *self._cores]:
+        if self._unsettled:
+            for stack in self._stacks:
                 stack.begin_step()
-            self._report(self._project())
+            self._project()
+        self.check()
+
+    def check(self) -> None:
+        """Say, once, which factors kept their values because a gradient or an update was not finite or too large.
+
+        On a CPU every step ends with it. A GPU would have to be waited for: there the flags of a step stay on the
+        device until `check`, `settle`, `state_dict` or `remove` is called, and the Trainer does where it logs.
+
+        Raises:
+            ConditioningError: An update would have made a core zero. The core has its last conditioned value.
+        """
+        stacks = self._stacks
+        held = {name: step for stack in stacks for name, step in stack.held().items()}
+        vanished = {name: step for stack in self._cores for name, step in stack.vanished().items()}
+        if held and not self._warned:
+            self._warned = True
+            logger.warning(
+                "gradients or updates that are not finite, or far too large, at step %d: %s kept their values. Said "
+                "once; lower the learning rate if the loss does not recover.",
+                min(held.values()),
+                shown(list(held)),
+            )
+        if vanished:
+            raise ConditioningError(
+                "a core S must not vanish: it would have no condition number",
+                received=f"no finite scale after step {min(vanished.values())} in {shown(list(vanished))}",
+                remedy="Lower the weight decay or the learning rate of S. Its last conditioned value is back in place.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands: the step count, T_w and each layer's κ_0; plain numbers.
@@ -152,12 +178,13 @@ class ManifoldStep:
         Raises:
             OptimizerError: The model is not settled, so that going on from here would not be the same training.
         """
-        if self._bases or self._cores:
+        if self._unsettled:
             raise OptimizerError(
                 "the state must be saved where the constraint holds",
                 received=f"step {self.step_count}, between two projections",
                 remedy="Call settle() first, on every process, and then save model, optimizer and this.",
             )
+        self.check()
         return {
             "step_count": self.step_count,
             "warmup_steps": self.warmup_steps,
@@ -180,7 +207,7 @@ class ManifoldStep:
         self.step_count = int(state["step_count"])
         self.warmup_steps = int(state["warmup_steps"])
         self.initial_condition = {name: float(value) for name, value in state["initial_condition"].items()}
-        self._bases, self._cores = [], []  # of the training that is left
+        self._forget_stacks()  # of the training that is left
         self._orthonormalize()  # weights may have been loaded too
         if self.step_count:
             self._publish_bounds()
@@ -194,12 +221,16 @@ class ManifoldStep:
                 wide = (p.detach().double() for p in (layer.U, layer.S, layer.V))
                 layer.set_factors(*orthonormalize(*wide))
 
+    @property
+    def _progress(self) -> float:
+        """p = min(1, t/T_w)."""
+        return min(1.0, self.step_count / self.warmup_steps) if self.warmup_steps else 1.0
+
     def _bound(self, name: str, layer: LowRankLayer) -> float:
-        """κ_0^{1−p} (1+τ)^p with p = min(1, t/T_w)."""
+        """κ_0^{1−p} (1+τ)^p."""
         if math.isinf(layer.tau):
             return math.inf
-        progress = min(1.0, self.step_count / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.initial_condition[name] ** (1 - progress) * (1 + layer.tau) ** progress
+        return self.initial_condition[name] ** (1 - self._progress) * (1 + layer.tau) ** self._progress
 
     def _publish_bounds(self) -> None:
         for name, layer in self.layers.items():
@@ -229,19 +260,31 @@ class ManifoldStep:
             for cores in self._cores:
                 cores.sanitize_gradients()
 
+    @property
+    def _stacks(self) -> list[BasisStack | CoreStack]:
+        return [*self._bases, *self._cores]
+
+    def _forget_stacks(self) -> None:
+        self._bases: list[BasisStack] = []
+        self._cores: list[CoreStack] = []
+        self._moving: tuple = ()
+        self._unsettled = False  # factors have moved since the last projection
+
     def _gather(self) -> None:
-        """Stacks of the factors that this step may move: those of the step before, or new ones after a projection."""
+        """Stacks of the factors that this step may move: the same ones as long as the same factors have gradients."""
         # While bounds still tighten, a core that was frozen in the meantime has to follow.
         all_cores = self.step_count <= self.warmup_steps
         moving = moving_factors(self.layers, all_cores=all_cores)
         if moving != self._moving:
             self.settle()
-        if self._bases or self._cores:
-            for stack in [*self._bases, *self._cores]:
+            self._bases = basis_stacks(self.layers)
+            self._cores = core_stacks(self.layers, self.initial_condition, all_cores=all_cores)
+            self._moving = moving
+        for stack in self._stacks:
+            if self._unsettled:
                 stack.begin_step()
-        else:
-            self._bases, self._cores = basis_stacks(self.layers), core_stacks(self.layers, all_cores=all_cores)
-        self._moving = moving
+            else:
+                stack.begin_interval()
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -249,44 +292,33 @@ class ManifoldStep:
             return
         self.step_count += 1
         if self.step_count % self.projection_interval == 0:
-            self._report(self._project())
+            self._project()
             return
-        stacks: list[BasisStack | CoreStack] = [*self._bases, *self._cores]
-        for stack in stacks:
+        self._unsettled = True
+        for stack in self._stacks:
             stack.finite_update()
+            stack.record(self.step_count)
         for layer in self.layers.values():
             layer.bound = math.inf
-        self._report(stacks)
+        self._check_where_free()
 
-    def _project(self) -> list[BasisStack | CoreStack]:
-        """Retract the bases, condition the cores; the stacks, for `_report`."""
-        stacks: list[BasisStack | CoreStack] = [*self._bases, *self._cores]
+    def _project(self) -> None:
+        """Retract the bases, condition the cores."""
         with full_precision():
             for bases in self._bases:
                 bases.retract_update()
             for cores in self._cores:
-                cores.condition_update([self._bound(name, self.layers[name]) for name in cores.layers])
+                cores.condition_update(self._progress, self.step_count)
+        for stack in self._stacks:
+            stack.record(self.step_count)
+            stack.end_interval()
+        self._unsettled = False
         self._publish_bounds()
-        self._bases, self._cores = [], []
-        return stacks
+        self._check_where_free()
 
-    def _report(self, stacks: list[BasisStack | CoreStack]) -> None:
-        """Raise where a core vanished; say, once, which factors were held."""
-        if vanished := [name for stack in stacks if isinstance(stack, CoreStack) for name in stack.vanished]:
-            raise ConditioningError(
-                "a core S must not vanish: it would have no condition number",
-                received=f"no finite scale after step {self.step_count} in {shown(vanished)}",
-                remedy="Lower the weight decay or the learning rate of S. Its last conditioned value is back in place.",
-            )
-        held = [name for stack in stacks for name in stack.held()]
-        if held and not self._warned:
-            self._warned = True
-            logger.warning(
-                "gradients or updates that are not finite at step %d: %s kept their values. Said once; lower the "
-                "learning rate if the loss does not recover.",
-                self.step_count,
-                shown(held),
-            )
+    def _check_where_free(self) -> None:
+        if not any(runs_ahead(stack.held_at) for stack in self._stacks):
+            self.check()
 
 
 def _check_attached(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) -> None:

@@ -1,7 +1,7 @@
 """Factors of equal shape as one stack (L, m, r): what the manifold step does to them before and after an optimizer.
 
-A stack lives from one projection to the next, by default for one step. Everything is batched over the L layers; the
-flags of layers whose gradient or update is not finite stay on the device until the end of the step.
+Everything is batched over the L layers. Where the host runs ahead of the device nothing is read back in a step: choices
+are masks, and flags of factors whose gradient or update is not finite stay on the device until somebody asks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_condlr.devices import runs_ahead
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import (
     Center,
@@ -20,51 +21,74 @@ from hf_condlr.linalg import (
     project_horizontal,
     project_tangent,
     retract_cholesky,
-    retract_polar,
 )
+from hf_condlr.product_clip import LARGEST_CONDITION, clip_core_by_products
+
+# Entries of one stack at most: four temporaries of its size are alive at once, beside one copy of all factors. A GPU
+# wants few launches, a CPU stacks that fit its cache.
+STACK_LIMIT = {"cpu": 2**18, "others": 2**22}
 
 
 class Stack:
     """Parameters of equal shape, dtype and device, with their values before the optimizer's step.
 
     Attributes:
-        start: Values at the last projection, (L, m, r); those obey the constraint.
+        start: Values at the last projection, (L, m, r), which obey the constraint; held from there to the next one.
         old: Values before the step, the same in the first one.
         usable: (L,) bool: gradient and update are finite. A factor that is not keeps its old value.
+        held_at: (L,) int64: the first step at which a factor was not usable, 0 if it always was.
     """
+
+    start: Tensor
+    old: Tensor
+    usable: Tensor
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter]) -> None:
         self.names, self.parameters = names, parameters
-        self.start = self.old = torch.stack([p.detach() for p in parameters])
-        self.usable = self._all_usable()
+        self.held_at = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
+
+    def begin_interval(self) -> None:
+        """Before the first step since the projection: keep what it finds."""
+        self.begin_step()
+        self.start = self.old
 
     def begin_step(self) -> None:
-        """Before a further step since the projection: keep what it finds."""
-        self.old = torch.stack([p.detach() for p in self.parameters])
-        self.usable = self._all_usable()
+        """Before a further step."""
+        self.old = self._values()
+        self.usable = torch.ones_like(self.held_at, dtype=torch.bool)
+
+    def end_interval(self) -> None:
+        """After the projection: no copy is kept."""
+        del self.start, self.old
 
     def finite_update(self) -> Tensor:  # -> (L, m, r)
         """The values after the step, a fresh tensor; factors that are not usable go back to their old ones."""
-        new = torch.stack([p.detach() for p in self.parameters])
-        self.usable &= _finite(new)
-        if not self.usable.all():
-            new = torch.where(self.usable[:, None, None], new, self.old)
+        new = self._values()
+        self.usable = self.usable & _finite(new)
+        if not _surely_all(self.usable):
+            new = torch.where(_per_factor(self.usable), new, self.old)
             self._write(new)
         self.old = self.start  # no copy is kept over forward and backward
         return new
 
-    def held(self) -> list[str]:
-        """Names of the factors that kept their old value. Waits for the device."""
-        return [name for name, usable in zip(self.names, self.usable.tolist(), strict=True) if not usable]
+    def record(self, step: int) -> None:
+        """Note which factors step number `step` held; `held` reads it."""
+        self.held_at = torch.where(self.usable.logical_not() & (self.held_at == 0), step, self.held_at)
 
-    def _all_usable(self) -> Tensor:
-        return torch.ones(len(self.parameters), dtype=torch.bool, device=self.old.device)
+    def held(self) -> dict[str, int]:
+        """{factor: first step at which it kept its old value}, and forget it. Waits for the device."""
+        found = {name: step for name, step in zip(self.names, self.held_at.tolist(), strict=True) if step}
+        self.held_at = torch.zeros_like(self.held_at)
+        return found
 
-    def _finite_gradients(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    def _values(self) -> Tensor:
+        return torch.stack([p.detach() for p in self.parameters])
+
+    def _finite_gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients, 0 where not finite (they would stay in the optimizer's moments for ever), and which were."""
-        G = torch.stack(_gradients(parameters))
+        G = torch.stack(_gradients(self.parameters))
         finite = _finite(G)
-        return _select(finite, G, torch.zeros(())), finite
+        return _select(finite, G, 0.0), finite
 
     def _write(self, values: Tensor) -> None:
         _copy_each(self.parameters, values)
@@ -86,18 +110,17 @@ class BasisStack(Stack):
         super().__init__(names, parameters)
         self.cores = cores
         self.project = project_tangent if full_tangent else project_horizontal
-        self.retract = retract_polar if full_tangent else retract_cholesky
 
     def project_gradients(self, metric_scaling: bool) -> None:
         """G ← (I − UUᵀ)G with U of the last projection; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
-        G, self.usable = self._finite_gradients(self.parameters)
+        G, self.usable = self._finite_gradients()
         G = self.project(self.start, G)
         if metric_scaling:
-            r = self.start.shape[-1]
-            c_squared = torch.stack([S.detach().square().sum() / r for S in self.cores]).to(G.dtype)
-            G = G / torch.where(c_squared > 0, c_squared, 1.0)[:, None, None]
-            self.usable &= _finite(G)  # a tiny S can overflow what was finite
-            G = _select(self.usable, G, torch.zeros(()))
+            norms = torch.stack(torch._foreach_norm([S.detach() for S in self.cores]))
+            c_squared = (norms.square() / self.start.shape[-1]).to(G.dtype)
+            G = G / _per_factor(torch.where(c_squared > 0, c_squared, 1.0))
+            self.usable = self.usable & _finite(G)  # a tiny S can overflow what was finite
+            G = _select(self.usable, G, 0.0)
         _copy_each(_gradients(self.parameters), G)
 
     def retract_update(self) -> None:
@@ -109,56 +132,82 @@ class BasisStack(Stack):
         moved = (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
         sound = _finite(displacement)
         # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
-        displacement = self.project(self.start, _select(sound, displacement, torch.zeros(())))
-        retracted = self.retract(displacement.add_(self.start))
-        sound &= _finite(retracted)
+        displacement = self.project(self.start, _select(sound, displacement, 0.0))
+        X = displacement.add_(self.start)
+        retracted = retract_cholesky(X, fallback=not runs_ahead(X))  # without it NaN: the factor is held
+        sound = sound & _finite(retracted)
         self._write(_select(sound & moved, retracted, self.start))
-        self.usable &= sound
+        self.usable = self.usable & sound
 
 
 class CoreStack(Stack):
     """Cores S, (L, r, r), also without a gradient, since their bound may have tightened.
 
+    Args:
+        layers: Names of the layers.
+        parameters: The cores, all with a gradient or all without.
+        schedule: Of each layer κ_0, where its bound starts, and 1 + τ, where it ends; for all infinite, or for none.
+        center: The interval that singular values are clipped to.
+
     Attributes:
-        vanished: Layers whose update would have made S zero; they get the values of the last projection.
+        vanished_at: (L,) int64: the step whose update would have made S zero, else 0; S got the values of the last
+            projection.
     """
 
-    def __init__(self, layers: list[str], parameters: list[nn.Parameter], center: Center) -> None:
+    def __init__(
+        self, layers: list[str], parameters: list[nn.Parameter], schedule: list[tuple[float, float]], center: Center
+    ) -> None:
         super().__init__([f"{name}.S" for name in layers], parameters)
         self.layers, self.center = layers, center
-        self.vanished: list[str] = []
+        self.vanished_at = torch.zeros_like(self.held_at)
+        self.bounded = not math.isinf(schedule[0][1])
+        wide = "cpu" if self.held_at.device.type == "mps" else self.held_at.device  # MPS has no float64
+        self.logarithms = torch.tensor(schedule, dtype=torch.float64, device=wide).log()
+        # The first conditioning may meet any core that an initialisation makes; from then on all are well conditioned.
+        self.conditioned = False
+        self.by_products = runs_ahead(self.held_at) and max(final for _, final in schedule) <= LARGEST_CONDITION / 10
 
     def sanitize_gradients(self) -> None:
         """Gradients that are not finite become zero; the cores are marked."""
-        index = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        if index:
-            parameters = [self.parameters[i] for i in index]
-            G, self.usable[index] = self._finite_gradients(parameters)
-            _copy_each(_gradients(parameters), G)
+        if _has_gradient(self.parameters[0]):
+            G, self.usable = self._finite_gradients()
+            _copy_each(_gradients(self.parameters), G)
 
-    def condition_update(self, bounds: list[float]) -> None:
-        """S ← S with κ(S) ≤ its bound, `bounds` in the order of the layers."""
+    def condition_update(self, progress: float, step: int) -> None:
+        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`."""
         S = self.finite_update()
-        index = [i for i, bound in enumerate(bounds) if not math.isinf(bound)]
-        if index:
-            tau = torch.tensor([bounds[i] - 1 for i in index], dtype=torch.float64)
-            S[index] = self._condition(S[index], index, tau)
+        if self.bounded:
+            first, last = self.logarithms.unbind(-1)
+            S = self._condition(S, first.lerp(last, progress).exp(), step)
         self._write(S)
 
-    def _condition(self, S: Tensor, index: list[int], tau: Tensor) -> Tensor:
+    def _condition(self, S: Tensor, bounds: Tensor, step: int) -> Tensor:
         conditionable = is_conditionable(S)
-        if not conditionable.all():
-            vanished = ~conditionable & (S.abs().amax(dim=(1, 2)) < 1)
-            self.vanished += [self.layers[i] for i, gone in zip(index, vanished.tolist(), strict=True) if gone]
-            self.usable[index] &= conditionable  # the others have overflown
-            S = _select(conditionable, S, self.start[index])
-        return clamp_singular_values(S, tau, center=self.center)
+        vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
+        self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
+        self.usable = self.usable & conditionable
+        S = _select(conditionable, S, self.start)
+        if self.by_products and self.conditioned:
+            S, followed = clip_core_by_products(S, bounds, self.center, self.start)
+            self.usable = self.usable & followed
+            return S
+        self.conditioned = True
+        return clamp_singular_values(S, bounds - 1, center=self.center)
+
+    def vanished(self) -> dict[str, int]:
+        """{layer: step whose update would have made its S zero}, and forget it. Waits for the device."""
+        found = {name: step for name, step in zip(self.layers, self.vanished_at.tolist(), strict=True) if step}
+        self.vanished_at = torch.zeros_like(self.vanished_at)
+        return found
 
 
 def moving_factors(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> tuple:
-    """What stacks depend on: which U and V have a gradient, which S train, or move with their bound. To compare."""
+    """What stacks depend on: which factors have a gradient, which S train, or move with their bound. To compare."""
     return tuple(
-        (_has_gradient(x.U), _has_gradient(x.V), x.S.requires_grad, all_cores or x.S.requires_grad)
+        (
+            *((id(p), p.dtype, p.device, _has_gradient(p)) for p in (x.U, x.S, x.V)),
+            *(x.S.requires_grad, all_cores or x.S.requires_grad),
+        )
         for x in layers.values()
     )
 
@@ -174,10 +223,17 @@ def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
     return [BasisStack(names, ps, cores, flags[0]) for names, ps, cores, flags in _grouped(rows)]
 
 
-def core_stacks(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> list[CoreStack]:
-    """The trainable S, or all of them, stacked by shape, dtype, device and center."""
-    rows = ((name, layer.S, layer.center) for name, layer in layers.items() if all_cores or layer.S.requires_grad)
-    return [CoreStack(names, ps, centers[0]) for names, ps, centers in _grouped(rows)]
+def core_stacks(
+    layers: dict[str, LowRankLayer], initial_condition: dict[str, float], *, all_cores: bool = False
+) -> list[CoreStack]:
+    """The trainable S, or all of them, stacked by shape, dtype, device and what `CoreStack` asks of its members."""
+    rows = (
+        (name, S, (initial_condition[name], 1 + layer.tau), (layer.center, math.isinf(layer.tau), _has_gradient(S)))
+        for name, layer in layers.items()
+        for S in (layer.S,)
+        if all_cores or S.requires_grad
+    )
+    return [CoreStack(names, ps, schedule, keys[0][0]) for names, ps, schedule, keys in _grouped(rows)]
 
 
 def _finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
@@ -186,9 +242,18 @@ def _finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
     return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
 
 
-def _select(mask: Tensor, X: Tensor, otherwise: Tensor) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
-    """`torch.where` along the stack, without a copy in the usual case that the mask is all true."""
-    return X if mask.all() else torch.where(mask[:, None, None], X, otherwise.to(X))
+def _surely_all(mask: Tensor) -> bool:
+    """Whether a mask is all true, as far as can be told without a wait for the device."""
+    return not runs_ahead(mask) and bool(mask.all())
+
+
+def _select(mask: Tensor, X: Tensor, otherwise: Tensor | float) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
+    """`torch.where` along the stack, if possible without a copy in the usual case that the mask is all true."""
+    return X if _surely_all(mask) else torch.where(_per_factor(mask), X, otherwise)
+
+
+def _per_factor(x: Tensor) -> Tensor:  # (L,) -> (L, 1, 1)
+    return x.view(-1, 1, 1)
 
 
 def _has_gradient(p: nn.Parameter) -> bool:
@@ -204,10 +269,16 @@ def _copy_each(targets: Sequence[Tensor], values: Tensor) -> None:  # L × (m, r
 
 
 def _grouped(rows: Iterable[tuple]) -> Iterator[tuple[list, ...]]:
-    """Rows (name, parameter, ..., key) with equal shape, dtype, device and key, transposed to lists."""
+    """Rows (name, parameter, ..., key) with equal shape, dtype, device and key, transposed to lists.
+
+    Groups of more than `STACK_LIMIT` entries are split.
+    """
     groups: dict[tuple, list[tuple]] = {}
     for row in rows:
         p = row[1]
         groups.setdefault((p.shape, p.dtype, p.device, row[-1]), []).append(row)
     for group in groups.values():
-        yield tuple(list(column) for column in zip(*group, strict=True))
+        p = group[0][1]
+        size = max(1, STACK_LIMIT.get(p.device.type, STACK_LIMIT["others"]) // p.numel())
+        for i in range(0, len(group), size):
+            yield tuple(list(column) for column in zip(*group[i : i + size], strict=True))

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 # Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.
 FLOORS = (
-    {"errors", "files", "precision"},
+    {"errors", "files", "precision", "devices"},
     {"linalg", "divergence"},
-    {"config", "layers", "attacks"},
+    {"config", "layers", "attacks", "product_clip"},
     {"initialization", "calibration", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
     {"manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
     {"model_card", "plots"},

@@ -132,7 +132,12 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
     # --------------------------------------------------------------------------------------------------- records
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds κ, its bound, the orthonormality error and the compression to each training and evaluation log."""
+        """Adds κ, its bound, the orthonormality error and the compression to each training and evaluation log.
+
+        What the manifold step has to say, on a GPU it says here.
+        """
+        if self.manifold_step is not None:
+            self.manifold_step.check()
         loss_key = next((key for key in logs if key == "loss" or key.endswith("_loss")), None)
         if loss_key is not None and factored_layers(self.model):
             report = condition_report(self.accelerator.unwrap_model(self.model))
