@@ -965,6 +965,41 @@ def test_flags_wait_until_they_are_asked_for(running_ahead, caplog):
 
 
 @torch.no_grad()
+def test_the_step_without_a_wait_is_one_graph(running_ahead):
+    """Between gradients and projection nothing breaks a compiled graph; the result is that of the plain functions."""
+
+    def make():
+        torch.manual_seed(0)
+        cores = [nn.Parameter(torch.eye(6) + 0.1 * torch.randn(6, 6)) for _ in range(2)]
+        bases = [nn.Parameter(torch.linalg.qr(torch.randn(24, 6)).Q) for _ in range(2)]
+        for p in [*bases, *cores]:
+            p.grad = torch.randn_like(p)
+        stacks = BasisStack(["a.U", "b.U"], bases, cores, False), CoreStack(["a", "b"], cores, [(5.0, 1.1)] * 2, "rms")
+        stacks[1].conditioned = True  # the first one decomposes
+        return stacks, [*bases, *cores]
+
+    def step(stacks, parameters):
+        bases, cores = stacks
+        for stack in stacks:
+            stack.begin_interval()
+        bases.project_gradients(metric_scaling=True)
+        cores.sanitize_gradients()
+        torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-0.1)
+        bases.retract_update()
+        cores.condition_update(1.0, 3)
+        for stack in stacks:
+            stack.record(3)
+            stack.end_interval()
+
+    (stacks, compiled), (others, expected) = make(), make()
+    torch.compile(step, backend="eager", fullgraph=True)(stacks, compiled)
+    step(others, expected)
+    for p, q in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(p, q)
+    assert not torch.equal(compiled[0], make()[1][0])
+
+
+@torch.no_grad()
 def test_no_step_reads_anything_back():
     """On a device of which only shapes exist every read is an error; so is a copy of a list of indices to it.
 
