@@ -35,6 +35,7 @@ def train(folder, batch_size, **options):
         num_train_epochs=1,
         optim="adamw_torch",
         adversarial_schedule="constant",
+        projection_interval=2,  # of three steps the last one is settled at the end
         **options,
     )
     robustness = RobustnessArguments(epsilons=["1/16"], steps=2, max_samples=13)
