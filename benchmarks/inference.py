@@ -61,6 +61,7 @@ class Options:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 64], metadata={"help": "Samples in a batch."})
     tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
     dtype: str = field(default="float32", metadata={"help": ", ".join(DTYPES)})
+    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
     rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; the median of the ratios counts."})
     compiled: bool = field(default=True, metadata={"help": "Try torch.compile."})
     threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
@@ -101,9 +102,9 @@ def compiled(model: Any) -> Any:
 class Forms:
     """A model and what becomes of it at one compression ratio."""
 
-    def __init__(self, dense: PreTrainedModel, ratio: float, with_compiler: bool) -> None:
+    def __init__(self, dense: PreTrainedModel, ratio: float, rank_multiple: int, with_compiler: bool) -> None:
         names = linear_names(dense)
-        factored = factor(copy.deepcopy(dense), ratio)
+        factored = factor(copy.deepcopy(dense), ratio, rank_multiple)
         models: dict[str, Any] = {"dense": dense, "three factors": factored, "folded": copy.deepcopy(factored)}
         fold_model(models["folded"])
         self.linear: dict[str, Any] = {form: LinearLayers(model, names) for form, model in models.items()}
@@ -128,7 +129,7 @@ def measure(
     dense: PreTrainedModel, ratio: float, options: Options, with_compiler: bool, device: torch.device
 ) -> list[dict[str, Any]]:
     """Seconds of every form, for every batch size: of the linear layers, then of the whole model."""
-    forms = Forms(dense, ratio, with_compiler)
+    forms = Forms(dense, ratio, options.rank_multiple, with_compiler)
     results = []
     for batch_size in options.batch_sizes:
         batch = batch_for(dense, batch_size, options.tokens, device)

@@ -51,6 +51,7 @@ class Options:
     tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (autocast)."})
     compression_ratio: float = field(default=0.6, metadata={"help": "Share of the linear layers' weights removed."})
+    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
     steps: int = field(default=5, metadata={"help": "Profiled, after two that warm up."})
     threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
     output: str = field(default="outputs/profile_step.json", metadata={"help": "Where the record goes."})
@@ -182,6 +183,7 @@ def main() -> None:
         tokens=options.tokens,
         dtype=options.dtype,
         compression_ratio=options.compression_ratio,
+        rank_multiple=options.rank_multiple,
     )
     step = Step("low rank", options.model, settings, device)
     results = []

@@ -62,6 +62,7 @@ class Options:
     compression_ratio: float = field(default=0.6, metadata={"help": "Share of the linear layers' weights removed."})
     projection_interval: int = field(default=1, metadata={"help": "k of CondLR; a round then has k steps."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA."})
+    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
     rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; the median of the ratios counts."})
     memory: bool = field(default=True, metadata={"help": "Measure peak memory, a process for each method."})
     threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
@@ -75,7 +76,7 @@ class Step:
         set_seed(0)
         model: Any = build(name)
         if method in ("low rank", "CondLR"):
-            model = factor(model, options.compression_ratio)
+            model = factor(model, options.compression_ratio, options.rank_multiple)
         per_sample = tokens_of(model, options.tokens)
         samples = options.batch_size or -(-4096 // per_sample)
         self.tokens = samples * per_sample
