@@ -35,6 +35,8 @@ from torch.utils._pytree import tree_iter
 from transformers import HfArgumentParser
 
 from hf_condlr import LowRankLinear, attach_manifold_step
+from hf_condlr.linalg import clamp_singular_values
+from hf_condlr.product_clip import clip_core_by_products
 
 # (m, n) of the linear layers of one block, and the number of blocks
 SHAPES = {
@@ -55,6 +57,9 @@ class Options:
     blocks: int | None = field(default=None, metadata={"help": "Blocks of a model; all of it if not given."})
     tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
     rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; the median counts."})
+    conditioning: bool = field(
+        default=False, metadata={"help": "Also the conditioning alone, by eigh and by matrix products."}
+    )
     threads: int = field(default=2, metadata={"help": "Threads of torch on a CPU."})
     output: str = field(default="outputs/manifold_step.json", metadata={"help": "Where the numbers go."})
 
@@ -70,7 +75,7 @@ class Case:
             LowRankLinear(n, m, max(1, round(rank_ratio * min(m, n))), False, tau=options.tau, device=device)
             for m, n in block * repeats
         )
-        self.tau = options.tau
+        self.tau, self.conditioning = options.tau, options.conditioning
         self.lr = 1e-3
         self.optimizer = torch.optim.SGD(self.layers.parameters(), lr=self.lr)
         self.handle = attach_manifold_step(self.optimizer, self.layers, metric_scaling=False)
@@ -96,6 +101,10 @@ class Case:
 
     def methods(self) -> dict[str, Callable[[], float]]:
         """{name: a call that resets, takes one step and returns its seconds}."""
+        alone = {
+            "conditioning by eigh": lambda: self.timed(lambda: self.condition(by_products=False)),
+            "conditioning by products": lambda: self.timed(lambda: self.condition(by_products=True)),
+        }
         return {
             "manifold step": lambda: self.every(1),
             "projection every 4th": lambda: self.every(4),
@@ -103,6 +112,7 @@ class Case:
             "published update": lambda: self.timed(lambda: self.loop(self.project_densely)),
             "stacked SVD polar": lambda: self.timed(self.stacked_svd_polar),
             "matrix products": lambda: self.timed(self.products),
+            **(alone if self.conditioning else {}),
         }
 
     def every(self, interval: int) -> float:
@@ -160,6 +170,20 @@ class Case:
             P, _, Qh = torch.linalg.svd(U - self.lr * self.project(U, G), full_matrices=False)
             P @ Qh
         torch._foreach_add_([x.S for x in self.layers], [x.S.grad for x in self.layers], alpha=-self.lr)
+
+    def condition(self, by_products: bool) -> None:
+        """Cores that a step moved, conditioned in stacks of equal rank."""
+        groups: dict[int, list[Tensor]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.r, []).append(layer.S)
+        for cores in groups.values():
+            start = torch.stack(cores)
+            S = start - self.lr * torch.stack([p.grad for p in cores if p.grad is not None])
+            if by_products:
+                bound = torch.full((len(S),), 1 + self.tau, dtype=torch.float64, device=self.device)
+                clip_core_by_products(S, bound, "nearest", start)
+            else:
+                clamp_singular_values(S, self.tau)
 
     def products(self) -> None:
         """Two projections, a Gram matrix and one product with its inverse factor for U and V; three for S."""
