@@ -1,8 +1,10 @@
-"""Data, network, training and test of `lenet5_mnist.py`; what is varied and how results are kept is there."""
+"""Training and test of `lenet5_mnist.py`; what is varied and how results are kept is there.
+
+Network, images and the epoch are those of the recipe of the published experiments, `recipes/paper`.
+"""
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
@@ -12,20 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.optim import Optimizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "paper"))
+from experiments import EXPERIMENTS
+from images import Split, hold_out, load
+from methods import condition_numbers
+from networks import LeNet5
+from training import accuracy, one_epoch
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
 from hf_condlr.attacks import PGD, PixelModel
 
 logger = logging.getLogger("lenet5_mnist")
 
-MEAN, STD = 0.1307, 0.3081  # of the training pixels in [0, 1]
+MEAN, STD = EXPERIMENTS["lenet5_mnist"].mean[0], EXPERIMENTS["lenet5_mnist"].std[0]
 LAST_LAYER = {"paper": "fc2", "classic": "fc3"}
 
 
@@ -58,67 +61,12 @@ class TestOptions:
     test_images: int = field(default=10000, metadata={"help": "The first so many test images."})
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Split:
-    """Images (N, 1, 28, 28) uint8 and labels (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [0, 1], and labels."""
-        return self.images[index].float() / 255, self.labels[index]
-
-    def take(self, index: Tensor) -> Split:
-        """The rows of `index`."""
-        return Split(self.images[index], self.labels[index])
-
-
 def load_mnist(validation_images: int) -> dict[str, Split]:
     """Train, validation and test; the validation images are the same for every seed, method and learning rate."""
-    folder = Path(os.environ.get("CONDLR_DATA", Path(__file__).resolve().parents[1] / "../shared/data")) / "mnist"
-    if not folder.is_dir():
-        sys.exit(f"MNIST is not at {folder}: set CONDLR_DATA to the folder that holds mnist/ (train and test parquet).")
-    splits = {}
-    for name, rows in datasets.load_dataset(str(folder)).items():
-        if isinstance(rows.features["image"], datasets.Image):
-            rows = rows.cast_column("image", datasets.Image(decode=False))  # decoding the bytes ourselves is faster
-        images = np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L")) for cell in rows["image"]])
-        splits[name] = Split(torch.from_numpy(images).unsqueeze(1), torch.tensor(list(rows["label"])))
-    order = torch.randperm(len(splits["train"].labels), generator=torch.Generator().manual_seed(0))
-    return {
-        "train": splits["train"].take(order[validation_images:]),
-        "validation": splits["train"].take(order[:validation_images]),
-        "test": splits["test"],
-    }
-
-
-class LeNet5(nn.Module):
-    """Two convolutions and two ("paper") or three ("classic") linear layers; see the module's docstring."""
-
-    def __init__(self, architecture: str) -> None:
-        super().__init__()
-        if architecture == "paper":
-            self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
-            widths, self.activation = [800, 500, 10], F.leaky_relu
-        else:
-            self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
-            widths, self.activation = [400, 120, 84, 10], F.relu
-        self.linears = len(widths) - 1
-        for i in range(self.linears):
-            self.add_module(f"fc{i + 1}", nn.Linear(widths[i], widths[i + 1]))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, 1, 28, 28) -> (B, 10)
-        """Logits of normalised images."""
-        # Pooling before the activation, which is increasing, computes the same on a quarter of the data.
-        x = self.activation(F.max_pool2d(self.conv1(x), 2))
-        x = self.activation(F.max_pool2d(self.conv2(x), 2)).flatten(1)
-        for i in range(1, self.linears):
-            x = self.activation(getattr(self, f"fc{i}")(x))
-        return getattr(self, f"fc{self.linears}")(x)
+    data_dir = os.environ.get("CONDLR_DATA", str(Path(__file__).resolve().parents[1] / "../shared/data"))
+    splits = load("mnist", data_dir)
+    splits["train"], splits["validation"] = hold_out(splits["train"], validation_images)
+    return splits
 
 
 def build_model(method: str, seed: int, options: TrainingOptions) -> LeNet5:
@@ -146,18 +94,6 @@ def tolerance(method: str) -> float:
     if name != "tau":
         sys.exit(f"Unknown method {method!r}: dense, unconstrained or tau=NUMBER.")
     return float(value)
-
-
-def condition_numbers(model: nn.Module) -> dict[str, float | None]:
-    """κ of the weight matrix of each layer, over its r singular values where it has rank r; None if not finite."""
-    kappa = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            sigma = torch.linalg.svdvals(layer.weight.detach().flatten(1).double().nan_to_num(nan=0.0))
-            kappa[name] = (sigma[0] / sigma[-1]).item()
-    if hasattr(model, "condlr_config"):
-        kappa |= {layer.name: layer.condition_number for layer in condition_report(model).layers}
-    return {name: value if math.isfinite(value) else None for name, value in kappa.items()}
 
 
 def train(
@@ -188,35 +124,6 @@ def train(
     if hasattr(model, "condlr_config"):
         row["orthonormality_error"] = condition_report(model).max_orthonormality_error
     return row, model
-
-
-def one_epoch(
-    model: nn.Module, optimizer: Optimizer, data: Split, order: torch.Generator, batch_size: int, schedule: Any = None
-) -> float | None:
-    """Mean loss of one pass over the split; None, at once, when the loss is not finite."""
-    total, batches = 0.0, torch.randperm(len(data.labels), generator=order).split(batch_size)
-    for index in batches:
-        pixels, labels = data.batch(index)
-        loss = F.cross_entropy(model(pixels), labels)
-        if not loss.isfinite():
-            return None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        total += loss.item()
-    return total / len(batches)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of the split classified correctly."""
-    correct = 0
-    for index in torch.arange(len(split.labels)).split(500):
-        pixels, labels = split.batch(index)
-        correct += (model(pixels).argmax(-1) == labels).sum().item()
-    return correct / len(split.labels)
 
 
 def test(model: LeNet5, split: Split, options: TestOptions) -> dict[str, float]:
