@@ -58,14 +58,14 @@ class CayleySGD(StiefelSGD):
     def stiefel_step(self, X: Tensor, G: Tensor, M: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The next weight and momentum, (p, q) each."""
         M = group["momentum"] * M - G
-        P = M - X @ (X.mT @ M) / 2
-        XP = X.mT @ P
+        XP = X.mT @ M / 2  # XᵀP, as XᵀX = I
+        P = M - X @ XP
 
         def W(Z: Tensor) -> Tensor:  # (p, q) -> (p, q)
             return P @ (X.mT @ Z) - X @ (P.mT @ Z)
 
-        M = W(X)
-        # ‖PXᵀ − XPᵀ‖² = 2‖P‖² − 2 tr((XᵀP)²), as XᵀX = I; never below 0 but by rounding.
+        M = P - X @ XP.mT  # W X
+        # ‖PXᵀ − XPᵀ‖² = 2‖P‖² − 2 tr((XᵀP)²); below 0 only by rounding.
         norm = (2 * P.square().sum() - 2 * (XP * XP.mT).sum()).clamp_min(0).sqrt()
         step = torch.clamp(2 * group["contraction"] / (norm + 1e-8), max=group["lr"])
         Y = X + step * M
