@@ -7,18 +7,20 @@ r"""Attack image or text classifiers, side by side on the same samples, and say 
 Any classifier of transformers, dense, factored or folded, with its image processor or tokenizer; any data set that
 `datasets.load_dataset` reads. Started again with the same options it goes on where it was interrupted. Writes a report
 (JSON with every parameter and each sample's outcome) for each model, the comparison, and the curves as a picture.
+
+To change it, copy this file and `command_line.py`.
 """
 
-import itertools
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
-import yaml
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser
+from command_line import parse as parse_into
+from command_line import require_joined
+from transformers import AutoConfig, AutoProcessor
 
 from hf_condlr import compare, evaluate_robustness, load_split
 from hf_condlr.attacks import Attack, make_attacks
@@ -51,6 +53,7 @@ class Arguments:
     label_column: str | None = field(default=None, metadata={"help": "Where it is not labels or label."})
     checks: bool = field(default=True, metadata={"help": "Look for signs that the attacks failed."})
     save_examples: bool = field(default=False, metadata={"help": "Keep the adversarial examples, as parquet."})
+    use_cpu: bool = field(default=False, metadata={"help": "Even if there is a GPU; for several processes without."})
     output_dir: str = field(default="outputs/attacked", metadata={"help": "Folder of reports and picture."})
 
     def __post_init__(self) -> None:
@@ -62,7 +65,8 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Attack every model; print, write and draw the comparison."""
-    accelerator, folder = Accelerator(), Path(args.output_dir)
+    accelerator, folder = Accelerator(cpu=args.use_cpu), Path(args.output_dir)
+    require_joined(accelerator.num_processes)
     with accelerator.main_process_first():  # the others find the data in the cache
         data = load_split(args.dataset_name, args.dataset_config_name, args.split)
     options = ("max_samples", "batch_size", "image_column", "text_columns", "label_column", "checks", "save_examples")
@@ -100,18 +104,8 @@ def labels(models: list[str]) -> list[str]:
 
 
 def parse(argv: list[str]) -> Arguments:
-    """From the command line, after the options of a YAML or JSON file if one comes first; mistakes in one line."""
-    parser = HfArgumentParser(Arguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    try:
-        if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-            options = yaml.safe_load(Path(argv[0]).read_text())  # JSON is YAML
-            words = [
-                [f"--{name}", *(v if isinstance(v, list) else [v])] for name, v in options.items() if v is not None
-            ]
-            argv = [*map(str, itertools.chain.from_iterable(words)), *argv[1:]]
-        return parser.parse_args_into_dataclasses(argv)[0]
-    except (ValueError, OSError, yaml.YAMLError) as error:  # the library's errors about arguments are ValueErrors too
-        parser.error(str(error))
+    """Of the command line; mistakes in one line."""
+    return parse_into((Arguments,), argv, __doc__.splitlines()[0])[0]
 
 
 if __name__ == "__main__":

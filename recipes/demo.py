@@ -19,11 +19,9 @@ from typing import Any
 import image_classification as recipe
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, disable_progress_bars
+from datasets import DatasetDict, disable_progress_bars
+from digits import write_digits
 from matplotlib.figure import Figure
-from PIL import Image as Picture
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 from transformers import (
     HfArgumentParser,
@@ -62,19 +60,6 @@ class Arguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of all results and of demo.png."})
 
 
-def write_digits(folder: Path) -> None:
-    """1,797 handwritten 8×8 digits as parquet: 45 % train, 15 % validation, 40 % test, whatever the seed."""
-    pixels, labels = load_digits(return_X_y=True)
-    rest, test = train_test_split(range(len(labels)), test_size=0.4, stratify=labels, random_state=0)
-    train, validation = train_test_split(rest, test_size=0.25, stratify=labels[rest], random_state=0)
-    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, indices in {"train": train, "validation": validation, "test": test}.items():
-        images = [Picture.fromarray((pixels[i].reshape(8, 8) * 255 / 16).round().astype("uint8")) for i in indices]
-        split = Dataset.from_dict({"image": images, "label": labels[indices]}, features=features)
-        split.to_parquet(folder / f"{name}.parquet")
-
-
 def compare(args: Arguments, data_args: recipe.DataArguments, seed: int) -> dict[str, dict[str, Any]]:
     """All methods from one pretrained dense ViT; {method: result}."""
     data = recipe.load_data(data_args)
@@ -87,7 +72,7 @@ def compare(args: Arguments, data_args: recipe.DataArguments, seed: int) -> dict
         bar.update()
         results = {}
         for method in METHODS:
-            results[method] = sweep(args, pretrained, data, data_args.attacks(), seed, method, bar)
+            results[method] = sweep(args, pretrained, data, data_args.make_attacks(), seed, method, bar)
             (folder / f"{method}.json").write_text(json.dumps(results[method], indent=2) + "\n")
     return results
 
@@ -106,7 +91,7 @@ def write_model(folder: Path, data: DatasetDict, seed: int) -> None:
         intermediate_size=384,
     )
     ViTForImageClassification(config).save_pretrained(folder)
-    pixels = np.stack([np.asarray(image) / 255 for image in data["train"]["image"]])
+    pixels = np.stack([np.asarray(image) / 255 for image in recipe.decoded(data["train"])["image"]])
     processor = ViTImageProcessorPil(do_resize=False, image_mean=[pixels.mean()], image_std=[pixels.std()])
     processor.save_pretrained(folder)
 
@@ -160,7 +145,7 @@ def sweep(
         "sweep": [record for record, _ in runs],
         "samples": len(data["test"]),
         "clean": metrics["test_accuracy"],
-        "robust": {str(attack.epsilon): metrics[f"test_accuracy_pgd_{attack.epsilon:g}"] for attack in attacks},
+        "robust": {str(attack.epsilon): metrics[f"test_accuracy_pgd_linf_{attack.epsilon:g}"] for attack in attacks},
         **describe(trainer.model, method),
         "seconds": time.perf_counter() - begin,
     }
@@ -293,7 +278,7 @@ def main(args: Arguments) -> None:
         str(folder / "digits"),
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
-        epsilons=list(EPSILONS),
+        epsilons=[str(epsilon) for epsilon in EPSILONS],
     )
     results = [compare(args, data_args, seed) for seed in args.seeds]
     draw(results, folder / "demo.png")

@@ -1,11 +1,8 @@
 """`recipes/adversarial_evaluation.py` as a user runs it: two models, one and two processes, and wrong calls."""
 
 import json
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import ViTImageProcessorPil
@@ -13,19 +10,14 @@ from transformers import ViTImageProcessorPil
 from hf_condlr import CondLRConfig, RobustnessReport, get_robust_lowrank_model
 from tests import models
 
+from .recipe_runs import launch, load
+
 pytest.importorskip("matplotlib")
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import adversarial_evaluation
-
-        yield adversarial_evaluation
-    finally:
-        sys.path.remove(str(RECIPES))
+    return load("adversarial_evaluation")
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ def options(tmp_path):
         "--steps",
         "3",
         "--batch_size",
-        "4",
+        "8",
         "--attacks",
         "pgd-linf",
         "fgsm",
@@ -73,9 +65,8 @@ def test_two_models_side_by_side_on_one_process_and_on_two(recipe, options, tmp_
     assert report.samples == 15 and [a.name for a in report.attacks] == ["pgd-linf"] * 2 + ["fgsm"] * 2
     assert report.attacks[0].settings["steps"] == 3 and len(report.checks) > 10
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(RECIPES / "adversarial_evaluation.py"), *options, "--output_dir", str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    both = [*options, "--output_dir", str(tmp_path / "two"), "--use_cpu", "true"]
+    command, environment = launch("ddp_cpu.yaml", "adversarial_evaluation.py", *both)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("condlr: 15 samples") == 1  # the main process speaks for both
