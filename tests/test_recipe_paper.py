@@ -129,6 +129,7 @@ def test_every_method_makes_its_row(call, tmp_path):
     assert written["rows"] == results["rows"]
     assert written["versions"]["torch"] == torch.__version__
     table = (tmp_path / "lenet5_mnist" / "table.md").read_text()
+    assert (tmp_path / "lenet5_mnist" / "fgsm.png").stat().st_size > 10_000
     for label in ("dense", "CondLR τ = 0.1, rms", "orthonormal U, V (τ = ∞)", "SVD prune", "soft penalty β = 0.5"):
         assert len(re.findall(rf"^\| {re.escape(label)} \|", table, re.MULTILINE)) >= 4  # results, 2 attacks, sweep
 

@@ -136,8 +136,9 @@ class Study:
             logger.info("%s\n%s", job, report)
         report = RobustnessReport.load(folder / "report.json")
         robust = {f"{attack.name} {attack.epsilon:g}": attack.robust_accuracy for attack in report.attacks}
+        clean = {"clean_on_attacked": report.clean_accuracy, "report": str(folder)}
         robust |= {f"worst {case.threat} {case.epsilon:g}": case.robust_accuracy for case in report.worst_cases}
-        return row | json.loads((folder / "test.json").read_text()) | {"robust_accuracy": robust, "report": str(folder)}
+        return row | json.loads((folder / "test.json").read_text()) | clean | {"robust_accuracy": robust}
 
     def attack(self, model: nn.Module, job: Job, folder: Path, checks: bool) -> RobustnessReport:
         """All attacks of the experiment on the same test images for every row."""

@@ -21,6 +21,7 @@ import transformers
 from accelerate import Accelerator
 from experiments import EXPERIMENTS
 from methods import NAMES, Method
+from picture import draw
 from report import environment, tables
 from resuming import write_text
 from study import Entry, Study, write_json
@@ -121,7 +122,9 @@ def main(options: Options, training: TrainingOptions) -> dict[str, Any]:
             if choice["learning_rate"] is not None:
                 results["rows"].append(study.test(Job(**choice, seed=seed), checks=seed == first))
             write()
-    accelerator.print((folder / "table.md").read_text(), f"wrote {folder}/table.md and {folder}/results.json", sep="\n")
+    drawn = [folder / "fgsm.png"] if draw(options.experiment, results["rows"], folder / "fgsm.png") else []
+    print((folder / "table.md").read_text())
+    print("wrote", *[folder / "table.md", folder / "results.json", *drawn])
     return results
 
 
