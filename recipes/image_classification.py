@@ -16,9 +16,10 @@ To change it, copy this file and those beside it that it imports: `command_line.
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
 from command_line import parse as parse_into
 from command_line import require_joined
 from datasets import Dataset, DatasetDict
@@ -32,8 +33,11 @@ from hf_condlr import CondLRTrainingArguments, RobustnessReport, condition_repor
 from hf_condlr.attacks import Attack
 
 logger = logging.getLogger("image_classification")
-# What can be changed without training another model.
-ATTACKING = ("attacks", "epsilons", "attack_steps", "max_attack_samples", "attack_checks")
+CONSTRAINT = (
+    *("conditioning_warmup_ratio", "factor_learning_rate", "core_learning_rate", "metric_scaling"),
+    *("projection_interval", "distillation_weight", "distillation_temperature"),
+)  # what only condlr has
+ATTACKING = ("attacks", "epsilons", "attack_steps", "max_attack_samples", "attack_checks")  # trains no other model
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -53,7 +57,9 @@ def make_trainer(
     processor = build_processor(model_args, data["train"])
     model = build_model(model_args, data["train"], processor)
     teacher = build_teacher(model_args, model)
+    _say_ignored(model_args.method, training_args)
     training_args.remove_unused_columns = False  # the transforms read the column of images
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at each loader
     return TRAINERS[model_args.method](
         model=model,
         args=training_args,
@@ -66,6 +72,14 @@ def make_trainer(
         padding=padding,
         **({} if teacher is None else {"teacher": teacher}),
     )
+
+
+def _say_ignored(method: str, args: CondLRTrainingArguments) -> None:
+    """One file serves all methods, but nobody is to believe that an option worked that did not."""
+    ignored = [] if method == "condlr" else [o for o in fields(args) if o.name in CONSTRAINT]
+    changed = [option.name for option in ignored if getattr(args, option.name) != option.default]
+    if changed:
+        logger.warning("method %s takes no notice of %s", method, ", ".join(changed))
 
 
 def test(

@@ -160,6 +160,11 @@ def test_adversarial_training_by_every_method_from_a_file(digits, tmp_path, meth
     assert [("adversarial_error" in entry) for entry in logged] == [epsilon > 0 for epsilon in expected]
 
 
+def test_options_that_a_method_does_not_have_are_said(call, caplog):
+    call(method="lowrank", num_train_epochs=0, factor_learning_rate=0.5, distillation_weight=0.5)
+    assert "method lowrank takes no notice of factor_learning_rate, distillation_weight" in caplog.text
+
+
 def test_distillation_takes_a_teacher_of_the_same_classes(call, tmp_path):
     dense = call(method="dense")
     dense.rename(tmp_path / "teacher")
