@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -11,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
-from lenet5_parts import MEAN, STD, Split, accuracy, condition_numbers, load_mnist, one_epoch, tolerance
-from PIL import Image
-from torch import Tensor
-from torch.nn.functional import pad
+from lenet5_parts import MEAN, STD, Split, accuracy, condition_numbers, one_epoch, tolerance
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "paper"))
+from images import Augmented, hold_out, load
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
 from hf_condlr.attacks import PixelModel
@@ -64,45 +61,11 @@ class TrainingOptions:
     batch_size: int = field(default=64, metadata={"help": "Images of one step."})
 
 
-@dataclass
-class Augmented(Split):
-    """Mirrors half of the images, and shifts each by up to `padding` pixels into black ones."""
-
-    generator: torch.Generator
-    padding: int = 4
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [0, 1], and labels."""
-        pixels, labels = super().batch(index)  # (B, c, h, w)
-        mirrored = torch.rand(len(index), 1, 1, 1, generator=self.generator) < 0.5
-        padded = pad(torch.where(mirrored, pixels.flip(-1), pixels), [self.padding] * 4)
-        height, width = pixels.shape[-2:]
-        corners = torch.randint(0, 2 * self.padding + 1, (len(index), 2), generator=self.generator)
-        rows = corners[:, :1] + torch.arange(height)  # (B, h)
-        columns = corners[:, 1:] + torch.arange(width)  # (B, w)
-        batch = torch.arange(len(index))[:, None, None]
-        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2), labels
-
-
-def load_cifar10(validation_images: int) -> dict[str, Split]:
+def load_splits(data_set: str, options: TrainingOptions) -> dict[str, Split]:
     """Train, validation and test; the validation images are the same for every seed, method and learning rate."""
-    folder = Path(os.environ.get("CONDLR_DATA", Path(__file__).resolve().parents[1] / "../shared/data")) / "cifar10"
-    if not folder.is_dir():
-        sys.exit(f"CIFAR-10 is not at {folder}: set CONDLR_DATA to the folder that holds cifar10/ (parquet files).")
-    splits = {}
-    for name, rows in datasets.load_dataset(str(folder)).items():
-        rows = rows.cast_column("image", datasets.Image(decode=False))  # decoding the bytes ourselves is faster
-        images = np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")) for cell in rows["image"]])
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        splits[name] = Split(pixels, torch.tensor(list(rows["label"])))
-    order = torch.randperm(len(splits["train"].labels), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:validation_images], order[validation_images:]
-    return splits | {"train": splits["train"].take(rest), "validation": splits["train"].take(held_out)}
-
-
-def load(data_set: str, options: TrainingOptions) -> dict[str, Split]:
-    """The splits, with as many training images as asked for."""
-    splits = (load_mnist if data_set == "mnist" else load_cifar10)(options.validation_images)
+    data_dir = os.environ.get("CONDLR_DATA", str(Path(__file__).resolve().parents[1] / "../shared/data"))
+    splits = load(data_set, data_dir)
+    splits["train"], splits["validation"] = hold_out(splits["train"], options.validation_images)
     if options.train_images is not None:
         splits["train"] = splits["train"].take(torch.arange(options.train_images))
     return splits

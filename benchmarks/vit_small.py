@@ -13,7 +13,7 @@ from there.
 
     python benchmarks/vit_small.py --learning_rates 3e-4 1e-3 3e-3 1e-2
     python benchmarks/vit_small.py --dataset cifar10 --compression_ratios 0.6 0.8 --train_images 30000 --epochs 2 \
-        --batch_size 128 --learning_rates 5e-4 1.5e-3 5e-3 1.5e-2 --epsilons 1/255 2/255 4/255
+        --batch_size 128 --learning_rates 2e-4 8e-4 3.2e-3 1.28e-2 5.12e-2 --epsilons 1/255 2/255 4/255
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from record import digest, markdown, mean_and_spread, method_label, sweep_table,
 from rows import Rows
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForImageClassification, HfArgumentParser
-from vit_parts import DATA_SETS, TrainingOptions, load, logger, pixel_model, train
+from vit_parts import DATA_SETS, TrainingOptions, load_splits, logger, pixel_model, train
 
 from hf_condlr.attacks import make_attacks
 from hf_condlr.evaluation import RobustnessReport, evaluate_robustness
@@ -77,7 +77,7 @@ class Experiment:
         self.folder = Path(options.output_dir) / f"vit_{options.dataset}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.trained = Rows(self.folder / "train.jsonl")
-        self.data = load(options.dataset, training)
+        self.data = load_splits(options.dataset, training)
 
     def variants(self) -> Iterator[tuple[str, TrainingOptions]]:
         """The methods, each factored one with each budget."""
