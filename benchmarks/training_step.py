@@ -7,8 +7,9 @@ Compared, interleaved in one run, on models with random weights and random input
 - `LoRA`: PEFT's adapters on the same layers, their weights and everything but the head frozen;
 - `CondLR`: `attach_manifold_step`, the bound reached in the first step and every core pressed against it.
 
-Peak memory is that of the second and third step of a method alone in a process of its own: on CUDA
-`max_memory_allocated`; on Linux the largest resident memory (VmHWM) less what was resident before the model was built.
+Peak memory is that of the second step of a method alone in a process of its own: on CUDA `max_memory_allocated`; on
+Linux the largest resident memory (VmHWM) less what was resident before the model was built, with an allocator that
+gives back what is freed, so that its fragments do not count.
 
     python benchmarks/training_step.py --models minilm
     python benchmarks/training_step.py --models vit-b16 --batch_size 128 --dtype bfloat16
@@ -17,6 +18,7 @@ Peak memory is that of the second and third step of a method alone in a process 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -49,6 +52,8 @@ from hf_condlr import attach_manifold_step
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
 PROC = Path("/proc/self")
+# glibc maps arrays from this size on by themselves, and unmaps them when they are freed; read when a process starts.
+GIVING_BACK = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 @dataclass
@@ -118,8 +123,7 @@ def peak_memory(method: str, name: str, options: Options) -> int | None:
         torch.cuda.reset_peak_memory_stats()
     elif on_linux:
         (PROC / "clear_refs").write_text("5")  # forgets the peak of the conversion
-    for _ in range(2):
-        step()
+    step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return _resident("VmHWM") - before if on_linux else None
@@ -136,7 +140,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     memory: dict[str, int | None] = dict.fromkeys(METHODS)
     for method in METHODS if options.memory else ():
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        with GIVING_BACK, ProcessPoolExecutor(1, mp_context=spawn) as process:
             memory[method] = process.submit(peak_memory, method, name, options).result()
     device = any_device()
     steps = {method: Step(method, name, options, device) for method in METHODS}
