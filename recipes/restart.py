@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,9 @@ from command_line import require
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_condlr.errors import CheckpointError
-from hf_condlr.restoring import last_whole_checkpoint
-
 logger = logging.getLogger("image_classification")
 SETTINGS = "settings.json"
-CHECKPOINTS = "checkpoint-[0-9]*"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Of the Trainer's options those that change what is trained; the others say how it is logged, saved and evaluated.
 TRAINED = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -41,8 +39,7 @@ def checkpoint_to_resume(args: TrainingArguments, options: Mapping[str, Any]) ->
         options: Whatever else the training depends on.
 
     Raises:
-        ValueError: The checkpoints in output_dir are of a training with other settings.
-        CheckpointError: `true`, and there is no checkpoint.
+        ValueError: The checkpoints in output_dir are of a training with other settings; or `true`, and there is none.
     """
     folder, asked = Path(args.output_dir), str(args.resume_from_checkpoint or "auto")
     settings = json.loads(json.dumps({**options, **{name: getattr(args, name, None) for name in TRAINED}}, default=str))
@@ -53,7 +50,9 @@ def checkpoint_to_resume(args: TrainingArguments, options: Mapping[str, Any]) ->
         elif asked.lower() not in ("auto", "true"):
             found = asked
         else:
-            found = _last(folder, needed=asked.lower() == "true")
+            found = _last(folder)
+            rule = "resume_from_checkpoint true needs a whole checkpoint in output_dir"
+            require(found or asked.lower() == "auto", rule, str(folder), "Start anew with auto, or name a folder.")
             _require_same(folder, settings, found)
         if args.process_index == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,17 +68,24 @@ def steps_done(checkpoint: str | None) -> int:
     return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"] if checkpoint else 0
 
 
-def _last(folder: Path, needed: bool) -> str | None:
-    try:
-        found = last_whole_checkpoint(str(folder))
-    except CheckpointError:
-        if needed:
-            raise
-        return None
-    if not Path(found, "optimizer.pt").is_file() and not needed:
-        logger.warning("%s holds no optimizer (save_only_model), so nothing can go on from it", found)
-        return None
-    return found
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that the Trainer wrote, by the number of steps; a copy under another name is the user's."""
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _last(folder: Path) -> str | None:
+    """The checkpoint of the most steps that was written whole, the Trainer's state last, with its optimizer."""
+    for path in reversed(_checkpoints(folder)):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s was not written whole and is passed over", path)
+            continue
+        if (path / "optimizer.pt").is_file():
+            return str(path)
+        logger.warning("%s holds no optimizer (save_only_model): nothing can go on from it", path)
+    return None
 
 
 def _require_same(folder: Path, settings: dict[str, Any], found: str | None) -> None:
@@ -92,6 +98,6 @@ def _require_same(folder: Path, settings: dict[str, Any], found: str | None) -> 
 
 
 def _remove_checkpoints(folder: Path) -> None:
-    for path in folder.glob(CHECKPOINTS):
+    for path in _checkpoints(folder):
         logger.warning("training starts anew: %s is removed", path)
         shutil.rmtree(path)
