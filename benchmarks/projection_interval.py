@@ -36,7 +36,7 @@ class Options:
 
     intervals: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "projection_interval."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], metadata={"help": "Tried by every interval."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], metadata={"help": "Tried by every interval."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "The first one sweeps."})
     epochs: int = field(default=60, metadata={"help": "Passes over 808 images, in batches of 64."})
@@ -133,7 +133,9 @@ def main() -> None:
         for r in results
     ]
     header = ["projection_interval", "learning rate", "clean %", f"PGD {options.epsilon:g} %", "jump", "largest κ"]
-    sys.stdout.write(markdown(header, lines) + "\n")
+    sys.stdout.write(markdown(header, lines) + "\n\nvalidation accuracy in %, first seed\n\n")
+    sweep = [[str(r["interval"]), *(f"{100 * value:.1f}" for value in r["sweep"].values())] for r in results]
+    sys.stdout.write(markdown(["projection_interval", *(f"{lr:g}" for lr in options.learning_rates)], sweep) + "\n")
     sys.stdout.write(f"\nwrote {write_record(Path(options.output), {'results': results}, options)}\n")
 
 
