@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--tau", metavar="T", help="condition numbers stay ≤ 1 + T in training; 0.1, inf for none")
     convert.add_argument("--head", choices=CHOICES["head"], help="what becomes of the output layer; dense")
     convert.add_argument("--rank_allocation", choices=CHOICES["rank_allocation"], help="of C; uniform")
+    convert.add_argument("--rank_multiple", type=int, metavar="N", help="ranks from C or Q are multiples of N; 1")
 
     report = add("report", _report, "rank, condition number, bound and size of every factored layer")
     report.add_argument("--json", action="store_true", help="as JSON")
@@ -141,7 +142,16 @@ def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    names = ("compression_ratio", "rank_ratio", "r", "target_modules", "tau", "head", "rank_allocation")
+    names = (
+        "compression_ratio",
+        "rank_ratio",
+        "r",
+        "target_modules",
+        "tau",
+        "head",
+        "rank_allocation",
+        "rank_multiple",
+    )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config and given:
         raise ConfigError("--config holds all settings", received=", ".join(given), remedy="Give one or the other.")

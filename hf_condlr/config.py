@@ -83,6 +83,13 @@ class CondLRConfig(PeftConfig):
             "summed squared truncation error."
         },
     )
+    rank_multiple: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that follow from a ratio are rounded down to multiples of it, but for smaller ones and the "
+            "full one. Processors multiply multiples of 8 faster."
+        },
+    )
     rank_pattern: dict[str, int | float] = field(
         default_factory=dict,
         metadata={"help": "{name or regex: int rank or float rank_ratio}; the first match wins over the defaults."},
@@ -193,6 +200,14 @@ class CondLRConfig(PeftConfig):
             f"rank_allocation={self.rank_allocation!r} spreads a compression_ratio",
             given[0] + " instead",
             "Give compression_ratio, or leave rank_allocation at 'uniform'.",
+        )
+        multiple = self.rank_multiple
+        _require(_is_int(multiple) and multiple >= 1, "rank_multiple must be an integer ≥ 1", repr(multiple), "8, say.")
+        _require(
+            multiple == 1 or self.r is None,
+            "rank_multiple rounds ranks that follow from a ratio",
+            f"rank_multiple={multiple} and r={self.r}",
+            "Give r as the multiple that it should be, and leave rank_multiple out.",
         )
         for key, value in self.rank_pattern.items():
             valid = (_is_int(value) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)

@@ -27,7 +27,7 @@ from hf_condlr.initialization import (
     whitened_truncation_error,
 )
 from hf_condlr.layers import FoldedLayer, LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
-from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size
+from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size, round_down
 from hf_condlr.saving import attach_saving, detach_saving
 from hf_condlr.targets import Place, head_names, resolve_targets
 
@@ -193,17 +193,19 @@ def _ranks(
                 received=f"r={value}",
                 remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
             )
-        ranks[name] = value if isinstance(value, int) else max(1, math.floor(value * full + 0.5))
+        if not isinstance(value, int):
+            value = full if value == 1 else round_down(max(1, math.floor(value * full + 0.5)), config.rank_multiple)
+        ranks[name] = value
     _warn_where_larger(matrices, ranks)
     if not budgeted:
         return ranks
     assert config.compression_ratio is not None
     if config.rank_allocation == "uniform":
-        allocated = allocate_uniform(budgeted, config.compression_ratio)
+        allocated = allocate_uniform(budgeted, config.compression_ratio, config.rank_multiple)
     else:
         metrics = {n: whiten(matrices[n], covariances[n]) if n in covariances else matrices[n] for n in budgeted}
         energies = {name: spectral_energy(W) for name, W in metrics.items()}
-        allocated = allocate_by_energy(budgeted, energies, config.compression_ratio)
+        allocated = allocate_by_energy(budgeted, energies, config.compression_ratio, config.rank_multiple)
     report.skipped |= {n: "its factors would not be smaller" for n, r in allocated.items() if r is None}
     ranks |= {name: r for name, r in allocated.items() if r is not None}
     return {name: ranks[name] for name in matrices if name in ranks}

@@ -31,8 +31,15 @@ def factored_size(m: int, n: int, r: int) -> int:
     return r * (m + n) + r * r
 
 
-def allocate_uniform(shapes: Shapes, compression_ratio: float) -> Ranks:
+def round_down(r: int, multiple: int) -> int:
+    """The largest multiple of `multiple` up to r, r itself where that is smaller than `multiple`."""
+    return r if r < multiple else r - r % multiple
+
+
+def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1) -> Ranks:
     """The largest common rank ratio within the budget; single ranks are added while more than 1 % of it is unused.
+
+    With `multiple`, ranks are its multiples where they are not smaller than it, and grow by so many.
 
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
@@ -40,7 +47,7 @@ def allocate_uniform(shapes: Shapes, compression_ratio: float) -> Ranks:
     budget = _budget(shapes, compression_ratio)
 
     def ranks_at(ratio: float) -> Ranks:
-        chosen = {name: max(1, round(ratio * min(shape))) for name, shape in shapes.items()}
+        chosen = {name: round_down(max(1, round(ratio * min(shape))), multiple) for name, shape in shapes.items()}
         return {name: r if r <= break_even_rank(*shapes[name]) else None for name, r in chosen.items()}
 
     low, high = 0.0, 1.0
@@ -50,11 +57,13 @@ def allocate_uniform(shapes: Shapes, compression_ratio: float) -> Ranks:
     ranks = ranks_at(low)
     if _size(shapes, ranks) < 0.99 * budget:
         gains = {name: {r: 1 / min(shapes[name]) for r in range(1, min(shapes[name]) + 1)} for name in shapes}
-        _spend(shapes, ranks, budget, {name: list(values.values()) for name, values in gains.items()})
+        _spend(shapes, ranks, budget, {name: list(values.values()) for name, values in gains.items()}, multiple)
     return ranks
 
 
-def allocate_by_energy(shapes: Shapes, energies: dict[str, Tensor], compression_ratio: float) -> Ranks:
+def allocate_by_energy(
+    shapes: Shapes, energies: dict[str, Tensor], compression_ratio: float, multiple: int = 1
+) -> Ranks:
     """Ranks that minimise Σ_layers Σ_{i>r} σ_i², the summed squared truncation error, within the budget.
 
     For a multiplier λ every layer minimises its own tail + λ · size; the least λ whose ranks fit is optimal for the
@@ -64,12 +73,13 @@ def allocate_by_energy(shapes: Shapes, energies: dict[str, Tensor], compression_
         shapes: (m, n) of each layer.
         energies: σ_i² of each layer in descending order; whitened ones for an activation-aware start.
         compression_ratio: Share of Σ mn to remove.
+        multiple: Ranks are multiples of it where they are not smaller than it.
 
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
     """
     budget = _budget(shapes, compression_ratio)
-    options = {name: _options(shape, energies[name]) for name, shape in shapes.items()}
+    options = {name: _options(shape, energies[name], multiple) for name, shape in shapes.items()}
 
     def ranks_at(multiplier: float) -> Ranks:
         chosen: Ranks = {}
@@ -85,34 +95,42 @@ def allocate_by_energy(shapes: Shapes, energies: dict[str, Tensor], compression_
         middle = (low + high) / 2
         low, high = (low, middle) if _size(shapes, ranks_at(middle)) <= budget else (middle, high)
     ranks = ranks_at(high)
-    _spend(shapes, ranks, budget, {name: energy.tolist() for name, energy in energies.items()})
+    _spend(shapes, ranks, budget, {name: energy.tolist() for name, energy in energies.items()}, multiple)
     return ranks
 
 
-def _options(shape: tuple[int, int], energy: Tensor) -> tuple[list[int | None], Tensor, Tensor]:
+def _options(shape: tuple[int, int], energy: Tensor, multiple: int) -> tuple[list[int | None], Tensor, Tensor]:
     """All that a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
     m, n = shape
-    ranks = list(range(1, break_even_rank(m, n) + 1))
+    ranks = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
     sizes = [factored_size(m, n, r) for r in ranks] + [m * n]
     remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0
-    tails = torch.cat((remaining[1 : len(ranks) + 1], remaining.new_zeros(1)))
+    # Behind the last singular value, and for the dense layer, nothing is left.
+    tails = torch.cat((remaining, remaining.new_zeros(1)))[[*ranks, -1]]
     return [*ranks, None], torch.tensor(sizes, dtype=torch.float64), tails
 
 
-def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]]) -> None:
-    """Add single ranks in place, the largest gain per weight first, until none fits. gains[name][r] is of r → r + 1."""
+def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int) -> None:
+    """Add ranks in place, the largest gain per weight first, until none fits. gains[name][r] is of r → r + 1.
+
+    One by one up to `multiple`, then so many at a time.
+    """
     left = budget - _size(shapes, ranks)
     while True:
-        best, best_value, best_cost = None, -1.0, 0
+        best, best_rank, best_value, best_cost = None, 0, -1.0, 0
         for name, r in ranks.items():
-            if r is None or r >= break_even_rank(*shapes[name]):
+            if r is None:
                 continue
-            cost = factored_size(*shapes[name], r + 1) - factored_size(*shapes[name], r)
-            if cost <= left and gains[name][r] / cost > best_value:
-                best, best_value, best_cost = name, gains[name][r] / cost, cost
+            larger = r + (1 if r < multiple else multiple)
+            if larger > break_even_rank(*shapes[name]):
+                continue
+            cost = factored_size(*shapes[name], larger) - factored_size(*shapes[name], r)
+            gain = sum(gains[name][r:larger]) / cost
+            if cost <= left and gain > best_value:
+                best, best_rank, best_value, best_cost = name, larger, gain, cost
         if best is None:
             return
-        ranks[best] = (ranks[best] or 0) + 1
+        ranks[best] = best_rank
         left -= best_cost
 
 

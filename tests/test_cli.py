@@ -48,13 +48,26 @@ def call(*words):
 
 
 def test_convert(dense, tmp_path, capsys):
-    options = ("--rank_ratio", 0.5, "--tau", "inf", "--target_modules", "fc1", "fc2", "--head", "dense")
+    options = (
+        "--rank_ratio",
+        0.5,
+        "--tau",
+        "inf",
+        "--target_modules",
+        "fc1",
+        "fc2",
+        "--head",
+        "dense",
+        "--rank_multiple",
+        3,
+    )
     assert call("convert", dense, tmp_path / "out", *options) == 0
     said = capsys.readouterr().out
     assert "4 layers converted" in said and f"wrote {tmp_path / 'out'}" in said
     model = load(tmp_path / "out")
     assert [type(m).__name__ for m in model.modules() if isinstance(m, LowRankLayer)] == ["LowRankLinear"] * 4
-    assert model.vit.layers[0].mlp.fc1.tau == float("inf")
+    fc1 = model.vit.layers[0].mlp.fc1
+    assert fc1.tau == float("inf") and fc1.r % 3 == 0
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()  # of the model it was made from
 
 

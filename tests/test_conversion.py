@@ -952,3 +952,16 @@ def test_gradient_checkpointing():
     assert len(actual) == len(expected) > 50
     for a, b in zip(actual, expected, strict=True):
         assert_same(a, b)
+
+
+def test_ranks_from_a_ratio_are_multiples():
+    """Of rank_multiple, rounded down; smaller ones, the full one and integers stay."""
+    model = nn.ModuleDict({name: nn.Linear(60, 60) for name in ("a", "b", "c", "d")})
+    config = CondLRConfig(
+        rank_ratio=0.5,
+        rank_multiple=8,
+        rank_pattern={"b": 0.05, "c": 1.0, "d": 13},
+        target_modules=["a", "b", "c", "d"],
+    )
+    get_robust_lowrank_model(model, config)
+    assert [model[name].r for name in "abcd"] == [24, 3, 60, 13]

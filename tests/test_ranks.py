@@ -49,6 +49,27 @@ def test_budget_is_met_and_never_exceeded(allocation, ratio):
     assert size(shapes, ranks) >= min(0.99 * budget, budget - min(one_more, default=budget))
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize("allocation", ["uniform", "energy"])
+def test_ranks_are_multiples_and_use_the_budget(allocation, ratio):
+    """Of 8 where they are not smaller; what is left of the budget is less than eight ranks of any layer cost."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = BERT | {"small": (40, 30), "thin": (200, 3)}
+    energies = {k: (torch.rand(min(s), generator=generator) ** 8).sort().values.flip(0) for k, s in shapes.items()}
+    uniform = allocation == "uniform"
+    ranks = allocate_uniform(shapes, ratio, 8) if uniform else allocate_by_energy(shapes, energies, ratio, 8)
+    assert all(r is None or r < 8 or r % 8 == 0 for r in ranks.values())
+    assert any(r is not None and r >= 8 for r in ranks.values())
+    budget = (1 - ratio) * dense_size(shapes)
+    eight_more = [
+        factored_size(*shapes[k], r + 8) - factored_size(*shapes[k], r)
+        for k, r in ranks.items()
+        if r is not None and 8 <= r <= break_even_rank(*shapes[k]) - 8
+    ]
+    assert size(shapes, ranks) <= budget
+    assert size(shapes, ranks) >= min(0.99 * budget, budget - min(eight_more, default=budget))
+
+
 def test_uniform_is_one_ratio():
     ranks = allocate_uniform(BERT, 0.6)
     assert len(set(ranks.values())) == 1
