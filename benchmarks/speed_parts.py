@@ -19,8 +19,6 @@ from transformers import (
 )
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.layers import weight_matrix
-from hf_condlr.ranks import allocate_uniform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CONFIGS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, int]]] = {
@@ -58,18 +56,9 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def factor(model: PreTrainedModel, compression_ratio: float, rank_multiple: int = 1) -> PreTrainedModel:
-    """All linear layers but the head as U S Vᵀ, `compression_ratio` of their weights removed; in place.
-
-    Ranks are rounded down to multiples of `rank_multiple`, which removes a little more: processors multiply odd ones
-    slowly.
-    """
-    targets = linear_names(model)
-    shapes: Any = {name: weight_matrix(model.get_submodule(name)).shape for name in targets}
-    ranks = {name: r for name, r in allocate_uniform(shapes, compression_ratio).items() if r}
+    """All linear layers but the head as U S Vᵀ, `compression_ratio` of their weights removed; in place."""
     config = CondLRConfig(
-        target_modules=targets,
-        compression_ratio=compression_ratio,
-        rank_pattern={name: max(1, r - r % rank_multiple) for name, r in ranks.items()},
+        target_modules=linear_names(model), compression_ratio=compression_ratio, rank_multiple=rank_multiple
     )
     return get_robust_lowrank_model(model, config)
 
