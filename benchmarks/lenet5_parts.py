@@ -122,7 +122,8 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if hasattr(model, "condlr_config"):
-        row["orthonormality_error"] = condition_report(model).max_orthonormality_error
+        error = condition_report(model).max_orthonormality_error
+        row["orthonormality_error"] = error if math.isfinite(error) else None  # of factors that trained freely
     return row, model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -131,5 +132,6 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if hasattr(model, "condlr_config"):
-        row["orthonormality_error"] = condition_report(model).max_orthonormality_error
+        error = condition_report(model).max_orthonormality_error
+        row["orthonormality_error"] = error if math.isfinite(error) else None  # of factors that trained freely
     return row, model
