@@ -61,7 +61,7 @@ class Options:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds at the chosen learning rate; the first one sweeps."}
     )
     epsilons: list[str] = field(
-        default_factory=list, metadata={"help": "ℓ∞ radii, in pixels of [0, 1], of FGSM and PGD on the test split."}
+        default_factory=list, metadata={"help": "ℓ∞ radii, in pixels of [0, 1], of FGSM and of PGD with two losses."}
     )
     pgd_steps: int = field(default=10, metadata={"help": "Of PGD, with one random start."})
     test_images: int = field(default=1000, metadata={"help": "The first so many test images are attacked."})
@@ -116,7 +116,7 @@ class Experiment:
     def attack(self, row: dict[str, Any]) -> RobustnessReport:
         """The report of one model on the test split, made once."""
         o, path = self.options, self.folder / row["model"]
-        attacks = make_attacks(["fgsm"], o.epsilons) + make_attacks(["pgd-linf"], o.epsilons, steps=o.pgd_steps)
+        attacks = make_attacks(["fgsm", "pgd-linf", "pgd-linf-margin"], o.epsilons, steps=o.pgd_steps)
         images = TensorDataset(*self.data["test"].batch(torch.arange(o.test_images)))
         folder = self.folder / "reports" / f"{path.name}-{digest({'attacks': [str(a.settings()) for a in attacks]})}"
         if (folder / "report.json").exists() and RobustnessReport.load(folder / "report.json").samples == len(images):
@@ -150,11 +150,15 @@ def largest_kappa(row: dict[str, Any]) -> float:
 def attack_table(rows: list[dict[str, Any]], reports: list[RobustnessReport]) -> str:
     """Accuracy in %, mean ± standard deviation over the seeds; κ over the r singular values of factored layers."""
     attacks = [(attack.name, attack.epsilon) for attack in reports[0].attacks]
+    attacks += [("worst case", case.epsilon) for case in reports[0].worst_cases]
     lines = []
     for name in dict.fromkeys(map(label, rows)):
         runs = [(row, report) for row, report in zip(rows, reports, strict=True) if label(row) == name]
         kappa = statistics.mean(largest_kappa(row) for row, _ in runs)
-        values = [[report.clean_accuracy, *(a.robust_accuracy for a in report.attacks)] for _, report in runs]
+        values = [
+            [report.clean_accuracy, *(a.robust_accuracy for a in (*report.attacks, *report.worst_cases))]
+            for _, report in runs
+        ]
         facts = [f"{runs[0][0]['key']['learning_rate']:g}", f"{runs[0][0]['parameters']:,}", f"{kappa:,.4g}"]
         lines.append([name, *facts, *(mean_and_spread(column, 1) for column in zip(*values, strict=True))])
     header = [f"{name} {255 * epsilon:g}/255" for name, epsilon in attacks]
