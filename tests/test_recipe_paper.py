@@ -163,7 +163,7 @@ def test_a_method_that_diverges_is_reported_and_not_attacked(call, tmp_path):
     assert results["rows"] == []
     table = (tmp_path / "lenet5_mnist" / "table.md").read_text()
     assert table.count("| diverged |") == 2
-    assert "dense : diverged at every learning rate" in table
+    assert "dense: diverged at every learning rate" in table
 
 
 def test_checks_run_for_the_first_seed_only(call, tmp_path):

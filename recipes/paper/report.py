@@ -78,6 +78,12 @@ def head(row: dict[str, Any]) -> list[str]:
     return [Method.parse(row["method"]).label, "" if row["rank_ratio"] is None else f"{row['rank_ratio']:g}"]
 
 
+def name(row: dict[str, Any]) -> str:
+    """Both as running text."""
+    label, ratio = head(row)
+    return f"{label}, rank ratio {ratio}" if ratio else label
+
+
 def summary(rows: Iterable[dict[str, Any]]) -> Iterable[list[str]]:
     """The main lines."""
     for group in groups(rows):
@@ -101,14 +107,14 @@ def doubts(results: dict[str, Any], rates: Sequence[float]) -> list[str]:
     """Choices at the edge of the sweep, methods that diverged, and checks of the attacks that failed."""
     lines = []
     for choice in results["chosen"]:
-        name, rate = " ".join(head(choice)), choice["learning_rate"]
+        rate = choice["learning_rate"]
         if rate is None:
-            lines.append(f"- {name}: diverged at every learning rate")
+            lines.append(f"- {name(choice)}: diverged at every learning rate")
         elif len(rates) > 1 and rate in (min(rates), max(rates)):
-            lines.append(f"- {name}: {rate:g} lies at the edge of the sweep, which is to be extended")
+            lines.append(f"- {name(choice)}: {rate:g} lies at the edge of the sweep, which is to be extended")
     for row in results["rows"]:
-        name = f"{' '.join(head(row))}, seed {row['seed']}"
-        lines += [f"- {name}: diverged"] if row["diverged"] else [f"- {name}: {c}" for c in row["failed_checks"]]
+        failures = ["diverged"] if row["diverged"] else row["failed_checks"]
+        lines += [f"- {name(row)}, seed {row['seed']}: {failure}" for failure in failures]
     return ["To doubt", "\n".join(lines)] if lines else []
 
 
