@@ -47,7 +47,7 @@ class ModelArguments:
         default=None, metadata={"help": "Share of the converted weights removed; 0.5 if no rank_ratio is given."}
     )
     rank_allocation: str = field(default="uniform", metadata={"help": "uniform or energy: of compression_ratio."})
-    rank_multiple: int = field(default=1, metadata={"help": "Round ranks from a ratio down to multiples of it: 8, say."})
+    rank_multiple: int = field(default=1, metadata={"help": "Round ranks from a ratio down to its multiples: 8, say."})
     init_weights: str = field(
         default="svd", metadata={"help": "svd, randomized_svd, activation_aware or orthogonal start."}
     )
