@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_condlr.linalg import Center
 
-LARGEST_CONDITION = 1e5  # cores up to this κ are clipped; the number of iterations follows from it
+LARGEST_CONDITION = 1e6  # cores up to this κ are clipped; the number of iterations follows from it
+LARGEST_BOUND = 1e4  # for larger ones float64 Gram matrices do not certify the guarantee: they square κ
 FEASIBILITY_TOLERANCE = 1e-5  # relative; the bounds of `extreme_singular_values` are within ln(r) / 2^20 of each other
 CERTIFICATE_TOLERANCE = 2e-5  # what is certified is κ ≤ bound (1 + this)
 

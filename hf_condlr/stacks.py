@@ -22,7 +22,7 @@ from hf_condlr.linalg import (
     project_tangent,
     retract_cholesky,
 )
-from hf_condlr.product_clip import LARGEST_CONDITION, clip_core_by_products
+from hf_condlr.product_clip import LARGEST_BOUND, clip_core_by_products
 
 # Entries of one stack at most: four temporaries of its size are alive at once, beside one copy of all factors. A GPU
 # wants few launches, a CPU stacks that fit its cache.
@@ -165,7 +165,7 @@ class CoreStack(Stack):
         self.logarithms = torch.tensor(schedule, dtype=torch.float64, device=wide).log()
         # The first conditioning may meet any core that an initialisation makes; from then on all are well conditioned.
         self.conditioned = False
-        self.by_products = runs_ahead(self.held_at) and max(final for _, final in schedule) <= LARGEST_CONDITION / 10
+        self.by_products = runs_ahead(self.held_at) and max(final for _, final in schedule) <= LARGEST_BOUND
 
     def sanitize_gradients(self) -> None:
         """Gradients that are not finite become zero; the cores are marked."""

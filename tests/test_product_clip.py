@@ -7,6 +7,7 @@ import torch
 from hf_condlr.linalg import clamp_singular_values, condition_number, singular_values
 from hf_condlr.product_clip import (
     CERTIFICATE_TOLERANCE,
+    LARGEST_BOUND,
     clip_by_products,
     clip_core_by_products,
     extreme_singular_values,
@@ -14,7 +15,7 @@ from hf_condlr.product_clip import (
 )
 from tests import cases, reference
 
-BOUNDS = (1.0, 1.001, 1.1, 1.5, 4.0, 101.0)
+BOUNDS = (1.0, 1.001, 1.1, 1.5, 4.0, 101.0, LARGEST_BOUND)
 
 
 def core(name, r):
@@ -75,12 +76,12 @@ def test_nearest_is_hardly_farther_than_the_projection(bound, step):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", cases.CORES)
 def test_every_core_ends_within_its_bound(name, dtype):
-    """Followed or not: the guarantee is hard. Cores of κ > 1e5 are not followed: `start` is taken in their place."""
+    """Followed or not: the guarantee is hard. Cores of κ > 1e6/√r are not followed: `start` is taken in their place."""
     S = torch.from_numpy(np.ascontiguousarray(cases.CORES[name](12))).to(dtype)
     start = torch.from_numpy(cases.with_singular_values(np.linspace(1, 1.2, 12), 5)).to(dtype)
     clipped, followed = clip_core_by_products(S[None], torch.tensor([1.1], dtype=torch.float64), "nearest", start[None])
     assert condition_number(clipped).item() <= 1.1 * (1 + CERTIFICATE_TOLERANCE + 1e-6)
-    assert followed.item() == (condition_number(S).item() < 3e4)
+    assert followed.item() == (condition_number(S).item() < 3e5)
     if followed:
         expected = clamp_singular_values(S, 0.1)
         assert torch.linalg.matrix_norm(clipped[0] / S.abs().max() - expected / S.abs().max(), 2) < 0.05
@@ -113,3 +114,13 @@ def test_stacks_equal_their_members():
     for i in range(3):
         alone, _ = clip_core_by_products(S[i : i + 1], bounds[i : i + 1], "nearest", S[i : i + 1])
         torch.testing.assert_close(stacked[i], alone[0])
+
+
+def test_a_flat_spectrum_far_outside_is_clipped_to_the_largest_bound():
+    """The worst start of a warm-up: 63 equal singular values and one 10⁵ times smaller, bound 10⁴."""
+    S = torch.from_numpy(cases.with_singular_values(np.r_[np.ones(63), 1e-5], 3))[None]
+    bound = torch.tensor([LARGEST_BOUND], dtype=torch.float64)
+    clipped, followed = clip_core_by_products(S.float(), bound, "nearest", S.float())
+    assert followed.item()
+    assert condition_number(clipped).item() <= LARGEST_BOUND * (1 + 1e-4)
+    assert (clipped - S).norm() < 1e-3
