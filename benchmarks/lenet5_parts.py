@@ -113,18 +113,24 @@ def train(
         logger.info("  %s lr=%g seed=%d epoch %d: loss %s", method, learning_rate, seed, epoch + 1, losses[-1])
         if losses[-1] is None:
             break
+    return summary(pixel_model, losses, time.perf_counter() - start, data["validation"]), model
+
+
+def summary(pixel_model: PixelModel, losses: list[float | None], seconds: float, validation: Split) -> dict[str, Any]:
+    """What is recorded of a training; a loss of None is one that was not finite."""
+    model: Any = pixel_model.model
     row = {
         "training_loss": losses,
         "diverged": losses[-1] is None,
-        "training_seconds": round(time.perf_counter() - start, 1),
-        "validation_accuracy": accuracy(pixel_model, data["validation"]),
+        "training_seconds": round(seconds, 1),
+        "validation_accuracy": accuracy(pixel_model, validation),
         "condition_numbers": condition_numbers(model),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if hasattr(model, "condlr_config"):
         error = condition_report(model).max_orthonormality_error
         row["orthonormality_error"] = error if math.isfinite(error) else None  # of factors that trained freely
-    return row, model
+    return row
 
 
 def test(model: LeNet5, split: Split, options: TestOptions) -> dict[str, float]:

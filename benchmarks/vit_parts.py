@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lenet5_parts import MEAN, STD, Split, accuracy, condition_numbers, one_epoch, tolerance
+from lenet5_parts import MEAN, STD, Split, one_epoch, summary, tolerance
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "paper"))
 from images import Augmented, hold_out, load
 
-from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
+from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
 from hf_condlr.attacks import PixelModel
 
 logger = logging.getLogger("vit_small")
@@ -123,15 +122,4 @@ def train(
         if losses[-1] is None:
             break
     model.eval()
-    row = {
-        "training_loss": losses,
-        "diverged": losses[-1] is None,
-        "training_seconds": round(time.perf_counter() - start, 1),
-        "validation_accuracy": accuracy(wrapped, data["validation"]),
-        "condition_numbers": condition_numbers(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    if hasattr(model, "condlr_config"):
-        error = condition_report(model).max_orthonormality_error
-        row["orthonormality_error"] = error if math.isfinite(error) else None  # of factors that trained freely
-    return row, model
+    return summary(wrapped, losses, time.perf_counter() - start, data["validation"]), model
