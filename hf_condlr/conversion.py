@@ -194,7 +194,8 @@ def _ranks(
                 remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
             )
         if not isinstance(value, int):
-            value = full if value == 1 else round_down(max(1, math.floor(value * full + 0.5)), config.rank_multiple)
+            value = max(1, math.floor(value * full + 0.5))
+            value = full if value == full else round_down(value, config.rank_multiple)
         ranks[name] = value
     _warn_where_larger(matrices, ranks)
     if not budgeted:

@@ -97,7 +97,7 @@ class ManifoldStep:
         _check_attached(self.optimizer, self.layers)
         self._orthonormalize()
         self.initial_condition = {
-            name: min(max(condition_number(layer.S.detach()).item(), 1 + layer.tau), MAX_INITIAL_CONDITION)
+            name: min(max(_condition_number(layer), 1 + layer.tau), MAX_INITIAL_CONDITION)
             for name, layer in self.layers.items()
         }
         self._forget_stacks()
@@ -211,6 +211,9 @@ class ManifoldStep:
         self._orthonormalize()  # weights may have been loaded too
         if self.step_count:
             self._publish_bounds()
+            for layer in self.layers.values():  # the weights may be of another moment
+                if _condition_number(layer) > layer.bound * (1 + 1e-4):
+                    layer.bound = math.inf
 
     @torch.no_grad()
     def _orthonormalize(self) -> None:
@@ -285,6 +288,7 @@ class ManifoldStep:
                 stack.begin_step()
             else:
                 stack.begin_interval()
+        self._unsettled = True  # from here on: an optimizer that fails half way may have moved factors
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -294,7 +298,6 @@ class ManifoldStep:
         if self.step_count % self.projection_interval == 0:
             self._project()
             return
-        self._unsettled = True
         for stack in self._stacks:
             stack.finite_update()
             stack.record(self.step_count)
@@ -319,6 +322,12 @@ class ManifoldStep:
     def _check_where_free(self) -> None:
         if not any(runs_ahead(stack.held_at) for stack in self._stacks):
             self.check()
+
+
+def _condition_number(layer: LowRankLayer) -> float:
+    """κ(S), inf for S = 0."""
+    kappa = condition_number(layer.S.detach()).item()
+    return math.inf if math.isnan(kappa) else kappa
 
 
 def _check_attached(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) -> None:

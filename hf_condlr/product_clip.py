@@ -19,7 +19,7 @@ CERTIFICATE_TOLERANCE = 2e-5  # what is certified is κ ≤ bound (1 + this)
 
 _SQUARINGS = 20
 _NEWTON_STEPS = 2
-_COARSE, _FINE = 1e-3, 1e-6  # eigenvalues below this share of the norm have no accurate sign
+_COARSE, _FINE = 1e-3, 1e-8  # eigenvalues below this share of the norm have no accurate sign
 
 
 def clip_by_products(S: Tensor, bound: Tensor, center: Center, margin: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +64,8 @@ def clip_core_by_products(S: Tensor, bound: Tensor, center: Center, start: Tenso
     """Condition cores (b, r, r) that are finite and not zero to κ ≤ `bound`, (b,), in their own dtype.
 
     A core of κ > `LARGEST_CONDITION` / √r, which no step of training makes from a well-conditioned `start`, is not
-    followed: `start` is conditioned in its place. One whose clip has no certificate, and none is known, stays `start`.
+    followed: `start` is conditioned in its place. One whose clip has no certificate, and none is known, stays `start`,
+    which obeys the bound of the step before.
 
     Returns:
         The cores, and which of them follow S.

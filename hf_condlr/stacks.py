@@ -1,7 +1,8 @@
 """Factors of equal shape as one stack (L, m, r): what the manifold step does to them before and after an optimizer.
 
-Everything is batched over the L layers. Where the host runs ahead of the device nothing is read back in a step: choices
-are masks, and flags of factors whose gradient or update is not finite stay on the device until somebody asks.
+Everything is batched over the L layers. Where the host runs ahead of the device nothing is read back in a step that
+finds the factors as the last one left them: choices are masks, and flags of factors whose gradient or update is not
+finite stay on the device until somebody asks. Factors that are new, or that somebody else has written, are decomposed.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class Stack:
     """Parameters of equal shape, dtype and device, with their values before the optimizer's step.
 
     Attributes:
-        start: Values at the last projection, (L, m, r), which obey the constraint; held from there to the next one.
+        start: Values at the last projection, (L, m, r), which obey the constraint if they are ours; held from there to
+            the next one.
         old: Values before the step, the same in the first one.
         usable: (L,) bool: gradient and update are finite. A factor that is not keeps its old value.
-        held_at: (L,) int64: the first step at which a factor was not usable, 0 if it always was.
+        held_at: (L,) int64: the first step since `held` was asked at which a factor was not usable, 0 if it always was.
+        ours: The factors are what the last projection of this stack wrote.
     """
 
     start: Tensor
@@ -46,20 +49,25 @@ class Stack:
     def __init__(self, names: list[str], parameters: list[nn.Parameter]) -> None:
         self.names, self.parameters = names, parameters
         self.held_at = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
+        self.ours = False
+        self._written: list[int] = []
 
     def begin_interval(self) -> None:
         """Before the first step since the projection: keep what it finds."""
+        self.start = self._values()
+        self.ours = self._written == self._versions()
         self.begin_step()
-        self.start = self.old
 
     def begin_step(self) -> None:
-        """Before a further step."""
+        """Before a further step. Copies follow factors that were moved or converted since."""
         self.old = self._values()
+        self.start, self.held_at = self.start.to(self.old), self.held_at.to(self.old.device)
         self.usable = torch.ones_like(self.held_at, dtype=torch.bool)
 
     def end_interval(self) -> None:
         """After the projection: no copy is kept."""
         del self.start, self.old
+        self._written = self._versions()
 
     def finite_update(self) -> Tensor:  # -> (L, m, r)
         """The values after the step, a fresh tensor; factors that are not usable go back to their old ones."""
@@ -80,6 +88,10 @@ class Stack:
         found = {name: step for name, step in zip(self.names, self.held_at.tolist(), strict=True) if step}
         self.held_at = torch.zeros_like(self.held_at)
         return found
+
+    def _versions(self) -> list[int]:
+        """Torch counts what is written into a tensor."""
+        return [p._version for p in self.parameters]
 
     def _values(self) -> Tensor:
         return torch.stack([p.detach() for p in self.parameters])
@@ -134,7 +146,8 @@ class BasisStack(Stack):
         # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
         displacement = self.project(self.start, _select(sound, displacement, 0.0))
         X = displacement.add_(self.start)
-        retracted = retract_cholesky(X, fallback=not runs_ahead(X))  # without it NaN: the factor is held
+        # Without the fallback NaN, and the factor is held.
+        retracted = retract_cholesky(X, fallback=not (self.ours and runs_ahead(X)))
         sound = sound & _finite(retracted)
         self._write(_select(sound & moved, retracted, self.start))
         self.usable = self.usable & sound
@@ -163,9 +176,14 @@ class CoreStack(Stack):
         self.bounded = not math.isinf(schedule[0][1])
         wide = "cpu" if self.held_at.device.type == "mps" else self.held_at.device  # MPS has no float64
         self.logarithms = torch.tensor(schedule, dtype=torch.float64, device=wide).log()
-        # The first conditioning may meet any core that an initialisation makes; from then on all are well conditioned.
-        self.conditioned = False
         self.by_products = runs_ahead(self.held_at) and max(final for _, final in schedule) <= LARGEST_BOUND
+
+    def begin_step(self) -> None:
+        """Before a further step."""
+        super().begin_step()
+        self.vanished_at = self.vanished_at.to(self.held_at.device)
+        if self.held_at.device.type != "mps":
+            self.logarithms = self.logarithms.to(self.held_at.device)
 
     def sanitize_gradients(self) -> None:
         """Gradients that are not finite become zero; the cores are marked."""
@@ -187,11 +205,10 @@ class CoreStack(Stack):
         self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
         self.usable = self.usable & conditionable
         S = _select(conditionable, S, self.start)
-        if self.by_products and self.conditioned:
+        if self.by_products and self.ours:  # well conditioned before the step
             S, followed = clip_core_by_products(S, bounds, self.center, self.start)
             self.usable = self.usable & followed
             return S
-        self.conditioned = True
         return clamp_singular_values(S, bounds - 1, center=self.center)
 
     def vanished(self) -> dict[str, int]:
@@ -206,7 +223,7 @@ def moving_factors(layers: dict[str, LowRankLayer], *, all_cores: bool = False) 
     return tuple(
         (
             *((id(p), p.dtype, p.device, _has_gradient(p)) for p in (x.U, x.S, x.V)),
-            *(x.S.requires_grad, all_cores or x.S.requires_grad),
+            *(x.S.requires_grad, all_cores or x.S.requires_grad, x.tau, x.center),
         )
         for x in layers.values()
     )
