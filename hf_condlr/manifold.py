@@ -224,16 +224,16 @@ class ManifoldStep:
                 wide = (p.detach().double() for p in (layer.U, layer.S, layer.V))
                 layer.set_factors(*orthonormalize(*wide))
 
-    @property
-    def _progress(self) -> float:
+    def _progress(self, step: int) -> float:
         """p = min(1, t/T_w)."""
-        return min(1.0, self.step_count / self.warmup_steps) if self.warmup_steps else 1.0
+        return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
 
     def _bound(self, name: str, layer: LowRankLayer) -> float:
         """κ_0^{1−p} (1+τ)^p."""
         if math.isinf(layer.tau):
             return math.inf
-        return self.initial_condition[name] ** (1 - self._progress) * (1 + layer.tau) ** self._progress
+        progress = self._progress(self.step_count)
+        return self.initial_condition[name] ** (1 - progress) * (1 + layer.tau) ** progress
 
     def _publish_bounds(self) -> None:
         for name, layer in self.layers.items():
@@ -307,11 +307,13 @@ class ManifoldStep:
 
     def _project(self) -> None:
         """Retract the bases, condition the cores."""
+        progress = self._progress(self.step_count)
+        previous = self._progress(max(0, self.step_count - self.projection_interval))
         with full_precision():
             for bases in self._bases:
                 bases.retract_update()
             for cores in self._cores:
-                cores.condition_update(self._progress, self.step_count)
+                cores.condition_update(progress, previous, self.step_count)
         for stack in self._stacks:
             stack.record(self.step_count)
             stack.end_interval()

@@ -2,7 +2,7 @@
 
 Everything is batched over the L layers. Where the host runs ahead of the device nothing is read back in a step that
 finds the factors as the last one left them: choices are masks, and flags of factors whose gradient or update is not
-finite stay on the device until somebody asks. Factors that are new, or that somebody else has written, are decomposed.
+finite stay on the device until somebody asks. Factors that are new, or that somebody else has written, are looked at.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import (
     Center,
     clamp_singular_values,
+    condition_number,
     is_conditionable,
     project_horizontal,
     project_tangent,
@@ -191,25 +192,32 @@ class CoreStack(Stack):
             G, self.usable = self._finite_gradients()
             _copy_each(_gradients(self.parameters), G)
 
-    def condition_update(self, progress: float, step: int) -> None:
-        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`."""
+    def condition_update(self, progress: float, previous: float, step: int) -> None:
+        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; the last projection had p = `previous` at least."""
         S = self.finite_update()
         if self.bounded:
-            first, last = self.logarithms.unbind(-1)
-            S = self._condition(S, first.lerp(last, progress).exp(), step)
+            S = self._condition(S, progress, previous, step)
         self._write(S)
 
-    def _condition(self, S: Tensor, bounds: Tensor, step: int) -> Tensor:
+    def _bounds(self, progress: float) -> Tensor:  # -> (L,)
+        first, last = self.logarithms.unbind(-1)
+        return first.lerp(last, progress).exp()
+
+    def _condition(self, S: Tensor, progress: float, previous: float, step: int) -> Tensor:
         conditionable = is_conditionable(S)
         vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
         self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
         self.usable = self.usable & conditionable
         S = _select(conditionable, S, self.start)
-        if self.by_products and self.ours:  # well conditioned before the step
-            S, followed = clip_core_by_products(S, bounds, self.center, self.start)
+        if self.by_products and (self.ours or self._start_obeys(self._bounds(previous))):
+            S, followed = clip_core_by_products(S, self._bounds(progress), self.center, self.start)
             self.usable = self.usable & followed
             return S
-        return clamp_singular_values(S, bounds - 1, center=self.center)
+        return clamp_singular_values(S, self._bounds(progress) - 1, center=self.center)
+
+    def _start_obeys(self, bounds: Tensor) -> bool:
+        """Waits for the device. Asked of values, not of history: a resumed training takes the same way."""
+        return bool((condition_number(self.start) <= bounds * (1 + 1e-4)).all())
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero}, and forget it. Waits for the device."""

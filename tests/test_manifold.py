@@ -986,7 +986,7 @@ def test_the_step_without_a_wait_is_one_graph(running_ahead):
         cores.sanitize_gradients()
         torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-0.1)
         bases.retract_update()
-        cores.condition_update(1.0, 3)
+        cores.condition_update(1.0, 1.0, 3)
         for stack in stacks:
             stack.record(3)
             stack.end_interval()
@@ -1030,7 +1030,7 @@ def test_no_step_reads_anything_back():
             stack.retract_update()
         for stack in conditioned:
             stack.sanitize_gradients()
-            stack.condition_update(0.5, 7)
+            stack.condition_update(0.5, 0.4, 7)
         for stack in [*bases, *conditioned]:
             stack.record(7)
             stack.end_interval()
