@@ -68,19 +68,29 @@ def retract_cholesky(X: Tensor, *, fallback: bool = True) -> Tensor:  # (*, m, r
     X_ = _at_least_float32(X)
     gram = X_.mT @ X_
     eps = torch.finfo(gram.dtype).eps
-    L, info = torch.linalg.cholesky_ex(gram)
-    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    L = torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), L, identity)
-    inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+    inverse, exists = inverse_cholesky(gram)
     kappa_squared = _max_row_sum(gram) * _max_row_sum(inverse) * _max_row_sum(inverse.mT)
     # A NaN is not trusted, nor squares that are no longer normal numbers.
-    trusted = (info == 0) & (kappa_squared <= 32) & (_max_row_sum(gram) > torch.finfo(L.dtype).tiny / eps)
+    trusted = exists & (kappa_squared <= 32) & (_max_row_sum(gram) > torch.finfo(gram.dtype).tiny / eps)
     Q = X_ @ inverse.mT
     if not fallback:
-        Q = torch.where(trusted.unsqueeze(-1).unsqueeze(-1), Q, torch.nan)
+        Q = torch.where(per_matrix(trusted), Q, torch.nan)
     elif not trusted.all():
         Q[~trusted] = retract_qr(X_[~trusted])
     return Q.to(X.dtype)
+
+
+def inverse_cholesky(G: Tensor) -> tuple[Tensor, Tensor]:  # (*, r, r) -> (*, r, r), (*,) bool
+    """L⁻¹ of G = LLᵀ, and whether it exists, without a wait for the device; the identity where it does not."""
+    L, info = torch.linalg.cholesky_ex(G)
+    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    L = torch.where(per_matrix(info == 0), L, identity)
+    return torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False), info == 0
+
+
+def per_matrix(x: Tensor) -> Tensor:  # (*,) -> (*, 1, 1)
+    """A number for each matrix of a stack, to multiply or to mask it by."""
+    return x.unsqueeze(-1).unsqueeze(-1)
 
 
 def _normalised(X: Tensor) -> Tensor:  # (*, m, r) -> (*, m, r), at least float32
@@ -163,7 +173,7 @@ def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "n
     if center not in CENTERS:
         raise ConfigError("center must be one of nearest, rms, mean", received=repr(center), remedy="Choose one.")
     cores = S.reshape(-1, *S.shape[-2:])
-    tau_ = torch.as_tensor(tau, dtype=torch.float64).to(_wide_device(S)).expand(S.shape[:-2]).reshape(-1)
+    tau_ = torch.as_tensor(tau, dtype=torch.float64).to(wide_device(S)).expand(S.shape[:-2]).reshape(-1)
     if not bool((tau_ >= 0).all()):
         raise ConfigError("tau must be ≥ 0", received=tau_.min().item(), remedy="tau = 0 asks for κ(S) = 1.")
     refused = (~is_conditionable(cores)).nonzero()
@@ -324,12 +334,13 @@ def _at_least_float32(X: Tensor) -> Tensor:
     return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
-def _wide_device(X: Tensor) -> torch.device:
+def wide_device(X: Tensor) -> torch.device:
+    """Where float64 numbers of X can lie."""
     return torch.device("cpu") if X.device.type == "mps" else X.device  # MPS has no float64
 
 
 def _float64(X: Tensor) -> Tensor:
-    return X.to(device=_wide_device(X), dtype=torch.float64)
+    return X.to(device=wide_device(X), dtype=torch.float64)
 
 
 def _scale(S: Tensor) -> Tensor:  # (*, m, n) -> (*, 1, 1), float64; 1 where S = 0

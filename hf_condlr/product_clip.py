@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_condlr.linalg import Center
+from hf_condlr.linalg import Center, inverse_cholesky, per_matrix
 
 LARGEST_CONDITION = 1e6  # cores up to this κ are clipped; the number of iterations follows from it
 LARGEST_BOUND = 1e4  # for larger ones float64 Gram matrices do not certify the guarantee: they square κ
@@ -42,21 +42,21 @@ def clip_by_products(S: Tensor, bound: Tensor, center: Center, margin: float = 0
     identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     largest, smallest = extreme_singular_values(S)
     feasible = largest <= bound * (1 + FEASIBILITY_TOLERANCE) * smallest
-    S_ = S / _per_matrix(largest)
+    S_ = S / per_matrix(largest)
     polar = newton_schulz(S_, (smallest / largest).clamp(1 / LARGEST_CONDITION, 1), _iterations(1 / LARGEST_CONDITION))
     H = polar.mT @ S_
     H = (H + H.mT) / 2
     narrowed = (bound / (1 + margin * bound)).clamp_min(1)
     low = _interval_low(H, smallest / largest, narrowed, center)
     ends = torch.stack((low, low * narrowed))
-    X = H - _per_matrix(ends) * identity  # (2, b, r, r)
+    X = H - per_matrix(ends) * identity  # (2, b, r, r)
     below, above = X @ _sign(X, ends, _FINE)
-    clipped = ((_per_matrix(ends.sum(0)) * identity) + below - above) / 2
+    clipped = ((per_matrix(ends.sum(0)) * identity) + below - above) / 2
     clipped = (clipped + clipped.mT) / 2
     result = polar @ clipped
     slack = 1 + CERTIFICATE_TOLERANCE / 2
     certified = _within(result, low / slack, low * bound * slack)
-    result = torch.where(_per_matrix(feasible), S, result * _per_matrix(largest))
+    result = torch.where(per_matrix(feasible), S, result * per_matrix(largest))
     return result, feasible, certified | feasible
 
 
@@ -71,13 +71,13 @@ def clip_core_by_products(S: Tensor, bound: Tensor, center: Center, start: Tenso
         The cores, and which of them follow S.
     """
     followed = _is_clippable(S)
-    S = torch.where(_per_matrix(followed), S, start)
+    S = torch.where(per_matrix(followed), S, start)
     scale = S.abs().amax((1, 2), keepdim=True).double()
     clipped, feasible, certified = clip_by_products(
         S.double() / scale, bound, center, margin=2 * torch.finfo(S.dtype).eps
     )
-    clipped = torch.where(_per_matrix(certified), (clipped * scale).to(S.dtype), start)
-    return torch.where(_per_matrix(feasible), S, clipped), followed & certified
+    clipped = torch.where(per_matrix(certified), (clipped * scale).to(S.dtype), start)
+    return torch.where(per_matrix(feasible), S, clipped), followed & certified
 
 
 def _is_clippable(S: Tensor) -> Tensor:  # (b, r, r) -> (b,) bool
@@ -86,7 +86,7 @@ def _is_clippable(S: Tensor) -> Tensor:  # (b, r, r) -> (b,) bool
     X = X / X.abs().amax((1, 2), keepdim=True)
     G = X.mT @ X
     identity = torch.eye(S.shape[-1], dtype=G.dtype, device=S.device)
-    return torch.linalg.cholesky_ex(G - _per_matrix(_trace(G) / LARGEST_CONDITION**2) * identity).info == 0
+    return torch.linalg.cholesky_ex(G - per_matrix(_trace(G) / LARGEST_CONDITION**2) * identity).info == 0
 
 
 def extreme_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:  # (b, r, r) -> (b,), (b,)
@@ -96,22 +96,19 @@ def extreme_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:  # (b, r, r) ->
     away what σ_min is below about 1e-7 σ_max.
     """
     G = S.mT @ S
-    L, info = torch.linalg.cholesky_ex(G)
-    identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    L = torch.where(_per_matrix(info == 0), L, identity)
-    inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+    inverse, exists = inverse_cholesky(G)
     largest, reciprocal = _largest_eigenvalue(torch.stack((G, inverse.mT @ inverse))).sqrt()
-    return largest, torch.where(info == 0, 1 / reciprocal, torch.zeros_like(reciprocal))
+    return largest, torch.where(exists, 1 / reciprocal, torch.zeros_like(reciprocal))
 
 
 def _largest_eigenvalue(G: Tensor) -> Tensor:  # (*, r, r) -> (*,)
     """(tr G^p)^{1/p} ≥ λ_max of symmetric positive G; the scale, taken off before each squaring, in logarithms."""
     scale = _trace(G)
-    P, logarithm = G / _per_matrix(scale), scale.log()
+    P, logarithm = G / per_matrix(scale), scale.log()
     for k in range(1, _SQUARINGS + 1):
         P = P @ P
         scale = _trace(P)
-        P = P / _per_matrix(scale)
+        P = P / per_matrix(scale)
         logarithm = logarithm + scale.log() / 2**k
     return logarithm.exp()
 
@@ -122,7 +119,7 @@ def newton_schulz(X: Tensor, smallest: Tensor, iterations: int) -> Tensor:  # (*
     ρ² = 3/(1 + ℓ + ℓ²) with ℓ the least singular value maps ℓ and 1 to the same value, the next ℓ.
     """
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    low = _per_matrix(smallest)
+    low = per_matrix(smallest)
     for _ in range(iterations):
         rho_squared = 3 / (1 + low + low.square())
         rho = rho_squared.sqrt()
@@ -153,7 +150,7 @@ def _interval_low(
     identity = torch.eye(r, dtype=H.dtype, device=H.device)
     for _ in range(_NEWTON_STEPS):
         ends = torch.stack((low, low * bound))
-        below, above = _sign(H - _per_matrix(ends) * identity, ends, _COARSE)
+        below, above = _sign(H - per_matrix(ends) * identity, ends, _COARSE)
         # Eigenvalues with sign −1 at a lie below it, those with sign 1 at βa above.
         count_low, count_high = (r - _trace(below)) / 2, (r + _trace(above)) / 2
         sum_low = (_trace(H) - (below * H).sum((-2, -1))) / 2
@@ -167,7 +164,7 @@ def _interval_low(
 def _sign(X: Tensor, ends: Tensor, resolution: float) -> Tensor:  # (2, b, r, r), (2, b) -> (2, b, r, r)
     """sign(X) of X = H − end·I with the spectrum of H in (0, 1]: of eigenvalues above `resolution`·‖X‖."""
     norm = torch.maximum(ends, 1 - ends).clamp_min(resolution)
-    return newton_schulz(X / _per_matrix(norm), torch.full_like(norm, resolution), _iterations(resolution))
+    return newton_schulz(X / per_matrix(norm), torch.full_like(norm, resolution), _iterations(resolution))
 
 
 def _within(S: Tensor, low: Tensor, high: Tensor) -> Tensor:  # (b, r, r), (b,), (b,) -> (b,) bool
@@ -175,14 +172,9 @@ def _within(S: Tensor, low: Tensor, high: Tensor) -> Tensor:  # (b, r, r), (b,),
     identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     G = S.mT @ S
     info = torch.linalg.cholesky_ex(
-        torch.stack((G - _per_matrix(low.square()) * identity, _per_matrix(high.square()) * identity - G))
+        torch.stack((G - per_matrix(low.square()) * identity, per_matrix(high.square()) * identity - G))
     ).info
     return (info == 0).all(0)
-
-
-def _per_matrix(x: Tensor) -> Tensor:  # (*,) -> (*, 1, 1)
-    """To multiply matrices by."""
-    return x.unsqueeze(-1).unsqueeze(-1)
 
 
 def _trace(X: Tensor) -> Tensor:  # (*, r, r) -> (*,)

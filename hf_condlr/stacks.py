@@ -20,9 +20,11 @@ from hf_condlr.linalg import (
     clamp_singular_values,
     condition_number,
     is_conditionable,
+    per_matrix,
     project_horizontal,
     project_tangent,
     retract_cholesky,
+    wide_device,
 )
 from hf_condlr.product_clip import LARGEST_BOUND, clip_core_by_products
 
@@ -75,7 +77,7 @@ class Stack:
         new = self._values()
         self.usable = self.usable & _finite(new)
         if not _surely_all(self.usable):
-            new = torch.where(_per_factor(self.usable), new, self.old)
+            new = torch.where(per_matrix(self.usable), new, self.old)
             self._write(new)
         self.old = self.start  # no copy is kept over forward and backward
         return new
@@ -131,7 +133,7 @@ class BasisStack(Stack):
         if metric_scaling:
             norms = torch.stack(torch._foreach_norm([S.detach() for S in self.cores]))
             c_squared = (norms.square() / self.start.shape[-1]).to(G.dtype)
-            G = G / _per_factor(torch.where(c_squared > 0, c_squared, 1.0))
+            G = G / per_matrix(torch.where(c_squared > 0, c_squared, 1.0))
             self.usable = self.usable & _finite(G)  # a tiny S can overflow what was finite
             G = _select(self.usable, G, 0.0)
         _copy_each(_gradients(self.parameters), G)
@@ -175,16 +177,14 @@ class CoreStack(Stack):
         self.layers, self.center = layers, center
         self.vanished_at = torch.zeros_like(self.held_at)
         self.bounded = not math.isinf(schedule[0][1])
-        wide = "cpu" if self.held_at.device.type == "mps" else self.held_at.device  # MPS has no float64
-        self.logarithms = torch.tensor(schedule, dtype=torch.float64, device=wide).log()
+        self.logarithms = torch.tensor(schedule, dtype=torch.float64, device=wide_device(self.held_at)).log()
         self.by_products = runs_ahead(self.held_at) and max(final for _, final in schedule) <= LARGEST_BOUND
 
     def begin_step(self) -> None:
         """Before a further step."""
         super().begin_step()
         self.vanished_at = self.vanished_at.to(self.held_at.device)
-        if self.held_at.device.type != "mps":
-            self.logarithms = self.logarithms.to(self.held_at.device)
+        self.logarithms = self.logarithms.to(wide_device(self.held_at))
 
     def sanitize_gradients(self) -> None:
         """Gradients that are not finite become zero; the cores are marked."""
@@ -274,11 +274,7 @@ def _surely_all(mask: Tensor) -> bool:
 
 def _select(mask: Tensor, X: Tensor, otherwise: Tensor | float) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
     """`torch.where` along the stack, if possible without a copy in the usual case that the mask is all true."""
-    return X if _surely_all(mask) else torch.where(_per_factor(mask), X, otherwise)
-
-
-def _per_factor(x: Tensor) -> Tensor:  # (L,) -> (L, 1, 1)
-    return x.view(-1, 1, 1)
+    return X if _surely_all(mask) else torch.where(per_matrix(mask), X, otherwise)
 
 
 def _has_gradient(p: nn.Parameter) -> bool:
