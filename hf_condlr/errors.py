@@ -40,6 +40,10 @@ class OptimizerError(CondLRError, ValueError):
     """The manifold step cannot keep its guarantee with this optimizer, or this call of it."""
 
 
+class DriftError(CondLRError, RuntimeError):
+    """Processes that must hold equal factors hold different ones."""
+
+
 class CheckpointError(CondLRError, ValueError):
     """A file of a checkpoint is missing, damaged, or belongs to another model."""
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.
 FLOORS = (
     {"errors", "files", "precision", "devices"},
-    {"linalg", "divergence"},
+    {"linalg", "divergence", "replicas"},
     {"config", "layers", "attacks", "product_clip"},
     {"initialization", "calibration", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
     {"manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
