@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from datasets import DatasetDict, disable_progress_bars
 from digits import write_digits
+from image_data import DataArguments, decoded, load_data
 from matplotlib.figure import Figure
+from method import MethodArguments
+from running import save
 from tqdm.auto import tqdm
 from transformers import (
     HfArgumentParser,
@@ -35,7 +38,6 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_condlr import CondLRTrainingArguments, condition_report
-from hf_condlr.attacks import PGD
 
 METHODS = {"dense": "#666666", "lowrank": "#d1802f", "condlr": "#2b6cb0"}
 TABLE_EPSILONS = (0.05, 0.1)
@@ -60,19 +62,19 @@ class Arguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of all results and of demo.png."})
 
 
-def compare(args: Arguments, data_args: recipe.DataArguments, seed: int) -> dict[str, dict[str, Any]]:
+def compare(args: Arguments, data_args: DataArguments, seed: int) -> dict[str, dict[str, Any]]:
     """All methods from one pretrained dense ViT; {method: result}."""
-    data = recipe.load_data(data_args)
+    data = load_data(data_args)
     folder = Path(args.output_dir) / f"seed{seed}"
     random, pretrained = folder / "random", folder / "pretrained"
     write_model(random, data, seed)
     total = 1 + len(METHODS) * len(args.learning_rates)
     with tqdm(total=total, desc=f"seed {seed}", unit="training") as bar:
-        recipe.save(train(random, data, "dense", 1e-3, args.pretraining_epochs, seed), pretrained)
+        save(train(random, data, data_args, "dense", 1e-3, args.pretraining_epochs, seed), pretrained)
         bar.update()
         results = {}
         for method in METHODS:
-            results[method] = sweep(args, pretrained, data, data_args.make_attacks(), seed, method, bar)
+            results[method] = sweep(args, pretrained, data, data_args, seed, method, bar)
             (folder / f"{method}.json").write_text(json.dumps(results[method], indent=2) + "\n")
     return results
 
@@ -91,12 +93,14 @@ def write_model(folder: Path, data: DatasetDict, seed: int) -> None:
         intermediate_size=384,
     )
     ViTForImageClassification(config).save_pretrained(folder)
-    pixels = np.stack([np.asarray(image) / 255 for image in recipe.decoded(data["train"])["image"]])
+    pixels = np.stack([np.asarray(image) / 255 for image in decoded(data["train"])["image"]])
     processor = ViTImageProcessorPil(do_resize=False, image_mean=[pixels.mean()], image_std=[pixels.std()])
     processor.save_pretrained(folder)
 
 
-def train(start: Path, data: DatasetDict, method: str, learning_rate: float, epochs: int, seed: int) -> Trainer:
+def train(
+    start: Path, data: DatasetDict, data_args: DataArguments, method: str, learning_rate: float, epochs: int, seed: int
+) -> Trainer:
     """One training by the recipe, from the checkpoint `start`."""
     training_args = CondLRTrainingArguments(
         output_dir=str(start.parent / method),
@@ -115,20 +119,20 @@ def train(start: Path, data: DatasetDict, method: str, learning_rate: float, epo
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
     )
-    model_args = recipe.ModelArguments(str(start), method=method, rank_ratio=0.2, tau=TAU)
-    trainer = recipe.make_trainer(model_args, training_args, data)
+    model_args = MethodArguments(str(start), method=method, rank_ratio=0.2, tau=TAU)
+    trainer = recipe.make_trainer(model_args, data_args, training_args, data)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
 
 def sweep(
-    args: Arguments, start: Path, data: DatasetDict, attacks: list[PGD], seed: int, method: str, bar: tqdm
+    args: Arguments, start: Path, data: DatasetDict, data_args: DataArguments, seed: int, method: str, bar: tqdm
 ) -> dict[str, Any]:
     """Train at each learning rate; the model that validates best meets the test split and the attacks."""
     begin, runs = time.perf_counter(), []
     for learning_rate in args.learning_rates:
-        trainer = train(start, data, method, learning_rate, args.epochs, seed)
+        trainer = train(start, data, data_args, method, learning_rate, args.epochs, seed)
         validation = trainer.evaluate()
         loss = validation["eval_loss"]
         record = {
@@ -139,13 +143,13 @@ def sweep(
         runs.append((record, trainer))
         bar.update()
     chosen, trainer = min(runs, key=lambda run: worse(run[0]))
-    metrics, _ = recipe.test(trainer, data["test"], attacks, checks=False)
+    metrics, _ = recipe.test(trainer, data_args, data["test"])
     return {
         "learning_rate": chosen["learning_rate"],
         "sweep": [record for record, _ in runs],
         "samples": len(data["test"]),
         "clean": metrics["test_accuracy"],
-        "robust": {str(attack.epsilon): metrics[f"test_accuracy_pgd_linf_{attack.epsilon:g}"] for attack in attacks},
+        "robust": {str(epsilon): metrics[f"test_accuracy_pgd_linf_{epsilon:g}"] for epsilon in EPSILONS},
         **describe(trainer.model, method),
         "seconds": time.perf_counter() - begin,
     }
@@ -274,11 +278,12 @@ def main(args: Arguments) -> None:
     torch.set_num_threads(1)
     folder = Path(args.output_dir)
     write_digits(folder / "digits")
-    data_args = recipe.DataArguments(
+    data_args = DataArguments(
         str(folder / "digits"),
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
         epsilons=[str(epsilon) for epsilon in EPSILONS],
+        attack_checks=False,
     )
     results = [compare(args, data_args, seed) for seed in args.seeds]
     draw(results, folder / "demo.png")

@@ -1,17 +1,11 @@
-"""The Trainer of each method of `image_classification.py`, all with augmentation, attacks in training, and restarts.
-
-`CondLRTrainer` of the library does the rest for `condlr`. A dense model and one with free factors are trained on the
-same adversarial samples here, so that methods compare.
-"""
+"""The Trainer of each method of `image_classification.py`: those of `trainers.py`, with augmentation."""
 
 from typing import Any
 
 import torch
+import trainers
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import Trainer
-
-from hf_condlr import AdversarialTrainerMixin, CondLRTrainer, FactoredTrainer, FactoredTrainerMixin
 
 
 class AugmentationMixin:
@@ -58,27 +52,8 @@ def augment(pixels: Tensor, generator: torch.Generator, flip: bool, padding: int
     return torch.stack([x[:, i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)])
 
 
-class DenseTrainer(AugmentationMixin, AdversarialTrainerMixin, FactoredTrainerMixin, Trainer):
-    """For a dense model."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._restore(resume_from_checkpoint, self.model if model is None else model)
-
-    def _load_best_model(self) -> None:
-        self._restore(self.state.best_model_checkpoint, self.model)
-
-    def _restore(self, folder: str, model: nn.Module) -> None:
-        """By `from_pretrained`: Trainer passes over weights whose names on disk are not the model's own (ViT's)."""
-        model = self.accelerator.unwrap_model(model)
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
-
-
-class LowRankTrainer(AugmentationMixin, AdversarialTrainerMixin, FactoredTrainer):
-    """For factors that train freely."""
-
-
-class ConditionedTrainer(AugmentationMixin, CondLRTrainer):
-    """For factors with κ(S) ≤ 1 + τ."""
-
-
-TRAINERS = {"dense": DenseTrainer, "lowrank": LowRankTrainer, "condlr": ConditionedTrainer}
+TRAINERS = {
+    method: type(f"Augmenting{trainer.__name__}", (AugmentationMixin, trainer), {})
+    for method, trainer in trainers.TRAINERS.items()
+}
+"""{method: its Trainer, on augmented images}."""

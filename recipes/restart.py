@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,7 +12,9 @@ from command_line import require
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-logger = logging.getLogger("image_classification")
+from hf_condlr.files import replacing
+
+logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Of the Trainer's options those that change what is trained; the others say how it is logged, saved and evaluated.
@@ -55,10 +56,8 @@ def checkpoint_to_resume(args: TrainingArguments, options: Mapping[str, Any]) ->
             require(found or asked.lower() == "auto", rule, str(folder), "Start anew with auto, or name a folder.")
             _require_same(folder, settings, found)
         if args.process_index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"{SETTINGS}.tmp"
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            os.replace(temporary, folder / SETTINGS)  # a process killed here leaves the old ones or the new
+            with replacing(folder / SETTINGS) as temporary:  # a process killed here leaves the old ones or the new
+                temporary.write_text(json.dumps(settings, indent=1) + "\n")
     logger.warning("%s", f"going on from {found}" if found else f"no checkpoint in {folder}: training starts anew")
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "hf_condlr"
-PUBLIC_MODULES = (PACKAGE, f"{PACKAGE}.attacks", f"{PACKAGE}.baselines")
+PUBLIC_MODULES = (PACKAGE, *(f"{PACKAGE}.{name}" for name in ("attacks", "baselines", "files")))
 ROOT = Path(__file__).parent.parent
 
 # Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.

@@ -286,7 +286,7 @@ def test_a_wrong_argument_is_said_in_one_line(capsys, wrong, message):
 )
 def test_a_wrong_fresh_model_is_said(model_type, overrides, message):
     with pytest.raises(ValueError, match=message):
-        load("image_model").ModelArguments(model_type=model_type, config_overrides=overrides)
+        load("method").MethodArguments(model_type=model_type, config_overrides=overrides)
 
 
 @pytest.mark.parametrize(

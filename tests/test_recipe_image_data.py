@@ -91,7 +91,7 @@ def test_labels_mean_the_same_class_in_every_split(images, tmp_path, kind, train
             "none of its splits may be empty; received ValueError: .*validation",
         ),
         (KINDS, {"train": [0, 1], "test": []}, "none of its splits may be empty; received ValueError: .*test"),
-        (KINDS, {"train": [0, 0, 1]}, r"a class needs two images or more for a validation split; received \['dog'\]"),
+        (KINDS, {"train": [0, 0, 1]}, r"a class needs two samples or more for a validation split; received \['dog'\]"),
         (KINDS, {"train": [0, 0, 1, 1]}, "should be greater or equal to the number of classes.*Change validation_frac"),
         (
             KINDS,

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_condlr.files import replacing
+
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
@@ -74,9 +76,8 @@ def remove_checkpoints(folder: Path) -> None:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """The state dict, in one step."""
-    temporary = path.with_name(f".{path.name}")
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -86,6 +87,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """In one step."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

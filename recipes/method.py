@@ -1,0 +1,146 @@
+"""What becomes of a model's linear layers: dense, factored, or factored with bounded condition numbers."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+from command_line import require
+from datasets import Dataset
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from hf_condlr import CondLRConfig, get_robust_lowrank_model
+
+logger = logging.getLogger(__name__)
+METHODS = ("dense", "lowrank", "condlr")
+CONSTRAINT = (
+    *("conditioning_warmup_ratio", "factor_learning_rate", "core_learning_rate", "metric_scaling"),
+    *("projection_interval", "distillation_weight", "distillation_temperature"),
+)  # what only condlr has
+
+
+@dataclass
+class MethodArguments:
+    """The model, and what becomes of its linear layers."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to start from, on the Hub or in a folder."}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "Start from a fresh model of this type (vit, bert, gpt2, ...) instead."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "What a fresh model's config changes: {hidden_size: 128, num_hidden_layers: 2}; YAML."},
+    )
+    method: str = field(default="condlr", metadata={"help": "dense; lowrank: U, S, V free; condlr: κ(S) ≤ 1 + tau."})
+    target_modules: str = field(default="all-linear", metadata={"help": "What to convert; or a regular expression."})
+    rank_ratio: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
+    compression_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the converted weights removed; 0.5 if no rank_ratio is given."}
+    )
+    rank_allocation: str = field(default="uniform", metadata={"help": "uniform or energy: of compression_ratio."})
+    rank_multiple: int = field(default=1, metadata={"help": "Round ranks from a ratio down to its multiples: 8, say."})
+    init_weights: str = field(
+        default="svd", metadata={"help": "svd, randomized_svd, activation_aware or orthogonal start."}
+    )
+    calibration_samples: int = field(default=256, metadata={"help": "Training samples for activation_aware."})
+    tau: float = field(default=0.1, metadata={"help": "Condition numbers stay ≤ 1 + tau; inf: orthonormal U, V only."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Dense model of the same task to distil from; see distillation_weight."}
+    )
+
+    def __post_init__(self) -> None:
+        starts = [name for name in ("model_name_or_path", "model_type") if getattr(self, name) is not None]
+        require(len(starts) == 1, "one of model_name_or_path and model_type must be given", starts)
+        require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}", self.method)
+        require(self.calibration_samples >= 1, "calibration_samples must be ≥ 1", self.calibration_samples)
+        require(self.teacher is None or self.method == "condlr", "a teacher needs method condlr", self.method)
+        if self.rank_ratio is None and self.compression_ratio is None:
+            self.compression_ratio = 0.5
+        # What is given is checked now, not after the data are read.
+        self.condlr_config()
+        if self.model_type is not None:
+            self.fresh_config()
+        require(
+            self.model_type or not self.config_overrides, "config_overrides needs model_type", self.config_overrides
+        )
+
+    def condlr_config(self) -> CondLRConfig:
+        """How layers are factored."""
+        names = ("target_modules", "rank_ratio", "compression_ratio", "rank_allocation", "rank_multiple")
+        names += ("init_weights", "tau")
+        return CondLRConfig(**{name: getattr(self, name) for name in names})
+
+    def fresh_config(self) -> PreTrainedConfig:
+        """Of a model from scratch."""
+        known = self.model_type in CONFIG_MAPPING
+        require(known, "model_type must be one that transformers has", self.model_type, "vit, bert or gpt2, say.")
+        changes = yaml.safe_load(self.config_overrides or "{}")
+        rule = "config_overrides must be a mapping such as {hidden_size: 128}"
+        require(isinstance(changes, dict), rule, self.config_overrides, "Mind the space behind each colon.")
+        config_class = CONFIG_MAPPING[self.model_type]
+        unknown = sorted(name for name in changes if not hasattr(config_class(), name))
+        require(not unknown, f"config_overrides must be fields of {config_class.__name__}", unknown)
+        return config_class(**changes)
+
+
+def class_names(train: Dataset) -> dict[str, Any]:
+    """What a classifier's config says of the classes of its training split."""
+    names = train.features["labels"].names
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def dense_start(auto_class: Any, args: MethodArguments, changes: dict[str, Any]) -> PreTrainedModel:
+    """The model as the arguments name it, before anything becomes of its layers.
+
+    Args:
+        auto_class: `AutoModelForImageClassification`, say.
+        args: A checkpoint, or the type of a fresh model.
+        changes: Of its config. A head of other classes than the checkpoint's is drawn anew.
+    """
+    if args.model_type is None:
+        return auto_class.from_pretrained(args.model_name_or_path, ignore_mismatched_sizes=True, **changes)
+    config = args.fresh_config()
+    config.update(changes)
+    return auto_class.from_config(config)
+
+
+def factored(
+    model: PreTrainedModel, args: MethodArguments, calibration: Callable[[], Iterable[Any]]
+) -> PreTrainedModel:
+    """The dense start as it is, or for the low-rank methods with its layers factored, in place.
+
+    Args:
+        model: Dense, or factored by an earlier training, which it then stays.
+        args: Method, ranks and start.
+        calibration: Makes the batches that the activation-aware start is computed from.
+
+    Raises:
+        ValueError: A factored model and method dense.
+    """
+    if hasattr(model, "condlr_config"):
+        remedy = "Choose lowrank or condlr, or make it dense: condlr densify."
+        require(args.method != "dense", "method dense needs a dense model", args.model_name_or_path, remedy)
+        logger.warning("%s is factored already: rank, targets and tau stay those of it", args.model_name_or_path)
+        return model
+    if args.method == "dense":
+        return model
+    batches = calibration() if args.init_weights == "activation_aware" else None
+    return get_robust_lowrank_model(model, args.condlr_config(), calibration_data=batches)
+
+
+def require_same_classes(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Of teacher and student, in the same order."""
+    rule = f"the teacher must know the classes {', '.join(list(model.config.label2id)[:5])}, ... in this order"
+    same = teacher.config.num_labels == model.config.num_labels
+    require(same and teacher.config.id2label == model.config.id2label, rule, list(teacher.config.label2id)[:5])
+
+
+def say_ignored(method: str, args: TrainingArguments) -> None:
+    """One file serves all methods, but nobody is to believe that an option worked that did not."""
+    ignored = [] if method == "condlr" else [o for o in fields(args) if o.name in CONSTRAINT]
+    changed = [option.name for option in ignored if getattr(args, option.name) != option.default]
+    if changed:
+        logger.warning("method %s takes no notice of %s", method, ", ".join(changed))

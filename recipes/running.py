@@ -1,0 +1,125 @@
+"""What every training recipe does with its Trainer: train, evaluate, attack, save, describe and push."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from labelled_data import LabelledDataArguments
+from restart import steps_done
+from transformers import EvalPrediction, Trainer
+
+from hf_condlr import CondLRTrainingArguments, RobustnessReport, condition_report, evaluate_robustness
+from hf_condlr.files import replacing
+
+logger = logging.getLogger(__name__)
+ATTACKING = ("attacks", "epsilons", "attack_steps", "max_attack_samples", "attack_checks")  # trains no other model
+
+
+def settings(model_args: Any, data_args: Any, training_args: CondLRTrainingArguments) -> dict[str, Any]:
+    """What a training depends on beside the Trainer's own options."""
+    data = {name: value for name, value in vars(data_args).items() if name not in ATTACKING}
+    return vars(model_args) | data | {"processes": training_args.world_size}
+
+
+def prepare(args: CondLRTrainingArguments) -> None:
+    """The Trainer's arguments, for this machine."""
+    args.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at each loader
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Of the class with the largest logit."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """From the checkpoint to the end; metrics and state are written."""
+    if trainer.is_world_process_zero() and hasattr(trainer.model, "condlr_conversion"):
+        print(trainer.model.condlr_conversion)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    done = steps_done(checkpoint)
+    if trainer.state.global_step > done:  # else all was trained, and its metrics lie there
+        # Where training went on, its loss and time are those of the rest.
+        trainer.save_metrics("train", output.metrics | {"train_steps_before": done})
+    trainer.save_state()
+
+
+def attack(
+    trainer: Trainer, model: Any, rows: Any, args: LabelledDataArguments, split: str
+) -> tuple[dict[str, float], RobustnessReport | None]:
+    """Accuracy under each attack, and the report; nothing where no epsilon is given. Finished batches are kept.
+
+    Args:
+        trainer: With the model's image processor or tokenizer.
+        model: Its model, or that as attacks are to see it.
+        rows: Images or texts, as `evaluate_robustness` takes them.
+        args: The attacks.
+        split: What the rows are called.
+    """
+    attacks = args.make_attacks()
+    if not attacks:
+        return {}, None
+    report = evaluate_robustness(
+        model,
+        rows,
+        attacks,
+        processor=trainer.processing_class,
+        accelerator=trainer.accelerator,
+        batch_size=trainer.args.eval_batch_size,
+        checks=args.attack_checks,
+        max_samples=args.max_attack_samples,
+        output_dir=Path(trainer.args.output_dir) / "attacks",
+        progress=not trainer.args.disable_tqdm,
+    )
+    metrics = {f"{split}_accuracy_{r.name.replace('-', '_')}_{r.epsilon:g}": r.robust_accuracy for r in report.attacks}
+    metrics |= {f"{split}_robust_accuracy": report.robust_accuracy, f"{split}_attacked_samples": report.samples}
+    return metrics, report
+
+
+def finish(
+    trainer: Trainer,
+    split: str,
+    metrics: Mapping[str, float],
+    *,
+    dataset: str | None = None,
+    report: RobustnessReport | None = None,
+) -> None:
+    """Write metrics, model and model card, and push them if that is asked for.
+
+    Args:
+        trainer: After training.
+        split: That was evaluated last.
+        metrics: Of it.
+        dataset: Name of the data on the Hub.
+        report: Of the attacks.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    card: dict[str, Any] = {"dataset": dataset}
+    if trainer.is_world_process_zero():
+        save(trainer, folder)
+        if report is not None:
+            print(report)
+            report.save(folder / "robustness.json")
+    if report is not None and hasattr(trainer.model, "condlr_config"):
+        card["robustness"] = report.card_entries()
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """The model, its image processor or tokenizer, and what became of the condition numbers."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "condlr_config"):
+        report = condition_report(model)
+        with replacing(folder / "condition_report.json") as temporary:
+            temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    model.save_pretrained(folder)  # the factors alone; `import hf_condlr` loads them
+    trainer.processing_class.save_pretrained(folder)
