@@ -66,18 +66,46 @@ def retract_cholesky(X: Tensor, *, fallback: bool = True) -> Tensor:  # (*, m, r
     waits for the device; with `fallback=False` it does not, and such matrices become NaN.
     """
     X_ = _at_least_float32(X)
-    gram = X_.mT @ X_
-    eps = torch.finfo(gram.dtype).eps
-    inverse, exists = inverse_cholesky(gram)
-    kappa_squared = _max_row_sum(gram) * _max_row_sum(inverse) * _max_row_sum(inverse.mT)
-    # A NaN is not trusted, nor squares that are no longer normal numbers.
-    trusted = exists & (kappa_squared <= 32) & (_max_row_sum(gram) > torch.finfo(gram.dtype).tiny / eps)
+    inverse, trusted = trusted_inverse_cholesky(X_.mT @ X_)
     Q = X_ @ inverse.mT
     if not fallback:
         Q = torch.where(per_matrix(trusted), Q, torch.nan)
     elif not trusted.all():
         Q[~trusted] = retract_qr(X_[~trusted])
     return Q.to(X.dtype)
+
+
+def trusted_inverse_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:  # (*, r, r) -> (*, r, r), (*,) bool
+    """L⁻¹ of XᵀX = LLᵀ, and whether X L⁻ᵀ is orthonormal enough, see `retract_cholesky`."""
+    eps = torch.finfo(gram.dtype).eps
+    inverse, exists = inverse_cholesky(gram)
+    kappa_squared = _max_row_sum(gram) * _max_row_sum(inverse) * _max_row_sum(inverse.mT)
+    # A NaN is not trusted, nor squares that are no longer normal numbers.
+    return inverse, exists & (kappa_squared <= 32) & (_max_row_sum(gram) > torch.finfo(gram.dtype).tiny / eps)
+
+
+def scaled_qr(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*, m, r) -> (*, m, k), (*, r, r), (*, 1, 1)
+    """X = scale · Q R, k = min(m, r), with zeros below R's k rows; of any finite X, also one of no rows."""
+    m, r = X.shape[-2:]
+    scale = _scale(X).to(X.dtype) if m else X.new_ones(*X.shape[:-2], 1, 1)
+    Q, R = torch.linalg.qr(X / scale)
+    return Q, torch.nn.functional.pad(R, (0, 0, 0, r - R.shape[-2])), scale
+
+
+def joined_qr(
+    R: Tensor, scale: Tensor, heights: list[int]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:  # (N, *, r, r), (N, *, 1, 1), N × k_j
+    """One QR of N blocks of rows X_j = scale_j · Q_j R_j, by their small factors, of which the first k_j rows count.
+
+    Returns:
+        Blocks B_j, (*, k_j, r), so that Q_j B_j are the rows of Q; R of the whole, diag(R) ≥ 0; and its scale.
+    """
+    largest = scale.amax(0)
+    # Without the rows that pad: where X is singular, Q would lie in them.
+    stacked = torch.cat([R[j][..., :k, :] * (scale[j] / largest) for j, k in enumerate(heights)], dim=-2)
+    Q, joined = torch.linalg.qr(stacked)
+    sign = torch.where(joined.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
+    return (Q * sign.unsqueeze(-2)).split(heights, dim=-2), joined * sign.unsqueeze(-1), largest
 
 
 def inverse_cholesky(G: Tensor) -> tuple[Tensor, Tensor]:  # (*, r, r) -> (*, r, r), (*,) bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import nn
 from hf_condlr.devices import runs_ahead
 from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.layers import LowRankLayer, factored_layers
-from hf_condlr.linalg import condition_number, orthonormality_error, orthonormalize
-from hf_condlr.optimizer_checks import check_count, check_dtypes, check_optimizer, refuse, shown
+from hf_condlr.linalg import condition_number
+from hf_condlr.optimizer_checks import check_count, check_dtypes, check_optimizer, check_wrappers, refuse, shown
 from hf_condlr.precision import full_precision
+from hf_condlr.shards import orthonormality_error, orthonormalize, reshard, rows_of, run, whole, write
 from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks, moving_factors
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ def attach_manifold_step(
 
     Args:
         optimizer: Any `torch.optim.Optimizer` that holds the trainable factors, or accelerate's wrapper of it.
-        model: A model with `LowRankLinear` or `LowRankConv2d` layers, wrapped by DDP or not.
+        model: A model with `LowRankLinear` or `LowRankConv2d` layers, wrapped by DDP, sharded by `fully_shard`, or
+            neither. Of a sharded one every process must do the same: attach, step, `settle()`, `load_state_dict()`.
         warmup_steps: T_w. The bound falls geometrically from each layer's own κ_0 to 1 + τ in so many steps:
             1 + τ(t) = κ_0^{1−p} (1+τ)^p with p = min(1, t/T_w). With 0 the first step conditions at once.
         metric_scaling: Divide the gradients of U and V by c² = ‖S‖_F²/r, as the flow does. None: on for SGD, off for
@@ -58,8 +61,9 @@ def attach_manifold_step(
         A handle: `step_count`, `bounds()`, `settle()`, `check()`, `state_dict()`, `load_state_dict()`, `remove()`.
 
     Raises:
-        OptimizerError: The guarantee cannot be kept: factors missing from the optimizer, in half precision, sharded,
-            attached already, a frozen S that is worse conditioned than its bound, or a schedule-free optimizer.
+        OptimizerError: The guarantee cannot be kept: factors missing from the optimizer, in half precision, flattened
+            or sharded otherwise than by rows, attached already, a frozen S that is worse conditioned than its bound,
+            or a schedule-free optimizer.
     """
     return ManifoldStep(
         optimizer,
@@ -87,8 +91,10 @@ class ManifoldStep:
         # Only accelerate's wrapper: others (Lookahead, ...) move the factors after the optimizer inside them.
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         self.optimizer: torch.optim.Optimizer = inner
-        unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
-        self.layers = factored_layers(unwrapped)
+        check_wrappers(optimizer, model)
+        self._model = extract_model_from_parallel(model, keep_torch_compile=False)
+        reshard(self._model)
+        self.layers = factored_layers(self._model)
         self.warmup_steps = warmup_steps
         self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
         self.projection_interval = projection_interval
@@ -140,6 +146,7 @@ class ManifoldStep:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
         """
         if self._unsettled:
+            reshard(self._model)
             for stack in self._stacks:
                 stack.begin_step()
             self._project()
@@ -207,6 +214,7 @@ class ManifoldStep:
         self.step_count = int(state["step_count"])
         self.warmup_steps = int(state["warmup_steps"])
         self.initial_condition = {name: float(value) for name, value in state["initial_condition"].items()}
+        reshard(self._model)
         self._forget_stacks()  # of the training that is left
         self._orthonormalize()  # weights may have been loaded too
         if self.step_count:
@@ -221,8 +229,10 @@ class ManifoldStep:
         for layer in self.layers.values():
             limit = 1e-5 * math.sqrt(layer.r)
             if max(orthonormality_error(layer.U).item(), orthonormality_error(layer.V).item()) > limit:
-                wide = (p.detach().double() for p in (layer.U, layer.S, layer.V))
-                layer.set_factors(*orthonormalize(*wide))
+                Q_U, S, Q_V = orthonormalize(layer.U, layer.S, layer.V)
+                for p, own in ((layer.U, Q_U), (layer.S, rows_of(layer.S).own(S)), (layer.V, Q_V)):
+                    write(p, own)
+                layer.refresh_bound()
 
     def _progress(self, step: int) -> float:
         """p = min(1, t/T_w)."""
@@ -255,13 +265,13 @@ class ManifoldStep:
         self._skipped = found_inf is not None and bool(found_inf.item())
         if self._skipped:
             return
+        reshard(self._model)
         check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
         with full_precision():
             self._gather()
-            for bases in self._bases:
-                bases.project_gradients(self.metric_scaling)
-            for cores in self._cores:
-                cores.sanitize_gradients()
+            bases = ((x.rows, x.entries, x.project_gradients(self.metric_scaling)) for x in self._bases)
+            cores = ((x.rows, x.entries, x.sanitize_gradients()) for x in self._cores)
+            run(chain(bases, cores))
 
     @property
     def _stacks(self) -> list[BasisStack | CoreStack]:
@@ -298,8 +308,8 @@ class ManifoldStep:
         if self.step_count % self.projection_interval == 0:
             self._project()
             return
+        run((stack.rows, stack.entries, stack.hold_update()) for stack in self._stacks)
         for stack in self._stacks:
-            stack.finite_update()
             stack.record(self.step_count)
         for layer in self.layers.values():
             layer.bound = math.inf
@@ -310,10 +320,9 @@ class ManifoldStep:
         progress = self._progress(self.step_count)
         previous = self._progress(max(0, self.step_count - self.projection_interval))
         with full_precision():
-            for bases in self._bases:
-                bases.retract_update()
-            for cores in self._cores:
-                cores.condition_update(progress, previous, self.step_count)
+            bases = ((x.rows, x.entries, x.retract_update()) for x in self._bases)
+            cores = ((x.rows, x.entries, x.condition_update(progress, previous, self.step_count)) for x in self._cores)
+            run(chain(bases, cores))
         for stack in self._stacks:
             stack.record(self.step_count)
             stack.end_interval()
@@ -328,7 +337,7 @@ class ManifoldStep:
 
 def _condition_number(layer: LowRankLayer) -> float:
     """κ(S), inf for S = 0."""
-    kappa = condition_number(layer.S.detach()).item()
+    kappa = condition_number(whole(layer.S)).item()
     return math.inf if math.isnan(kappa) else kappa
 
 

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_condlr.errors import OptimizerError
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import condition_number
+from hf_condlr.shards import rows_of, whole
 
 
 def check_count(name: str, value: int, least: int, remedy: str) -> None:
     """An integer ≥ `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptimizerError(f"{name} must be an integer ≥ {least}", received=repr(value), remedy=remedy)
+
+
+def check_wrappers(optimizer: object, model: nn.Module) -> None:
+    """Refuse engines that flatten parameters, whose matrices no step can find any more."""
+    found = [x for x in (optimizer, getattr(optimizer, "optimizer", None), model) if _is_deepspeed(x)]
+    if any(hasattr(p, "ds_id") for p in model.parameters()):  # ZeRO-3 leaves empty ones
+        found.append(model)
+    refuse(
+        [type(x).__name__ for x in found[:1]],
+        "factors must be matrices, and DeepSpeed's ZeRO steps flattened partitions of them",
+        "Use FSDP2 (torch.distributed.fsdp.fully_shard, or accelerate with fsdp_version: 2), which shards by rows, "
+        "or DDP.",
+    )
+    refuse(
+        [type(x).__name__ for x in model.modules() if isinstance(x, FullyShardedDataParallel)][:1],
+        "factors must be matrices, and FSDP1 flattens them",
+        "Use FSDP2 (torch.distributed.fsdp.fully_shard, or accelerate with fsdp_version: 2), which shards by rows.",
+    )
+
+
+def _is_deepspeed(x: object) -> bool:
+    return any(cls.__module__.partition(".")[0] == "deepspeed" for cls in type(x).__mro__)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) -> None:
@@ -28,23 +51,25 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankL
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     factors = {f"{name}.{k}": getattr(layer, k) for name, layer in layers.items() for k in "USV"}
     refuse(
+        [f"{name} of {p.ndim} dimensions" for name, p in factors.items() if p.ndim != 2],
+        "factors must be matrices, which a wrapper has flattened",
+        "Use DDP or FSDP2 (torch.distributed.fsdp.fully_shard), which keep their shapes.",
+    )
+    refuse(
         [name for name, p in factors.items() if p.requires_grad and id(p) not in held],
         "the optimizer must hold every trainable factor",
-        "Make the optimizer after the conversion, from model.parameters(); one optimizer for all factors.",
+        "Make the optimizer after the conversion, and after fully_shard, from model.parameters(); one for all factors.",
     )
     check_dtypes(factors)
+    for p in factors.values():
+        rows_of(p)
     refuse(
         [type(optimizer).__name__] if callable(getattr(optimizer, "eval", None)) else [],
         "an optimizer must not swap parameters for evaluation, as schedule-free ones do: they would be unconstrained",
         "Use AdamW, SGD or another one that steps the parameters themselves.",
     )
-    refuse(
-        [name for name, p in factors.items() if isinstance(p, DTensor)],
-        "factors must not be sharded",
-        "Use DDP, which keeps whole parameters on each device.",
-    )
     frozen = {name: layer for name, layer in layers.items() if not layer.S.requires_grad}
-    kappa = {name: condition_number(layer.S.detach()).item() for name, layer in frozen.items()}
+    kappa = {name: condition_number(whole(layer.S)).item() for name, layer in frozen.items()}
     refuse(
         [
             f"{name}.S (κ = {kappa[name]:.4g}, bound {1 + layer.tau:.4g})"

@@ -3,12 +3,15 @@
 Everything is batched over the L layers. Where the host runs ahead of the device nothing is read back in a step that
 finds the factors as the last one left them: choices are masks, and flags of factors whose gradient or update is not
 finite stay on the device until somebody asks. Factors that are new, or that somebody else has written, are looked at.
+
+Factors may be sharded by rows. What then must be summed over the processes, r×r blocks and flags, the methods yield to
+`shards.run`; of one process's own, everything is the sum already.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +23,14 @@ from hf_condlr.linalg import (
     clamp_singular_values,
     condition_number,
     is_conditionable,
+    joined_qr,
     per_matrix,
-    project_horizontal,
-    project_tangent,
-    retract_cholesky,
+    scaled_qr,
+    trusted_inverse_cholesky,
     wide_device,
 )
 from hf_condlr.product_clip import LARGEST_BOUND, clip_core_by_products
+from hf_condlr.shards import Work, layout, local, local_gradient, rows_of
 
 # Entries of one stack at most: four temporaries of its size are alive at once, beside one copy of all factors. A GPU
 # wants few launches, a CPU stacks that fit its cache.
@@ -34,13 +38,15 @@ STACK_LIMIT = {"cpu": 2**18, "others": 2**22}
 
 
 class Stack:
-    """Parameters of equal shape, dtype and device, with their values before the optimizer's step.
+    """Parameters of equal shape, dtype, device and sharding, with their values before the optimizer's step.
 
     Attributes:
+        rows: Which of the m rows are this process's own: all of them, unless the parameters are sharded.
+        entries: Of the r×r blocks of all its matrices.
         start: Values at the last projection, (L, m, r), which obey the constraint if they are ours; held from there to
-            the next one.
+            the next one. Of own rows, as everything but cores while they are conditioned.
         old: Values before the step, the same in the first one.
-        usable: (L,) bool: gradient and update are finite. A factor that is not keeps its old value.
+        usable: (L,) bool: gradient and update are finite. A factor that is not keeps its old value, on all processes.
         held_at: (L,) int64: the first step since `held` was asked at which a factor was not usable, 0 if it always was.
         ours: The factors are what the last projection of this stack wrote.
     """
@@ -51,6 +57,8 @@ class Stack:
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter]) -> None:
         self.names, self.parameters = names, parameters
+        self.rows = rows_of(parameters[0])
+        self.entries = len(parameters) * parameters[0].shape[-1] ** 2
         self.held_at = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
         self.ours = False
         self._written: list[int] = []
@@ -72,10 +80,20 @@ class Stack:
         del self.start, self.old
         self._written = self._versions()
 
-    def finite_update(self) -> Tensor:  # -> (L, m, r)
-        """The values after the step, a fresh tensor; factors that are not usable go back to their old ones."""
+    def hold_update(self) -> Work:
+        """After a step that no projection follows: factors that are not usable go back to their old values."""
+        new, flags = self._update()
+        yield flags
+        self._accept(new, *flags)
+
+    def _update(self) -> tuple[Tensor, list[Tensor]]:
+        """The values after the step, a fresh tensor, and a list of the flags of those that are not usable."""
         new = self._values()
-        self.usable = self.usable & _finite(new)
+        return new, [_count(self.usable.logical_not() | _finite(new).logical_not(), new)]
+
+    def _accept(self, new: Tensor, unusable: Tensor) -> Tensor:
+        """The values after the step, of which those that are not usable on some process are the old ones again."""
+        self.usable = unusable == 0
         if not _surely_all(self.usable):
             new = torch.where(per_matrix(self.usable), new, self.old)
             self._write(new)
@@ -94,19 +112,27 @@ class Stack:
 
     def _versions(self) -> list[int]:
         """Torch counts what is written into a tensor."""
-        return [p._version for p in self.parameters]
+        return [p._version for p in self._own()]
+
+    def _own(self) -> list[Tensor]:
+        """The own rows of the parameters; writing into them writes into these."""
+        plain = layout(self.parameters[0]) is None
+        return list(self.parameters) if plain else [local(p) for p in self.parameters]
 
     def _values(self) -> Tensor:
-        return torch.stack([p.detach() for p in self.parameters])
+        return torch.stack([local(p) for p in self.parameters])
 
-    def _finite_gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients, 0 where not finite (they would stay in the optimizer's moments for ever), and which were."""
-        G = torch.stack(_gradients(self.parameters))
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients, 0 where not finite (they would stay in the optimizer's moments for ever), and which were not."""
+        G = torch.stack([local_gradient(p) for p in self.parameters])
         finite = _finite(G)
-        return _select(finite, G, 0.0), finite
+        return _select(finite, G, 0.0), _count(finite.logical_not(), G)
 
     def _write(self, values: Tensor) -> None:
-        _copy_each(self.parameters, values)
+        _copy_each(self._own(), values)
+
+    def _write_gradients(self, values: Tensor) -> None:
+        _copy_each([local_gradient(p) for p in self.parameters], values)
 
 
 class BasisStack(Stack):
@@ -123,36 +149,64 @@ class BasisStack(Stack):
         self, names: list[str], parameters: list[nn.Parameter], cores: list[nn.Parameter], full_tangent: bool
     ) -> None:
         super().__init__(names, parameters)
-        self.cores = cores
-        self.project = project_tangent if full_tangent else project_horizontal
+        self.cores, self.full_tangent = cores, full_tangent
 
-    def project_gradients(self, metric_scaling: bool) -> None:
+    def _project(self, G: Tensor, product: Tensor) -> Tensor:  # (L, m, r), (L, r, r) -> (L, m, r)
+        """(I − UUᵀ)G, or G − U sym(UᵀG), by the product UᵀG of all rows; U of the last projection."""
+        if self.full_tangent:
+            product = (product + product.mT) / 2
+        return G - self.start @ product
+
+    def project_gradients(self, metric_scaling: bool) -> Work:
         """G ← (I − UUᵀ)G with U of the last projection; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
-        G, self.usable = self._finite_gradients()
-        G = self.project(self.start, G)
+        G, flags = self._gradients()
+        sums = [self.start.mT @ G, flags]
         if metric_scaling:
-            norms = torch.stack(torch._foreach_norm([S.detach() for S in self.cores]))
-            c_squared = (norms.square() / self.start.shape[-1]).to(G.dtype)
+            sums.append(torch.stack(torch._foreach_norm([local(S) for S in self.cores])).square().to(G.dtype))
+        yield sums
+        self.usable = sums[1] == 0
+        G = _select(self.usable, self._project(G, sums[0]), 0.0)
+        if metric_scaling:
+            c_squared = sums[2] / self.start.shape[-1]
             G = G / per_matrix(torch.where(c_squared > 0, c_squared, 1.0))
-            self.usable = self.usable & _finite(G)  # a tiny S can overflow what was finite
+            # A tiny S can overflow what was finite; if here only, `_update` tells the others.
+            self.usable = self.usable & _finite(G)
             G = _select(self.usable, G, 0.0)
-        _copy_each(_gradients(self.parameters), G)
+        self._write_gradients(G)
 
-    def retract_update(self) -> None:
+    def retract_update(self) -> Work:
         """U ← R(U + Δ), Δ the tangent part of the displacement since the last projection.
 
-        What did not move stays bitwise.
+        X = U + Δ has XᵀX = LLᵀ and R(X) = X L⁻ᵀ (Cholesky-QR). For horizontal Δ, XᵀX = I + ΔᵀΔ, and it takes a step of
+        several times the size of U to make that so ill-conditioned that Householder's QR has to take over. What did
+        not move stays bitwise.
         """
-        displacement = self.finite_update().sub_(self.start)
-        moved = (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
+        new, sums = self._update()
+        yield sums
+        displacement = self._accept(new, *sums).sub_(self.start)
         sound = _finite(displacement)
+        displacement = _select(sound, displacement, 0.0)
+        moved = _count(_moved(displacement), displacement)
+        sums = [self.start.mT @ displacement, moved, _count(sound.logical_not(), displacement)]
+        yield sums
+        product, moved, unsound = sums
         # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
-        displacement = self.project(self.start, _select(sound, displacement, 0.0))
-        X = displacement.add_(self.start)
-        # Without the fallback NaN, and the factor is held.
-        retracted = retract_cholesky(X, fallback=not (self.ours and runs_ahead(X)))
-        sound = sound & _finite(retracted)
-        self._write(_select(sound & moved, retracted, self.start))
+        X = self._project(displacement, product).add_(self.start)
+        sums = [X.mT @ X]
+        yield sums
+        inverse, sound = trusted_inverse_cholesky(*sums)
+        retracted = X @ inverse.mT
+        # To see whether it is needed the host waits for the device. Without it the factor is held.
+        if not (self.ours and runs_ahead(X)) and not sound.all():
+            rest = sound.logical_not()
+            Q, R, scale = scaled_qr(X[rest])
+            sums = [self.rows.beside(R), self.rows.beside(scale)]
+            yield sums
+            blocks, R, _ = joined_qr(sums[0], sums[1], self.rows.heights(R.shape[-1]))
+            retracted[rest] = Q @ blocks[self.rows.index]
+            sound[rest] = _finite(R)
+        sound = sound & (unsound == 0)
+        self._write(_select(sound & (moved > 0), retracted, self.start))
         self.usable = self.usable & sound
 
 
@@ -186,38 +240,44 @@ class CoreStack(Stack):
         self.vanished_at = self.vanished_at.to(self.held_at.device)
         self.logarithms = self.logarithms.to(wide_device(self.held_at))
 
-    def sanitize_gradients(self) -> None:
+    def sanitize_gradients(self) -> Work:
         """Gradients that are not finite become zero; the cores are marked."""
         if _has_gradient(self.parameters[0]):
-            G, self.usable = self._finite_gradients()
-            _copy_each(_gradients(self.parameters), G)
+            G, flags = self._gradients()
+            sums = [flags]
+            yield sums
+            self.usable = sums[0] == 0
+            self._write_gradients(_select(self.usable, G, 0.0))
 
-    def condition_update(self, progress: float, previous: float, step: int) -> None:
-        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; the last projection had p = `previous` at least."""
-        S = self.finite_update()
+    def condition_update(self, progress: float, previous: float, step: int) -> Work:
+        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; the last projection had p = `previous` at least.
+
+        Whole cores: every process conditions the same ones in the same way, and keeps its rows.
+        """
+        new, flags = self._update()
+        yield flags
+        S = self._accept(new, *flags)
         if self.bounded:
-            S = self._condition(S, progress, previous, step)
+            cores = [self.rows.spread(S), self.rows.spread(self.start)]
+            yield cores
+            S = self.rows.own(self._condition(cores[0], cores[1], progress, previous, step))
         self._write(S)
 
     def _bounds(self, progress: float) -> Tensor:  # -> (L,)
         first, last = self.logarithms.unbind(-1)
         return first.lerp(last, progress).exp()
 
-    def _condition(self, S: Tensor, progress: float, previous: float, step: int) -> Tensor:
+    def _condition(self, S: Tensor, start: Tensor, progress: float, previous: float, step: int) -> Tensor:
         conditionable = is_conditionable(S)
         vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
         self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
         self.usable = self.usable & conditionable
-        S = _select(conditionable, S, self.start)
-        if self.by_products and (self.ours or self._start_obeys(self._bounds(previous))):
-            S, followed = clip_core_by_products(S, self._bounds(progress), self.center, self.start)
+        S = _select(conditionable, S, start)
+        if self.by_products and (self.ours or _obeys(start, self._bounds(previous))):
+            S, followed = clip_core_by_products(S, self._bounds(progress), self.center, start)
             self.usable = self.usable & followed
             return S
         return clamp_singular_values(S, self._bounds(progress) - 1, center=self.center)
-
-    def _start_obeys(self, bounds: Tensor) -> bool:
-        """Waits for the device. Asked of values, not of history: a resumed training takes the same way."""
-        return bool((condition_number(self.start) <= bounds * (1 + 1e-4)).all())
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero}, and forget it. Waits for the device."""
@@ -263,8 +323,26 @@ def core_stacks(
 
 def _finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
     """Whether every entry is finite, from the extremes: NaN is one of them; 30 times cheaper than `isfinite(X)`."""
+    if not X.numel():  # no rows on this process
+        return torch.ones(len(X), dtype=torch.bool, device=X.device)
     flat = X.flatten(1)
     return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
+
+
+def _moved(displacement: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
+    if not displacement.numel():
+        return torch.zeros(len(displacement), dtype=torch.bool, device=displacement.device)
+    return (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
+
+
+def _obeys(S: Tensor, bounds: Tensor) -> bool:  # (L, r, r), (L,)
+    """Waits for the device. Asked of values, not of history: a resumed training takes the same way."""
+    return bool((condition_number(S) <= bounds * (1 + 1e-4)).all())
+
+
+def _count(flags: Tensor, like: Tensor) -> Tensor:  # (L,) bool -> (L,)
+    """Numbers of the dtype that matrices are summed in, to be summed with them."""
+    return flags.to(like.dtype)
 
 
 def _surely_all(mask: Tensor) -> bool:
@@ -281,23 +359,19 @@ def _has_gradient(p: nn.Parameter) -> bool:
     return p.requires_grad and p.grad is not None
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
-
-
-def _copy_each(targets: Sequence[Tensor], values: Tensor) -> None:  # L × (m, r), (L, m, r)
-    torch._foreach_copy_(list(targets), list(values.unbind()))
+def _copy_each(targets: list[Tensor], values: Tensor) -> None:  # L × (m, r), (L, m, r)
+    torch._foreach_copy_(targets, list(values.unbind()))
 
 
 def _grouped(rows: Iterable[tuple]) -> Iterator[tuple[list, ...]]:
-    """Rows (name, parameter, ..., key) with equal shape, dtype, device and key, transposed to lists.
+    """Rows (name, parameter, ..., key) with equal shape, dtype, device, sharding and key, transposed to lists.
 
     Groups of more than `STACK_LIMIT` entries are split.
     """
     groups: dict[tuple, list[tuple]] = {}
     for row in rows:
         p = row[1]
-        groups.setdefault((p.shape, p.dtype, p.device, row[-1]), []).append(row)
+        groups.setdefault((p.shape, p.dtype, p.device, layout(p), row[-1]), []).append(row)
     for group in groups.values():
         p = group[0][1]
         size = max(1, STACK_LIMIT.get(p.device.type, STACK_LIMIT["others"]) // p.numel())

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors", "files", "precision", "devices"},
     {"linalg", "divergence", "replicas"},
+    {"shards"},
     {"config", "layers", "attacks", "product_clip"},
     {"initialization", "calibration", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
     {"manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},

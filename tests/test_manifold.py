@@ -45,6 +45,12 @@ def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
+def alone(work):
+    """What a method of a stack yields is to be summed over the processes: of one process it is the sum."""
+    for _ in work:
+        pass
+
+
 def random_gradients(model, scale=1.0):
     for p in model.parameters():
         p.grad = torch.randn_like(p) * scale
@@ -982,11 +988,11 @@ def test_the_step_without_a_wait_is_one_graph(running_ahead):
         for stack in stacks:
             stack.begin_interval()
             stack.ours = True  # the first one decomposes
-        bases.project_gradients(metric_scaling=True)
-        cores.sanitize_gradients()
+        alone(bases.project_gradients(metric_scaling=True))
+        alone(cores.sanitize_gradients())
         torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-0.1)
-        bases.retract_update()
-        cores.condition_update(1.0, 1.0, 3)
+        alone(bases.retract_update())
+        alone(cores.condition_update(1.0, 1.0, 3))
         for stack in stacks:
             stack.record(3)
             stack.end_interval()
@@ -1026,11 +1032,11 @@ def test_no_step_reads_anything_back():
             stack.begin_interval()
             stack.ours = True
         for stack in bases:
-            stack.project_gradients(metric_scaling=True)
-            stack.retract_update()
+            alone(stack.project_gradients(metric_scaling=True))
+            alone(stack.retract_update())
         for stack in conditioned:
-            stack.sanitize_gradients()
-            stack.condition_update(0.5, 0.4, 7)
+            alone(stack.sanitize_gradients())
+            alone(stack.condition_update(0.5, 0.4, 7))
         for stack in [*bases, *conditioned]:
             stack.record(7)
             stack.end_interval()

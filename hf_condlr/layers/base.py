@@ -20,6 +20,7 @@ from hf_condlr.linalg import (
     is_conditionable,
     random_factors,
 )
+from hf_condlr.shards import whole
 
 Factors = tuple[Tensor, Tensor, Tensor]
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
@@ -94,10 +95,11 @@ class LowRankLayer(nn.Module):
 
     @torch.no_grad()
     def refresh_bound(self) -> None:
-        """`bound` from S itself: 1 + tau where it obeys that, inf where it does not."""
+        """`bound` from S itself: 1 + tau where it obeys that, inf where it does not. Gathers a sharded S."""
         target = 1 + self.tau
         tolerance = 1 + FEASIBILITY_TOLERANCE.get(self.S.dtype, torch.finfo(self.S.dtype).eps)
-        feasible = bool(is_conditionable(self.S)) and bool(condition_number(self.S) <= target * tolerance)
+        S = whole(self.S)
+        feasible = bool(is_conditionable(S)) and bool(condition_number(S) <= target * tolerance)
         self.bound = target if feasible else math.inf
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
