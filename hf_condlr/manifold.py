@@ -23,7 +23,9 @@ from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number
 from hf_condlr.optimizer_checks import check_count, check_dtypes, check_optimizer, check_wrappers, refuse, shown
 from hf_condlr.precision import full_precision
-from hf_condlr.shards import orthonormality_error, orthonormalize, reshard, rows_of, run, whole, write
+from hf_condlr.replicas import check_replicas, is_due, is_replicated, of_first_process
+from hf_condlr.shards import Work, orthonormality_error, orthonormalize, reshard, rows_of, run, whole, write
+from hf_condlr.sharing import project_shared
 from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks, moving_factors
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ def attach_manifold_step(
     warmup_steps: int = 0,
     metric_scaling: bool | None = None,
     projection_interval: int = 1,
+    drift_check_interval: int = 100,
+    share_step: bool = False,
 ) -> ManifoldStep:
     """Keep the constraint of every factored layer of `model` under `optimizer`, from its next step on. Call it once.
 
@@ -56,6 +60,10 @@ def attach_manifold_step(
         projection_interval: k. Retract and condition after every k-th step only, which is most of the cost. In between
             the constraint does **not** hold: call `settle()` of the handle, on every process, before you evaluate,
             save or load weights, and at the end. See `ManifoldStep.settle`.
+        drift_check_interval: Of several processes that hold copies of the factors, compare them after the first step
+            and after every so many, bit for bit; 0 never. The same on every process.
+        share_step: Of several processes that hold copies of the factors, let each retract and condition a part of them
+            and hand it round: the same step bit for bit. The same on every process.
 
     Returns:
         A handle: `step_count`, `bounds()`, `settle()`, `check()`, `state_dict()`, `load_state_dict()`, `remove()`.
@@ -71,6 +79,8 @@ def attach_manifold_step(
         warmup_steps=warmup_steps,
         metric_scaling=metric_scaling,
         projection_interval=projection_interval,
+        drift_check_interval=drift_check_interval,
+        share_step=share_step,
     )
 
 
@@ -85,9 +95,12 @@ class ManifoldStep:
         warmup_steps: int = 0,
         metric_scaling: bool | None = None,
         projection_interval: int = 1,
+        drift_check_interval: int = 100,
+        share_step: bool = False,
     ) -> None:
         check_count("warmup_steps", warmup_steps, 0, "0 conditions at once.")
         check_count("projection_interval", projection_interval, 1, "1 projects after every step.")
+        check_count("drift_check_interval", drift_check_interval, 0, "0 never compares.")
         # Only accelerate's wrapper: others (Lookahead, ...) move the factors after the optimizer inside them.
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         self.optimizer: torch.optim.Optimizer = inner
@@ -98,6 +111,7 @@ class ManifoldStep:
         self.warmup_steps = warmup_steps
         self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
         self.projection_interval = projection_interval
+        self.drift_check_interval, self.share_step = drift_check_interval, share_step
         self.step_count = 0
         check_optimizer(self.optimizer, self.layers)
         _check_attached(self.optimizer, self.layers)
@@ -267,6 +281,8 @@ class ManifoldStep:
             return
         reshard(self._model)
         check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
+        if not self.step_count and is_replicated():  # DDP may have handed out its weights since κ_0 was measured
+            self.initial_condition = of_first_process(self.initial_condition, next(iter(self.layers.values())).S.device)
         with full_precision():
             self._gather()
             bases = ((x.rows, x.entries, x.project_gradients(self.metric_scaling)) for x in self._bases)
@@ -307,6 +323,7 @@ class ManifoldStep:
         self.step_count += 1
         if self.step_count % self.projection_interval == 0:
             self._project()
+            self._check_drift()
             return
         run((stack.rows, stack.entries, stack.hold_update()) for stack in self._stacks)
         for stack in self._stacks:
@@ -314,15 +331,29 @@ class ManifoldStep:
         for layer in self.layers.values():
             layer.bound = math.inf
         self._check_where_free()
+        self._check_drift()
+
+    def _check_drift(self) -> None:
+        if is_replicated() and is_due(self.step_count, self.drift_check_interval):
+            factors = {f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"}
+            bounds = {f"the bound of {name}": bound for name, bound in self.bounds().items()}
+            check_replicas(factors, bounds, step=self.step_count)
 
     def _project(self) -> None:
         """Retract the bases, condition the cores."""
         progress = self._progress(self.step_count)
         previous = self._progress(max(0, self.step_count - self.projection_interval))
+
+        def work_on(stack: BasisStack | CoreStack) -> Work:
+            if isinstance(stack, BasisStack):
+                return stack.retract_update()
+            return stack.condition_update(progress, previous, self.step_count)
+
         with full_precision():
-            bases = ((x.rows, x.entries, x.retract_update()) for x in self._bases)
-            cores = ((x.rows, x.entries, x.condition_update(progress, previous, self.step_count)) for x in self._cores)
-            run(chain(bases, cores))
+            if self.share_step and is_replicated():
+                project_shared(self._stacks, work_on, step=self.step_count)
+            else:
+                run((stack.rows, stack.entries, work_on(stack)) for stack in self._stacks)
         for stack in self._stacks:
             stack.record(self.step_count)
             stack.end_interval()

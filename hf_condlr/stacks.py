@@ -100,6 +100,11 @@ class Stack:
         self.old = self.start  # no copy is kept over forward and backward
         return new
 
+    def receive(self, factors: list[Tensor], usable: Tensor, vanished: Tensor, step: int) -> None:
+        """Take over what another process made of the same whole factors in step number `step`."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], factors)
+        self.usable = usable.clone()
+
     def record(self, step: int) -> None:
         """Note which factors step number `step` held; `held` reads it."""
         self.held_at = torch.where(self.usable.logical_not() & (self.held_at == 0), step, self.held_at)
@@ -248,6 +253,11 @@ class CoreStack(Stack):
             yield sums
             self.usable = sums[0] == 0
             self._write_gradients(_select(self.usable, G, 0.0))
+
+    def receive(self, factors: list[Tensor], usable: Tensor, vanished: Tensor, step: int) -> None:
+        """As `Stack.receive`, and which cores would have become zero."""
+        super().receive(factors, usable, vanished, step)
+        self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
 
     def condition_update(self, progress: float, previous: float, step: int) -> Work:
         """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; the last projection had p = `previous` at least.

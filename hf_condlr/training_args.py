@@ -115,6 +115,20 @@ class CondLRArguments(AdversarialArguments):
             "saving and the end of the training; between these κ is not bounded."
         },
     )
+    drift_check_interval: int = field(
+        default=100,
+        metadata={
+            "help": "Of several processes, compare the factors after the first optimizer step and after every k-th, "
+            "bit for bit, and stop all of them where they differ; 0 never."
+        },
+    )
+    share_step: bool = field(
+        default=False,
+        metadata={
+            "help": "Of several processes, let each retract and condition a part of the factors and pass them on, "
+            "instead of all of them all; the results are the same."
+        },
+    )
     distillation_weight: float = field(
         default=0.0,
         metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ T² KL(teacher ‖ student); needs a teacher."},
@@ -129,6 +143,7 @@ class CondLRArguments(AdversarialArguments):
         self._require(self.factor_learning_rate >= 0, "factor_learning_rate", "be ≥ 0")
         self._require(self.core_learning_rate >= 0, "core_learning_rate", "be ≥ 0")
         self._require(self.projection_interval >= 1, "projection_interval", "be an integer ≥ 1")
+        self._require(self.drift_check_interval >= 0, "drift_check_interval", "be an integer ≥ 0")
         self._require(0 <= self.distillation_weight <= 1, "distillation_weight", "lie in [0, 1]")
         self._require(self.distillation_temperature > 0, "distillation_temperature", "be > 0")
         for name in ("bf16_full_eval", "fp16_full_eval"):

@@ -74,6 +74,8 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
                 self.model if model is None else model,
                 metric_scaling=self.args.metric_scaling,
                 projection_interval=self.args.projection_interval,
+                drift_check_interval=self.args.drift_check_interval,
+                share_step=self.args.share_step,
             )
         return optimizer
 
