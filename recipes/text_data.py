@@ -66,26 +66,34 @@ def load_data(args: DataArguments) -> DatasetDict:
     data = labelled(data, args, used, names=LABELS)
     for split, rows in data.items():
         for source, name in used.items():
-            _require_texts(rows, name, f"column {source} of the {split} split")
+            require_texts(rows, name, f"column {source} of the {split} split")
     return limit(data, args)
 
 
 def _text_columns(args: DataArguments, columns: Mapping[str, Any]) -> list[str]:
-    found = [name for name, kind in columns.items() if _is_text(kind) and name not in (*LABELS, args.label_column)]
+    found = [name for name, kind in columns.items() if is_text(kind) and name not in (*LABELS, args.label_column)]
     if args.text_columns is None:
         pair = [list(names) for names in PAIRS if set(names) <= set(found)]
         return pair[0] if pair else [column(None, "text_columns", columns, found, "text")]
     texts = [column(name, "text_columns", columns, found, "text") for name in args.text_columns]
-    others = {name: str(columns[name]) for name in texts if not _is_text(columns[name])}
+    others = {name: str(columns[name]) for name in texts if not is_text(columns[name])}
     require(not others, f"text_columns must hold text, as {', '.join(found) or 'no column here'} does", others)
     return texts
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
+    """Whether a column's feature is strings."""
     return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
 
 
-def _require_texts(rows: Dataset, name: str, where: str) -> None:
+def require_texts(rows: Dataset, name: str, where: str) -> None:
+    """No text is missing; empty ones are said.
+
+    Args:
+        rows: With a column `row`, the number in the split as read.
+        name: Of the column.
+        where: For messages.
+    """
     texts = list(rows[name])
     missing = next((i for i, text in enumerate(texts) if text is None), None)
     if missing is not None:
