@@ -86,7 +86,8 @@ def check_dtypes(factors: dict[str, nn.Parameter]) -> None:
     refuse(
         [f"{name} ({p.dtype})" for name, p in factors.items() if p.dtype not in (torch.float32, torch.float64)],
         "factors must be float32 or float64: rounding to half precision alone breaks orthonormality",
-        "Call model.float() and train under autocast (bf16=True or fp16=True in TrainingArguments).",
+        "Call float() of the model, or of each factored layer alone, and train under autocast (bf16=True or fp16=True "
+        "in TrainingArguments): the factors are their own float32 masters.",
     )
 
 
