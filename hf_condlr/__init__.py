@@ -11,6 +11,7 @@ from hf_condlr.loading import FactoredCheckpointLoader  # noqa: F401  # register
 from hf_condlr.manifold import attach_manifold_step
 from hf_condlr.metrics import AttackSuccessRate, RobustAccuracy
 from hf_condlr.model_card import write_model_card
+from hf_condlr.sharded_checkpoints import load_sharded, save_sharded
 from hf_condlr.trainer import (
     AdversarialTrainerMixin,
     CondLRSeq2SeqTrainer,
@@ -53,7 +54,9 @@ __all__ = [
     "export_onnx",
     "fold_model",
     "get_robust_lowrank_model",
+    "load_sharded",
     "load_split",
+    "save_sharded",
     "to_dense_model",
     "write_model_card",
 ]

@@ -25,7 +25,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import Factors, FoldedLayer, LowRankLayer
-from hf_condlr.linalg import CENTERS, Center, condition_number, orthonormality_error, singular_values
+from hf_condlr.linalg import CENTERS, Center, condition_number, singular_values
+from hf_condlr.shards import gram_times, is_finite, orthonormality_error, whole
 
 METHOD = "condlr"
 FORMAT = 1
@@ -177,7 +178,8 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
 
     Args:
         name: Of the layer, for the message.
-        factors: As loaded; on the meta device (offloaded) there are no values to look at.
+        factors: As loaded; on the meta device (offloaded) there are no values to look at. Sharded ones are checked by
+            all processes together.
         stored: What `config.json` states of them.
         dtype: Of the file; that of the factors may round once more.
 
@@ -186,15 +188,15 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
     """
     if any(factor.is_meta for factor in factors):
         return
-    if not all(torch.isfinite(factor).all() for factor in factors):
+    if not all([is_finite(factor) for factor in factors]):  # all of them: each may be a sum over processes
         raise _broken(name, "U, S and V must be finite", "a value that is not")
     orthonormal, least = _measure(factors, dtype)
     U, S, V = factors
     if stored.orthonormal and not orthonormal:
-        error = max(orthonormality_error(U.double()).item(), orthonormality_error(V.double()).item())
+        error = max(orthonormality_error(U).item(), orthonormality_error(V).item())
         raise _broken(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
     if not least <= stored.bound * KAPPA_TOLERANCE:
-        kappa = condition_number(S.double()).item()
+        kappa = condition_number(whole(S)).item()
         raise _broken(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
 
 
@@ -209,7 +211,7 @@ def _measure(factors: Factors, dtype: torch.dtype) -> tuple[bool, float]:
     r, u = S.shape[0], (torch.finfo(dtype).eps + torch.finfo(S.dtype).eps) / 2
     error = max(_orthonormality_estimate(U), _orthonormality_estimate(V))
     orthonormal = error <= (1e-4 + 2 * u) * math.sqrt(r) + u * u * r
-    S = S.double()
+    S = whole(S).double()
     if not torch.isfinite(S).all():
         return orthonormal, math.inf
     sigma, slack = singular_values(S), u * torch.linalg.vector_norm(S)
@@ -218,9 +220,8 @@ def _measure(factors: Factors, dtype: torch.dtype) -> tuple[bool, float]:
 
 def _orthonormality_estimate(U: Tensor) -> float:
     """‖UᵀU − I‖_F from 16 random directions, E‖(UᵀU − I)z‖² = ‖UᵀU − I‖_F²: the whole product is slow at loading."""
-    U = U.float()
     z = torch.randn(U.shape[1], PROBES, generator=torch.Generator().manual_seed(0)).to(U.device)
-    return (torch.linalg.vector_norm(U.mT @ (U @ z) - z) / math.sqrt(PROBES)).item()
+    return (torch.linalg.vector_norm(gram_times(U, z) - z) / math.sqrt(PROBES)).item()
 
 
 def _broken(name: str, rule: str, received: str) -> CheckpointError:

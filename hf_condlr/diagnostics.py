@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_condlr.errors import CondLRError, MissingExtraError
 from hf_condlr.layers import LowRankLayer
-from hf_condlr.linalg import orthonormality_error, orthonormalize, singular_values
+from hf_condlr.linalg import singular_values
+from hf_condlr.shards import orthonormality_error, orthonormalize, reshard
 
 
 @dataclass
@@ -152,11 +153,13 @@ def condition_report(model: nn.Module) -> ConditionReport:
     """Measure every factored layer of `model`, in float64.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
-    step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V.
+    step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Of a sharded model every process must
+    ask; bases are not gathered for it.
 
     Raises:
         CondLRError: The model has no factored layers.
     """
+    reshard(model)
     records = []
     for name, layer in model.named_modules():
         if isinstance(layer, LowRankLayer):
@@ -173,15 +176,14 @@ def condition_report(model: nn.Module) -> ConditionReport:
 
 
 def _record(name: str, layer: LowRankLayer) -> LayerRecord:
-    U, S, V = (p.detach().cpu().double() for p in (layer.U, layer.S, layer.V))
-    _, core, _ = orthonormalize(U, S, V)
+    core = orthonormalize(layer.U, layer.S, layer.V)[1].cpu()
     if torch.isfinite(core).all():
         sigma = singular_values(core)
         kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
     else:
         sigma, kappa = torch.full((layer.r,), math.nan), math.inf
-    errors = torch.stack((orthonormality_error(U), orthonormality_error(V))).nan_to_num(math.inf, math.inf)
-    m, n = U.shape[0], V.shape[0]
+    errors = torch.stack([orthonormality_error(p) for p in (layer.U, layer.V)]).nan_to_num(math.inf, math.inf)
+    m, n = layer.U.shape[0], layer.V.shape[0]
     bias = 0 if layer.bias is None else layer.bias.numel()
     return LayerRecord(
         name=name,

@@ -14,11 +14,15 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -35,6 +39,7 @@ from hf_condlr.checkpoints import (
 )
 from hf_condlr.errors import CheckpointError
 from hf_condlr.hub import push_to_hub
+from hf_condlr.shards import is_sharded
 
 STAGING = ".condlr-"
 _SHARD = re.compile(r"(-\d{5}-of-\d{5})\.safetensors$")
@@ -72,6 +77,7 @@ def save_pretrained(
 ) -> None:
     """As `PreTrainedModel.save_pretrained`, for a model with factored or folded layers.
 
+    Of a model that `fully_shard` sharded every process must call it; the first one gathers the weights and writes.
     `AutoModelFor….from_pretrained(save_directory)` builds the same layers after `import hf_condlr`.
 
     Args:
@@ -96,6 +102,9 @@ def save_pretrained(
             received=", ".join(f"{name}={value!r}" for name, value in refused.items()),
             remedy="Leave it out.",
         )
+    if state_dict is None and is_sharded(model):
+        state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        is_main_process = is_main_process and dist.get_rank() == 0  # the only one that got it
     if not is_main_process:
         return
     layers = stored_layers(model, state_dict)
@@ -108,7 +117,8 @@ def save_pretrained(
             # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
             tensors = None if state_dict is None else dict(state_dict)  # transformers empties it
             options: dict[str, Any] = {"state_dict": tensors, "max_shard_size": max_shard_size}
-            type(model).save_pretrained(model, staging, save_original_format=False, **options)
+            with _gathered_already(model):
+                type(model).save_pretrained(model, staging, save_original_format=False, **options)
             _publish(model, staging, folder, layers)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -121,6 +131,20 @@ def save_pretrained(
     if push_to_hub:
         repo_id = upload.pop("repo_id", folder.name)
         model.push_to_hub(repo_id, token=token, max_shard_size=max_shard_size, **upload)
+
+
+@contextmanager
+def _gathered_already(model: PreTrainedModel) -> Iterator[None]:
+    """Where transformers itself sharded the model, it would gather again, and wait for the other processes."""
+    config: Any = model.config
+    distributed = getattr(config, "distributed_config", None)
+    try:
+        if distributed is not None:
+            config.distributed_config = None
+        yield
+    finally:
+        if distributed is not None:
+            config.distributed_config = distributed
 
 
 _UPLOAD = {"repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags"}

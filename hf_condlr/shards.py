@@ -130,6 +130,11 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some parameter is."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------- joint work
 
 
@@ -181,7 +186,7 @@ def _sum_all(requests: list[tuple[Any, list[Tensor]]]) -> None:
 
 def _sum(rows: Rows, *own: Tensor) -> list[Tensor]:
     tensors = list(own)
-    if rows.group is not None:
+    if rows.group is not None:  # else it is the sum
         _sum_all([(rows.group, tensors)])
     return tensors
 
@@ -194,13 +199,25 @@ def orthonormality_error(U: Tensor) -> Tensor:  # (m, r) -> ()
     rows, own = rows_of(U), local(U)
     if rows.group is None:
         return linalg.orthonormality_error(own)
-    (gram,) = _sum(rows, own.double().mT @ own.double())
+    own = _wide(own)
+    (gram,) = _sum(rows, own.mT @ own)
     return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+
+def gram_times(U: Tensor, Z: Tensor) -> Tensor:  # (m, r), (r, k) -> (r, k)
+    """UᵀU Z; every process must ask."""
+    own = local(U).to(Z.dtype)
+    return _sum(rows_of(U), own.mT @ (own @ Z))[0]
+
+
+def is_finite(p: Tensor) -> bool:  # (m, r)
+    """Whether every entry is, on all processes, which must all ask."""
+    return not _sum(rows_of(p), torch.isfinite(local(p)).logical_not().sum())[0].item()
 
 
 def qr(U: Tensor) -> tuple[Tensor, Tensor]:  # (m, r) -> (count, r), (r, r)
     """The own rows of Q, and R, of U = QR in float64; of sharded bases by TSQR, which gathers r×r blocks."""
-    rows, own = rows_of(U), local(U).double()
+    rows, own = rows_of(U), _wide(local(U))
     if rows.group is None:
         return tuple(torch.linalg.qr(own))
     Q, R, scale = linalg.scaled_qr(own)
@@ -212,7 +229,11 @@ def qr(U: Tensor) -> tuple[Tensor, Tensor]:  # (m, r) -> (count, r), (r, r)
 def orthonormalize(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (m, r), (r, r), (n, r)
     """As `linalg.orthonormalize`, in float64: the own rows of Q_U, the whole core R_U S R_Vᵀ, the own rows of Q_V."""
     (Q_U, R_U), (Q_V, R_V) = qr(U), qr(V)
-    return Q_U, R_U @ whole(S).double() @ R_V.mT, Q_V
+    return Q_U, R_U @ _wide(whole(S)) @ R_V.mT, Q_V
+
+
+def _wide(X: Tensor) -> Tensor:
+    return X.to(device=linalg.wide_device(X), dtype=torch.float64)
 
 
 @torch.no_grad()
