@@ -65,13 +65,12 @@ def project_shared(
         _pack(mine, sent, step)
     else:
         sent[0] = 1
-    received = sent.new_empty(len(parts) * size)
-    dist.all_gather_into_tensor(received, sent)
+    received = [torch.empty_like(sent) for _ in parts]
+    dist.all_gather(received, sent)
     if failure is not None:
         raise failure
-    buffers = received.view(len(parts), size)
-    _check_failures(buffers)
-    for part, buffer in zip(parts, buffers.unbind(), strict=True):
+    _check_failures(received)
+    for part, buffer in zip(parts, received, strict=True):
         if part is not mine:
             _unpack(part, buffer, step)
 
@@ -83,8 +82,9 @@ def _parts(stacks: Sequence[BasisStack | CoreStack]) -> list[list[BasisStack | C
     return [[stack for stack, i in zip(stacks, owner, strict=True) if i == process] for process in range(processes)]
 
 
-def _check_failures(buffers: Tensor) -> None:
-    failed = [str(process) for process, flag in enumerate(buffers[:, 0].tolist()) if flag]
+def _check_failures(received: list[Tensor]) -> None:
+    flags = torch.stack([buffer[0] for buffer in received])
+    failed = [str(process) for process, flag in enumerate(flags.tolist()) if flag]
     if failed:
         raise OptimizerError(
             "every process must finish its part of a shared step",

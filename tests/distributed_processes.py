@@ -88,13 +88,25 @@ def vanish(model, step):
         model.b.S.grad = model.b.S.detach() / LEARNING_RATE
 
 
+def zero(parameters, lr):
+    """ZeRO-1: each process steps a part of the parameters and hands it round, before the manifold step."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of its own use of torch.jit
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=lr)
+
+
+def equal(first, second):
+    return all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def loops():
     """{what: what came of it}."""
-    plain, shared = loop(), loop(share_step=True, drift_check_interval=1)
-    pairs = zip(plain.parameters(), shared.parameters(), strict=True)
+    plain = loop()
     return {
         "difference between processes": largest_difference(plain),
-        "shared equals not shared": all(torch.equal(p, q) for p, q in pairs),
+        "shared equals not shared": equal(plain, loop(share_step=True, drift_check_interval=1)),
+        "interval, shared": equal(loop(projection_interval=3), loop(projection_interval=3, share_step=True)),
+        "ZeRO-1 equals not sharded": equal(plain, loop(make_optimizer=zero)),
         "different seeds": largest_difference(loop(seed=dist.get_rank())),
         "drift": error_of(lambda: loop(disturb=flip_one_bit, drift_check_interval=4)),
         "drift unseen": error_of(lambda: loop(disturb=flip_one_bit, drift_check_interval=0)),

@@ -126,7 +126,9 @@ def largest_difference(first, second):
 
 def test_gradient_checkpointing_and_compilation_train_as_plain(tmp_path):
     """12 float32 AdamW steps. Both run the same kernels: measured 0 (bit for bit) on a CPU."""
-    model, rows = convert(dense_bert()), text_data()
+    model, rows = dense_bert(), text_data()
+    del model.bert.encoder.layer[1:]  # compiling takes its time
+    model = convert(model)
     plain = trained(tmp_path / "plain", model, rows)
     checkpointed = trained(tmp_path / "checkpointed", model, rows, activation_checkpointing=True)
     assert largest_difference(plain, checkpointed) <= 1e-6
