@@ -265,6 +265,7 @@ class ManifoldStep:
 
     # --------------------------------------------------------------------------------------------------- hooks
 
+    @torch.compiler.disable  # where optimizer.step is compiled: it counts steps, and each number would be traced anew
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # args[0] is the optimizer itself: torch hands over the whole argument tuple of `step`.
@@ -316,6 +317,7 @@ class ManifoldStep:
                 stack.begin_interval()
         self._unsettled = True  # from here on: an optimizer that fails half way may have moved factors
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._skipped:
