@@ -138,11 +138,11 @@ def test_gradient_checkpointing_and_compilation_train_as_plain(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_optimizer_step_takes_the_manifold_step_too():
-    """Nothing of it is traced: with a graph for each step number it took 28 s. Measured difference: 0."""
+    """Nothing of it is traced: a graph for each step number took 28 s. Measured difference: 0; 1.4e-6 with AdamW."""
     start, results = make_model(), []
     for backend in (None, "eager"):
         model = copy.deepcopy(start)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         handle = attach_manifold_step(optimizer, model, warmup_steps=5)
         step = optimizer.step if backend is None else torch.compile(optimizer.step, backend=backend)
         for x, y in batches(12):
