@@ -19,12 +19,22 @@ from torch import nn
 
 from hf_condlr.devices import runs_ahead
 from hf_condlr.errors import ConditioningError, OptimizerError
+from hf_condlr.interference import Watch
 from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number
 from hf_condlr.optimizer_checks import check_count, check_dtypes, check_optimizer, check_wrappers, refuse, shown
 from hf_condlr.precision import full_precision
 from hf_condlr.replicas import check_replicas, is_due, is_replicated, of_first_process
-from hf_condlr.shards import Work, orthonormality_error, orthonormalize, reshard, rows_of, run, whole, write
+from hf_condlr.shards import (
+    Work,
+    orthonormality_error,
+    orthonormalize,
+    reshard,
+    run,
+    whole,
+    write,
+    write_whole,
+)
 from hf_condlr.sharing import project_shared
 from hf_condlr.stacks import BasisStack, CoreStack, basis_stacks, core_stacks, moving_factors
 
@@ -120,6 +130,7 @@ class ManifoldStep:
             name: min(max(_condition_number(layer), 1 + layer.tau), MAX_INITIAL_CONDITION)
             for name, layer in self.layers.items()
         }
+        self._watch = Watch(self.layers)
         self._forget_stacks()
         self._skipped = False
         self._warned = False
@@ -231,6 +242,7 @@ class ManifoldStep:
         reshard(self._model)
         self._forget_stacks()  # of the training that is left
         self._orthonormalize()  # weights may have been loaded too
+        self._watch.distrust()
         if self.step_count:
             self._publish_bounds()
             for layer in self.layers.values():  # the weights may be of another moment
@@ -244,8 +256,9 @@ class ManifoldStep:
             limit = 1e-5 * math.sqrt(layer.r)
             if max(orthonormality_error(layer.U).item(), orthonormality_error(layer.V).item()) > limit:
                 Q_U, S, Q_V = orthonormalize(layer.U, layer.S, layer.V)
-                for p, own in ((layer.U, Q_U), (layer.S, rows_of(layer.S).own(S)), (layer.V, Q_V)):
-                    write(p, own)
+                write(layer.U, Q_U)
+                write_whole(layer.S, S)
+                write(layer.V, Q_V)
                 layer.refresh_bound()
 
     def _progress(self, step: int) -> float:
@@ -277,7 +290,7 @@ class ManifoldStep:
             )
         # Fused optimizers run their hooks even when GradScaler found an overflow and their kernel does nothing.
         found_inf = getattr(optimizer, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf.item())
+        self._skipped = found_inf is not None and bool(whole(found_inf).item())
         if self._skipped:
             return
         reshard(self._model)
@@ -299,11 +312,16 @@ class ManifoldStep:
         self._cores: list[CoreStack] = []
         self._moving: tuple = ()
         self._unsettled = False  # factors have moved since the last projection
+        self._interfered = False  # others had changed factors or tolerances before they moved
 
     def _gather(self) -> None:
         """Stacks of the factors that this step may move: the same ones as long as the same factors have gradients."""
+        if not self._unsettled:
+            self._interfered = self._watch.is_written() or self._watch.is_retuned()
+            if self._interfered:
+                self._orthonormalize()
         # While bounds still tighten, a core that was frozen in the meantime has to follow.
-        all_cores = self.step_count <= self.warmup_steps
+        all_cores = self.step_count <= self.warmup_steps or self._interfered
         moving = moving_factors(self.layers, all_cores=all_cores)
         if moving != self._moving:
             self.settle()
@@ -359,9 +377,26 @@ class ManifoldStep:
         for stack in self._stacks:
             stack.record(self.step_count)
             stack.end_interval()
+        moving = [p for stack in self._stacks for p in stack.parameters]
+        if self._watch.is_retuned() or self._watch.is_written_beside(moving):
+            self._orthonormalize()
+            self._condition_all(progress)
+        self._watch.remember()
         self._unsettled = False
         self._publish_bounds()
         self._check_where_free()
+
+    def _condition_all(self, progress: float) -> None:
+        """Every core: tolerances were changed since the stacks were made, or factors that no stack holds written."""
+        self._cores = core_stacks(self.layers, self.initial_condition, all_cores=True)
+        self._moving = ()  # the next step makes its own stacks
+        for cores in self._cores:
+            cores.begin_interval()
+        with full_precision():
+            run((x.rows, x.entries, x.condition_update(progress, progress, self.step_count)) for x in self._cores)
+        for cores in self._cores:
+            cores.record(self.step_count)
+            cores.end_interval()
 
     def _check_where_free(self) -> None:
         if not any(runs_ahead(stack.held_at) for stack in self._stacks):

@@ -128,10 +128,10 @@ class Stack:
         return torch.stack([local(p) for p in self.parameters])
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients, 0 where not finite (they would stay in the optimizer's moments for ever), and which were not."""
+        """Gradients, 0 where they would stay in the optimizer's moments as NaN or inf for ever, and which would."""
         G = torch.stack([local_gradient(p) for p in self.parameters])
-        finite = _finite(G)
-        return _select(finite, G, 0.0), _count(finite.logical_not(), G)
+        squarable = _squarable(G)
+        return _select(squarable, G, 0.0), _count(squarable.logical_not(), G)
 
     def _write(self, values: Tensor) -> None:
         _copy_each(self._own(), values)
@@ -175,7 +175,7 @@ class BasisStack(Stack):
             c_squared = sums[2] / self.start.shape[-1]
             G = G / per_matrix(torch.where(c_squared > 0, c_squared, 1.0))
             # A tiny S can overflow what was finite; if here only, `_update` tells the others.
-            self.usable = self.usable & _finite(G)
+            self.usable = self.usable & _squarable(G)
             G = _select(self.usable, G, 0.0)
         self._write_gradients(G)
 
@@ -278,16 +278,22 @@ class CoreStack(Stack):
         return first.lerp(last, progress).exp()
 
     def _condition(self, S: Tensor, start: Tensor, progress: float, previous: float, step: int) -> Tensor:
-        conditionable = is_conditionable(S)
-        vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
+        conditionable, possible = is_conditionable(S), is_conditionable(start)
+        # The others have overflown. A start that is zero or not finite is somebody else's, and all that is left.
+        vanished = conditionable.logical_not() & (possible.logical_not() | (S.abs().amax(dim=(1, 2)) < 1))
         self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
         self.usable = self.usable & conditionable
+        impossible, identity = start, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        start = _select(possible, start, identity)
         S = _select(conditionable, S, start)
+        sound = conditionable | possible
         if self.by_products and (self.ours or _obeys(start, self._bounds(previous))):
             S, followed = clip_core_by_products(S, self._bounds(progress), self.center, start)
             self.usable = self.usable & followed
-            return S
-        return clamp_singular_values(S, self._bounds(progress) - 1, center=self.center)
+            sound = possible | (conditionable & followed)
+        else:
+            S = clamp_singular_values(S, self._bounds(progress) - 1, center=self.center)
+        return _select(sound, S, impossible)
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero}, and forget it. Waits for the device."""
@@ -337,6 +343,14 @@ def _finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
         return torch.ones(len(X), dtype=torch.bool, device=X.device)
     flat = X.flatten(1)
     return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
+
+
+def _squarable(G: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
+    """Whether every entry is finite and so small that optimizers can sum its squares: up to 2.6e15 in float32."""
+    if not G.numel():
+        return _finite(G)
+    flat = G.flatten(1)
+    return torch.maximum(flat.amax(1), -flat.amin(1)) <= torch.finfo(G.dtype).max ** 0.4
 
 
 def _moved(displacement: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool

@@ -1,0 +1,138 @@
+"""Random cases against the manifold step: models, optimizers, gradients of every bad kind, and hands that interfere.
+
+`hypothesis` draws a case, runs it, checks the invariants of `fuzz_parts.py` after each of its steps, and shrinks what
+fails to the least case that still does, printed as code. Nothing is remembered between calls.
+
+    python benchmarks/fuzz.py
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fuzz_parts
+import torch
+from fuzz_parts import CORES, GRADIENTS, INF, OPTIMIZERS, Case, Do, Layer, Step
+from hypothesis import HealthCheck, Phase, configuration, given, seed, settings
+from hypothesis import strategies as st
+from record import write_record
+from transformers import HfArgumentParser
+
+TAUS = (0.0, 1e-7, 1e-3, 0.1, 1.0, 30.0, 1e5, INF)
+RATES = (1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e4, 1e10, 1e20, 1e30)
+LONGEST = 40  # events of a case
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # its caches, not in the tree
+
+
+@dataclass
+class Options:
+    """How long."""
+
+    steps: int = field(default=100_000, metadata={"help": "Optimizer steps, at least so many."})
+    seed: int = field(default=0, metadata={"help": "Of the cases; steps go on where one seed's cases end."})
+    output: str = field(default="outputs/fuzz.json", metadata={"help": "Where the counts go."})
+
+
+@st.composite
+def layers(draw: Any) -> Layer:
+    """Tall, wide, square; rank one to full; equal shapes are likely, and are stepped as one stack."""
+    m, n = draw(st.sampled_from([(8, 8), (8, 8), (16, 4), (4, 16), (5, 1), (1, 5), (1, 1), (12, 12)]))
+    kind = draw(st.sampled_from(["linear", "linear", "conv1d", "conv2d"]))
+    kernel = draw(st.sampled_from([1, 2, 3])) if kind == "conv2d" else 0
+    full = min(m, n * max(kernel, 1) ** 2)
+    r = draw(st.sampled_from(sorted({max(1, full // 2), 1, full})))
+    tau, core = draw(st.sampled_from(TAUS)), draw(st.sampled_from(["as it is", *CORES]))
+    return Layer(m, n, r, tau, kernel, kind == "conv1d", core)
+
+
+def steps() -> st.SearchStrategy[Step]:
+    """One in four with gradients of one bad kind throughout, else of such a kind in up to two factors."""
+    kinds = st.sampled_from(list(GRADIENTS))
+    others = st.lists(st.tuples(st.integers(0, 11), kinds), max_size=2).map(tuple)
+    times = st.sampled_from([1, 1, 2, 3, 10, 30])  # what is drawn once costs as much as ten steps
+    return st.builds(Step, st.integers(0, 2**16), st.one_of(*3 * [st.just("normal")], kinds), others, times)
+
+
+def doings() -> st.SearchStrategy[Do]:
+    """Between two steps."""
+    number = st.integers(0, 11)
+    return st.one_of(
+        st.builds(Do, st.sampled_from(["settle", "keep", "reload", "return", "freeze", "bases"]), number),
+        st.builds(Do, st.just("tau"), number, st.sampled_from(TAUS)),
+        st.builds(Do, st.just("lr"), number, st.sampled_from(RATES)),
+        st.builds(Do, st.just("write"), number, st.sampled_from(list(CORES))),
+    )
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Everything."""
+    step = steps()
+    return Case(
+        layers=tuple(draw(st.lists(layers(), min_size=1, max_size=4))),
+        events=tuple(draw(st.lists(st.one_of(*5 * [step], doings()), min_size=1, max_size=LONGEST))),
+        optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
+        lr=draw(st.sampled_from(RATES)),
+        weight_decay=draw(st.sampled_from([0.0, 0.01])),
+        center=draw(st.sampled_from(["nearest", "rms", "mean"])),
+        warmup_steps=draw(st.sampled_from([0, 1, 7, 30])),
+        interval=draw(st.sampled_from([1, 1, 2, 5])),
+        metric_scaling=draw(st.sampled_from([None, True, False])),
+        double=draw(st.sampled_from([False, False, False, True])),
+        ahead=draw(st.booleans()),
+    )
+
+
+def fuzz(examples: int, *, start: int | None, then: Callable[[fuzz_parts.Run], None]) -> None:
+    """Run so many cases, those of the seed `start` or, with None, always the same; raises at the first that fails."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=start is None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+        phases=[Phase.generate, Phase.shrink],  # to explain a failure takes minutes
+    )
+    @given(cases())
+    def run_one(case: Case) -> None:
+        then(fuzz_parts.run(case))
+
+    (run_one if start is None else seed(start)(run_one))()
+
+
+def main() -> None:
+    """Case after case until there were enough steps."""
+    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # what is held is said, again and again
+    counts: collections.Counter[str] = collections.Counter()
+
+    def count(run: fuzz_parts.Run) -> None:
+        counts.update(cases=1, steps=run.steps, refused=run.refused)
+        counts[f"steps of {run.case.optimizer}"] += run.steps
+        counts["steps as on a GPU"] += run.steps * run.case.ahead
+
+    start, began = options.seed, time.perf_counter()
+    while counts["steps"] < options.steps:
+        fuzz(200, start=start, then=count)
+        sys.stderr.write(f"{counts['steps']} steps of {counts['cases']} cases\n")
+        start += 1
+    seconds = time.perf_counter() - began
+    sys.stdout.write("".join(f"{name}: {number}\n" for name, number in counts.items()) + f"{seconds:.0f} s\n")
+    sys.stdout.write(
+        f"wrote {write_record(Path(options.output), {'counts': dict(counts), 'seconds': seconds}, options)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

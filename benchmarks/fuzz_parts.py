@@ -1,0 +1,324 @@
+"""What `fuzz.py` does to the manifold step: cases as plain values that print as code, and how one is run and checked.
+
+After every step, in float64 and by NumPy: ‖UᵀU − I‖_F ≤ 1e-5 √r, likewise V; κ(S) ≤ (1 + τ(t))(1 + 1e-4); every factor
+finite, and whatever the optimizer keeps of it. Between two projections only the last two. The one error allowed is the
+documented one of a core that would vanish, and it, too, must leave a model that obeys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
+from transformers.pytorch_utils import Conv1D
+
+from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
+from hf_condlr.errors import ConditioningError
+from hf_condlr.layers import factored_layers
+
+INF = math.inf
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer before its conversion; `kernel` makes it a convolution."""
+
+    m: int
+    n: int
+    r: int
+    tau: float = 0.1
+    kernel: int = 0
+    conv1d: bool = False
+    core: str = "as it is"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Optimizer steps: every factor's gradient of one kind, but those that `others` names by their number."""
+
+    seed: int
+    gradient: str = "normal"
+    others: tuple[tuple[int, str], ...] = ()
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Do:
+    """Something between two steps; `number` chooses a layer, `value` is what it needs."""
+
+    what: str
+    number: int = 0
+    value: float | str = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its optimizer and what happens to them."""
+
+    layers: tuple[Layer, ...]
+    events: tuple[Step | Do, ...]
+    optimizer: str = "adamw"
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    center: str = "nearest"
+    warmup_steps: int = 0
+    interval: int = 1
+    metric_scaling: bool | None = None
+    double: bool = False
+    ahead: bool = False
+    """The step as a GPU takes it: masks in place of branches, matrix products in place of factorisations."""
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of a momentum, Chen et al. 2023 (arXiv 2302.06675): the largest displacement for its gradients."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    update = (0.9 * m + 0.1 * p.grad).sign_()
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                    m.lerp_(p.grad, 0.01)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=wd),
+    "nesterov": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True, weight_decay=wd),
+    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, foreach=False),
+    "adamw-foreach": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, foreach=True),
+    "adamw-fused": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, fused=True),
+    "amsgrad": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, amsgrad=True),
+    "adafactor": lambda p, lr, wd: Adafactor(p, lr=lr, relative_step=False, weight_decay=wd),
+    "adafactor-relative": lambda p, lr, wd: Adafactor(p, lr=None, warmup_init=True, beta1=0.9),
+    "adafactor-torch": lambda p, lr, wd: torch.optim.Adafactor(p, lr=lr, weight_decay=wd),
+    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr=lr, momentum=0.5),
+    "rmsprop-centered": lambda p, lr, wd: torch.optim.RMSprop(p, lr=lr, centered=True),
+    "adagrad": lambda p, lr, wd: torch.optim.Adagrad(p, lr=lr),
+    "nadam": lambda p, lr, wd: torch.optim.NAdam(p, lr=lr),
+    "radam": lambda p, lr, wd: torch.optim.RAdam(p, lr=lr),
+    "adamax": lambda p, lr, wd: torch.optim.Adamax(p, lr=lr),
+    "adadelta": lambda p, lr, wd: torch.optim.Adadelta(p, lr=lr),
+    "rprop": lambda p, lr, wd: torch.optim.Rprop(p, lr=lr),
+    "asgd": lambda p, lr, wd: torch.optim.ASGD(p, lr=lr),
+    "lion": lambda p, lr, wd: Lion(p, lr=lr, weight_decay=wd),
+}
+
+
+def _entry(G: Tensor, value: float) -> Tensor:
+    G.view(-1)[G.numel() // 2] = value
+    return G
+
+
+# kind: (noise of the factor's shape, the factor) -> gradient
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
+    "normal": lambda G, p: G,
+    "small": lambda G, p: 1e-6 * G,
+    "zero": lambda G, p: 0 * G,
+    "none": lambda G, p: None,
+    "one NaN": lambda G, p: _entry(G, math.nan),
+    "one inf": lambda G, p: _entry(G, INF),
+    "one -inf": lambda G, p: _entry(G, -INF),
+    "all NaN": lambda G, p: torch.full_like(G, math.nan),
+    "1e10": lambda G, p: 1e10 * G,
+    "1e19": lambda G, p: 1e19 * G,
+    "1e30": lambda G, p: 1e30 * G,
+    "largest": lambda G, p: torch.full_like(G, torch.finfo(G.dtype).max),
+    "1e-30": lambda G, p: 1e-30 * G,
+    "denormal": lambda G, p: torch.full_like(G, torch.finfo(G.dtype).tiny / 8),
+    "rank one": lambda G, p: G[:, :1] @ G[:1],
+    "equal columns": lambda G, p: G[:, :1].expand_as(G).clone(),
+    "decades": lambda G, p: G * torch.logspace(-15, 15, G.numel(), dtype=G.dtype).view_as(G),
+    "itself": lambda G, p: p.detach().clone(),
+    "one entry": lambda G, p: _entry(0 * G, 1e6),
+}
+
+
+def _spectrum(S: Tensor, sigma: Tensor) -> Tensor:
+    P, _, Qh = np.linalg.svd(np.random.default_rng(S.shape[0]).standard_normal(S.shape))
+    return torch.from_numpy(P * sigma.numpy() @ Qh)
+
+
+# kind: S -> S
+CORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda S: S,
+    "identity": lambda S: torch.eye(S.shape[0]),
+    "eight decades": lambda S: _spectrum(S, torch.logspace(0, -8, S.shape[0], dtype=torch.float64)),
+    "three decades": lambda S: _spectrum(S, torch.logspace(0, -3, S.shape[0], dtype=torch.float64)),
+    "huge": lambda S: 1e12 * (S / S.abs().max().clamp_min(1)),
+    "tiny": lambda S: 1e-12 * (S / S.abs().max().clamp_min(1e-12)),
+    "rank one": lambda S: torch.ones_like(S),
+    "zero": lambda S: 0 * S,
+}
+
+
+def build(case: Case) -> nn.ModuleList:
+    """The converted model, never run forward."""
+    dense: list[nn.Module] = []
+    for layer in case.layers:
+        if layer.kernel:
+            dense.append(nn.Conv2d(layer.n, layer.m, layer.kernel))
+        else:
+            dense.append(Conv1D(layer.m, layer.n) if layer.conv1d else nn.Linear(layer.n, layer.m))
+    names = [str(i) for i in range(len(dense))]
+    config = CondLRConfig(
+        target_modules=names,
+        rank_ratio=0.5,
+        rank_pattern={f"^{name}$": layer.r for name, layer in zip(names, case.layers, strict=True)},
+        tau_pattern={f"^{name}$": layer.tau for name, layer in zip(names, case.layers, strict=True)},
+        center=case.center,  # type: ignore[arg-type]
+    )
+    model = nn.ModuleList(dense).to(torch.float64 if case.double else torch.float32)
+    get_robust_lowrank_model(model, config)
+    with torch.no_grad():
+        for module, layer in zip(factored_layers(model).values(), case.layers, strict=True):
+            module.S.copy_(CORES[layer.core](module.S.detach()))
+    return model
+
+
+class Run:
+    """A case on its way."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.model = build(case)
+        self.layers = factored_layers(self.model)
+        self.factors = [getattr(layer, k) for layer in self.layers.values() for k in "USV"]
+        self.optimizer = OPTIMIZERS[case.optimizer](list(self.model.parameters()), case.lr, case.weight_decay)
+        self.handle = attach_manifold_step(
+            self.optimizer,
+            self.model,
+            warmup_steps=case.warmup_steps,
+            metric_scaling=case.metric_scaling,
+            projection_interval=case.interval,
+        )
+        self.kept = self.states()
+        self.steps = self.refused = 0
+        self.vanished: set[str] = set()  # layers that the last step refused
+
+    def states(self) -> tuple[dict, dict, dict]:
+        """Of model, optimizer and schedule."""
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.handle.state_dict()))
+
+    def step(self, step: Step, seed: int) -> None:
+        """Gradients, the step, and what it left."""
+        generator = torch.Generator().manual_seed(seed)
+        others = dict(step.others)
+        for p in self.model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) if p.requires_grad else None
+        for i, p in enumerate(self.factors):
+            if p.grad is not None:
+                p.grad = GRADIENTS[others.get(i, step.gradient)](p.grad, p)
+        with self.refusals():
+            self.optimizer.step()
+            if self.case.ahead:
+                self.handle.check()
+        self.steps += 1
+        self.check()
+
+    def do(self, event: Do) -> None:
+        """What happens between steps."""
+        layer = list(self.layers.values())[event.number % len(self.layers)]
+        factor = self.factors[event.number % len(self.factors)]
+        if event.what == "tau":
+            layer.tau = float(event.value)
+        elif event.what == "lr":
+            for group in self.optimizer.param_groups:
+                if group["lr"] is not None:  # Adafactor may choose it itself
+                    group["lr"] = type(group["lr"])(event.value)
+        elif event.what == "freeze":
+            factor.requires_grad_(not factor.requires_grad)
+        elif event.what == "write":
+            with torch.no_grad():
+                layer.S.copy_(CORES[str(event.value)](layer.S.detach()))
+        elif event.what == "bases":
+            with torch.no_grad():
+                layer.U.normal_()
+                layer.V.mul_(1.01)
+        else:
+            moved = self.handle._unsettled
+            with self.refusals():
+                self.handle.settle()
+            if moved:
+                self.check()
+            if event.what == "keep":
+                self.kept = self.states()
+            elif event.what in ("reload", "return"):
+                self.load(self.kept if event.what == "return" else self.states())
+
+    def load(self, states: tuple[dict, dict, dict]) -> None:
+        """All of it, as one that resumes does."""
+        for holder, state in zip((self.model, self.optimizer, self.handle), copy.deepcopy(states), strict=True):
+            holder.load_state_dict(state)
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """A core that would vanish may be refused."""
+        self.vanished = set()
+        try:
+            yield
+        except ConditioningError as error:
+            self.refused += 1
+            named = re.search(r"a core S must not vanish.* in ([\d, ]+)\. Lower", str(error))
+            assert named, error
+            self.vanished = set(named.group(1).split(", "))
+
+    def check(self) -> None:
+        """The invariants, where they are promised."""
+        for p in self.factors:
+            assert torch.isfinite(p).all(), "a factor is not finite"
+            for key, value in self.optimizer.state.get(p, {}).items():
+                # Adafactor's RMS is the factor's own, measured anew in every step: of 1e20 it overflows.
+                if value is not None and key != "RMS":
+                    assert torch.isfinite(torch.as_tensor(value)).all(), f"{key} of the optimizer is not finite"
+        if not self.steps or self.handle._unsettled:
+            return
+        for name, bound in self.handle.bounds().items():
+            layer = self.layers[name]
+            for kind, basis in (("U", layer.U), ("V", layer.V)):
+                Q = basis.detach().double().numpy()
+                error = float(np.linalg.norm(Q.T @ Q - np.eye(layer.r)))
+                assert error <= 1e-5 * math.sqrt(layer.r), f"‖{kind}ᵀ{kind} − I‖ = {error:.3g} in layer {name}"
+            assert layer.bound == bound, f"layer {name} states {layer.bound}, not {bound}"
+            if math.isinf(bound):
+                continue
+            S = layer.S.detach().double().numpy()
+            if not S.any():  # by our own hand; nothing to condition
+                assert name in self.vanished, f"layer {name} is zero without a word"
+                continue
+            sigma = np.linalg.svd(S / np.abs(S).max(), compute_uv=False)
+            kappa = sigma[0] / sigma[-1] if sigma[-1] > 0 else INF
+            assert kappa <= bound * (1 + 1e-4), f"κ = {kappa:.8g}, bound {bound:.8g} in layer {name}"
+
+
+def run(case: Case) -> Run:
+    """Everything in order, checked after each step; AssertionError where an invariant does not hold."""
+    with contextlib.ExitStack() as stack:
+        for module in ("stacks", "manifold") if case.ahead else ():
+            stack.enter_context(mock.patch(f"hf_condlr.{module}.runs_ahead", lambda X: True))
+        going = Run(case)
+        for i, event in enumerate(case.events):
+            try:
+                if isinstance(event, Step):
+                    for seed in range(event.seed, event.seed + event.times):
+                        going.step(event, seed)
+                else:
+                    going.do(event)
+            except AssertionError as error:
+                raise AssertionError(f"at event {i}: {error}") from None
+    return going
