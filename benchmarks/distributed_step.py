@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from manifold_step import SHAPES, Case
 from manifold_step import Options as StepOptions
-from record import markdown, write_record
+from record import environment, markdown, write_record
 from speed_parts import ratios, spread
 from torch import distributed as dist
 from transformers import HfArgumentParser
@@ -134,8 +134,9 @@ def main() -> None:
         for ratio in options.rank_ratios
     }
     if dist.get_rank() == 0:
-        record = {"results": results, "processes": dist.get_world_size()}
-        path = write_record(Path(options.output), record, options)
+        launcher = f"python -m torch.distributed.run --standalone --nproc_per_node {dist.get_world_size()} "
+        command = launcher + environment()["command"].removeprefix("python ")
+        path = write_record(Path(options.output), {"results": results, "command": command}, options)
         sys.stdout.write(f"{table(results)}\n\nwrote {path}\n")
     dist.destroy_process_group()
 
