@@ -40,7 +40,7 @@ def read_splits(name: str, config: str | None = None) -> DatasetDict:
     reader, options = _reader(name)
     try:
         data = load_dataset(reader, **options) if options else load_dataset(name, config)
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError, StopIteration) as error:  # the last for an empty JSON file
         rule = f"{name} must be a data set that load_dataset reads, and none of its splits may be empty"
         raise ValueError(
             f"{rule}; received {type(error).__name__}: {error}. Name another, or mend its files."

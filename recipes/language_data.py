@@ -55,12 +55,11 @@ def load_data(args: DataArguments) -> DatasetDict:
     for split, rows in data.items():
         require(source in rows.column_names, f"the {split} split must have a column {source}", rows.column_names)
         require(is_text(rows.features[source]), "text_column must hold text", str(rows.features[source]))
-        rows = rows.select_columns([source]).rename_columns({source: "text"} if source != "text" else {})
-        rows = rows.add_column("row", list(range(len(rows))))
-        require_texts(rows, "text", f"column {source} of the {split} split")
-        kept = [i for i, text in enumerate(rows["text"]) if text.strip()]
-        require(kept, f"the {split} split must hold text", f"{len(rows)} empty rows")
-        data[split] = rows.select(kept).select_columns(["text"])
+        texts = list(rows[source])
+        require_texts(texts, f"column {source} of the {split} split")
+        kept = [text for text in texts if text.strip()]
+        require(kept, f"the {split} split must hold text", f"{len(texts)} empty rows")
+        data[split] = Dataset.from_dict({"text": kept})
     if "validation" not in data:
         documents, remedy = len(data["train"]), "Give a validation split, or more documents."
         require(documents >= 2, "a validation split is held out of two documents or more", documents, remedy)
@@ -75,7 +74,8 @@ def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
     Fewer tokens than a block, at the end of the split, are left out.
 
     Returns:
-        Columns `input_ids` and `labels`, both the block: models shift the labels themselves.
+        Columns `input_ids` and `labels`, both the block: models shift the labels themselves. Its first token, which
+        nothing predicts, is labelled -100, for Trainer divides some models' loss by the number of labels (GPT-2's).
 
     Raises:
         ValueError: The tokenizer has no end of a text, or the split does not fill a block.
@@ -90,7 +90,7 @@ def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
         full = len(rest) - len(rest) % block_size
         packed = [rest[i : i + block_size] for i in range(0, full, block_size)]
         del rest[:full]
-        return {"input_ids": packed, "labels": packed}
+        return {"input_ids": packed, "labels": [[-100, *block[1:]] for block in packed]}
 
     features = Features(dict.fromkeys(("input_ids", "labels"), List(Value("int64"))))
     packed = rows.map(

@@ -12,8 +12,10 @@ from fresh_tokenizer import train_tokenizer, vocabulary
 from language_data import BLOCK_SIZE, pack
 from method import dense_start, factored
 from text_model import require_same_tokens
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
 
@@ -77,14 +79,34 @@ def build_teacher(args: ModelArguments, tokenizer: Any) -> PreTrainedModel | Non
 
 
 class PerplexityMixin:
-    """Adds exp(loss) to each evaluation; exact, as all blocks have as many tokens. Goes before a Trainer class."""
+    """Perplexity exp(loss) of each evaluation, every block once. To be put before a Trainer class.
+
+    Trainer's own mean counts blocks twice that fill up the last batch of several processes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_metrics=self.perplexity, **kwargs)
+
+    @staticmethod
+    def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+        """Of the losses of blocks, all of as many tokens."""
+        return {"perplexity": math.exp(min(float(prediction.predictions.mean()), 700.0))}  # more is no float
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trainer's, with the loss of each block in the place of logits, which would fill the memory."""
+        step = super().prediction_step  # type: ignore[misc]
+        loss, logits, labels = step(model, inputs, False, *args, **kwargs)
+        targets = labels[:, 1:]  # position t predicts t + 1
+        losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none")
+        return loss, losses.reshape(targets.shape).mean(1), labels[:, 0]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's, with the perplexity."""
+        """Trainer's, with the loss that belongs to the perplexity."""
         loop = super().evaluation_loop  # type: ignore[misc]
         output = loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss = output.metrics[f"{metric_key_prefix}_loss"]
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))  # more is no float
+        output.metrics[f"{metric_key_prefix}_loss"] = math.log(output.metrics[f"{metric_key_prefix}_perplexity"])
         return output
 
 

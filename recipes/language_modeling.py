@@ -51,7 +51,6 @@ def make_trainer(
     teacher = build_teacher(model_args, tokenizer)
     blocks = DatasetDict({split: pack(rows, tokenizer, block_size, split) for split, rows in data.items()})
     say_ignored(model_args.method, training_args)
-    training_args.prediction_loss_only = True  # logits of a whole split would fill the memory
     prepare(training_args)
     trainer = TRAINERS[model_args.method](
         model=model,
@@ -63,6 +62,12 @@ def make_trainer(
         **({} if teacher is None else {"teacher": teacher}),
     )
     return trainer, blocks
+
+
+def at_start(trainer: Trainer) -> dict[str, float]:
+    """What was evaluated before the first step."""
+    measured = next(entry for entry in trainer.state.log_history if "eval_perplexity" in entry)
+    return {name.replace("eval_", "start_"): value for name, value in measured.items() if name.startswith("eval_")}
 
 
 @torch.no_grad()
@@ -86,10 +91,10 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     require(attack == "none", "adversarial_attack must be none for a language model", attack, remedy)
     data = load_data(data_args)
     checkpoint = checkpoint_to_resume(training_args, settings(model_args, data_args, training_args))
+    training_args.eval_on_start = checkpoint is None  # Trainer.evaluate() before train() would keep DDP from working
     trainer, blocks = make_trainer(model_args, data_args, training_args, data)
-    if checkpoint is None:
-        trainer.save_metrics("start", trainer.evaluate(metric_key_prefix="start"))
     train(trainer, checkpoint)
+    trainer.save_metrics("start", at_start(trainer))
     trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(blocks["validation"])})
 
     split = "test" if "test" in data else "validation"

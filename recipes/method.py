@@ -10,14 +10,12 @@ from command_line import require
 from datasets import Dataset
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from hf_condlr import CondLRConfig, get_robust_lowrank_model
+from hf_condlr import AdversarialArguments, CondLRConfig, CondLRTrainingArguments, get_robust_lowrank_model
 
 logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")
-CONSTRAINT = (
-    *("conditioning_warmup_ratio", "factor_learning_rate", "core_learning_rate", "metric_scaling"),
-    *("projection_interval", "distillation_weight", "distillation_temperature"),
-)  # what only condlr has
+SHARED = {option.name for part in (TrainingArguments, AdversarialArguments) for option in fields(part)}
+CONSTRAINT = [option for option in fields(CondLRTrainingArguments) if option.name not in SHARED]  # what only condlr has
 
 
 @dataclass
@@ -138,9 +136,9 @@ def require_same_classes(teacher: PreTrainedModel, model: PreTrainedModel) -> No
     require(same and teacher.config.id2label == model.config.id2label, rule, list(teacher.config.label2id)[:5])
 
 
-def say_ignored(method: str, args: TrainingArguments) -> None:
+def say_ignored(method: str, args: CondLRTrainingArguments) -> None:
     """One file serves all methods, but nobody is to believe that an option worked that did not."""
-    ignored = [] if method == "condlr" else [o for o in fields(args) if o.name in CONSTRAINT]
+    ignored = [] if method == "condlr" else CONSTRAINT
     changed = [option.name for option in ignored if getattr(args, option.name) != option.default]
     if changed:
         logger.warning("method %s takes no notice of %s", method, ", ".join(changed))

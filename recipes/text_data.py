@@ -62,12 +62,11 @@ def load_data(args: DataArguments) -> DatasetDict:
     """
     data = read_splits(args.dataset_name, args.dataset_config_name) if args.dataset_name else docstrings()
     texts = _text_columns(args, data["train"].features)
-    used = dict(zip(texts, ("text", "text_pair"), strict=False))
-    data = labelled(data, args, used, names=LABELS)
     for split, rows in data.items():
-        for source, name in used.items():
-            require_texts(rows, name, f"column {source} of the {split} split")
-    return limit(data, args)
+        for name in set(texts) & set(rows.column_names):
+            require_texts(list(rows[name]), f"column {name} of the {split} split")
+    used = dict(zip(texts, ("text", "text_pair"), strict=False))
+    return limit(labelled(data, args, used, names=LABELS), args)
 
 
 def _text_columns(args: DataArguments, columns: Mapping[str, Any]) -> list[str]:
@@ -86,20 +85,12 @@ def is_text(kind: Any) -> bool:
     return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
 
 
-def require_texts(rows: Dataset, name: str, where: str) -> None:
-    """No text is missing; empty ones are said.
-
-    Args:
-        rows: With a column `row`, the number in the split as read.
-        name: Of the column.
-        where: For messages.
-    """
-    texts = list(rows[name])
-    missing = next((i for i, text in enumerate(texts) if text is None), None)
-    if missing is not None:
-        remedy = f"Mend or remove row {rows['row'][missing]} (csv: an empty cell, NA and null are no text)."
-        require(False, f"every row must have a text in {where}", None, remedy)
-    empty = [row for row, text in zip(rows["row"], texts, strict=True) if not text.strip()]
+def require_texts(texts: list[str | None], where: str) -> None:
+    """No text of a column is missing; empty ones are said."""
+    missing = next((row for row, text in enumerate(texts) if text is None), None)
+    remedy = f"Mend or remove row {missing} (csv: an empty cell, NA and null are no text)."
+    require(missing is None, f"every row must have a text in {where}", None, remedy)
+    empty = [row for row, text in enumerate(texts) if not text.strip()]
     if empty:
         logger.warning("%d of %d texts in %s are empty, that of row %d first", len(empty), len(texts), where, empty[0])
 

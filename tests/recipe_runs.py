@@ -12,21 +12,19 @@ VIT = (
     "{image_size: 8, patch_size: 4, num_channels: 1, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
     "intermediate_size: 64}"
 )
-SMALL = {
-    "model_type": "vit",
-    "config_overrides": [VIT],  # one word
+ANY = {
     "rank_ratio": 0.25,
     "max_train_samples": 64,
     "max_eval_samples": 37,  # batches that two processes cannot share evenly
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
     "learning_rate": 3e-3,
-    "attack_checks": False,
     "report_to": "none",
     "save_strategy": "no",
     "use_cpu": True,
     "disable_tqdm": True,
 }
+SMALL = ANY | {"model_type": "vit", "config_overrides": [VIT], "attack_checks": False}  # the overrides are one word
 
 
 def load(name):
@@ -52,10 +50,10 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def train(output_dir, **options):
-    """Run the recipe in this process; returns the folder that it wrote."""
-    recipe = load("image_classification")
-    recipe.main(*recipe.parse(words(**SMALL | {"output_dir": output_dir} | options)))
+def train(output_dir, name="image_classification", small=SMALL, **options):
+    """Run a recipe in this process; returns the folder that it wrote."""
+    recipe = load(name)
+    recipe.main(*recipe.parse(words(**small | {"output_dir": output_dir} | options)))
     return output_dir
 
 
