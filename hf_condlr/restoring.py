@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_condlr.checkpoints import check_factors, read_headers, verify_files, weight_files
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import factored_layers
+from hf_condlr.shards import reshard, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 @torch.no_grad()
 def restore_weights(model: nn.Module, folder: str | Path) -> None:
     """Copy every saved tensor into the parameter or buffer it came from; all are checked before the first is changed.
+
+    Of a sharded model every process must call it, reads the files, and keeps its own rows.
 
     Raises:
         CheckpointError: A file is missing or damaged, a tensor is missing, superfluous or of another shape.
@@ -33,10 +37,11 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
     files, manifest = weight_files(Path(folder))
     if manifest is not None:
         verify_files(files, manifest)
+    reshard(model)
     places = dict(model.state_dict(keep_vars=True))
     stored = read_headers(files)
-    restored = {places[name].data_ptr() for name in stored if name in places}
-    wrong = [f"no {n}" for n, p in places.items() if n not in stored and p.data_ptr() not in restored]  # not tied
+    restored = {_storage(places[name]) for name in stored if name in places}
+    wrong = [f"no {n}" for n, p in places.items() if n not in stored and _storage(p) not in restored]  # not tied
     wrong += [f"unknown {name}" for name in stored if name not in places]
     wrong += [
         f"{name} of shape {shape} for {tuple(places[name].shape)}"
@@ -59,11 +64,16 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
         factors = (tensors[f"{name}.U"], tensors[f"{name}.S"], tensors[f"{name}.V"])
         check_factors(name, factors, stated[name], stored[f"{name}.S"][1])
     for name, tensor in tensors.items():
-        places[name].copy_(tensor)
+        write_whole(places[name], tensor)
     for name, layer in layers.items():
         layer.refresh_bound()
         if stated:
             layer.bound = stated[name].bound
+
+
+def _storage(p: Tensor) -> int:
+    """What tied parameters have in common; shards without rows have no storage."""
+    return id(p) if isinstance(p, DTensor) else p.data_ptr()
 
 
 def last_whole_checkpoint(folder: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -105,6 +106,12 @@ def save_pretrained(
     if state_dict is None and is_sharded(model):
         state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         is_main_process = is_main_process and dist.get_rank() == 0  # the only one that got it
+    if state_dict is not None and any(isinstance(p, DTensor) for p in state_dict.values()):
+        raise CheckpointError(
+            "a state_dict to be written must hold whole tensors",
+            received="shards",
+            remedy="Leave it out, and call save_pretrained on every process: it gathers them.",
+        )
     if not is_main_process:
         return
     layers = stored_layers(model, state_dict)

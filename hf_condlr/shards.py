@@ -130,6 +130,16 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
+def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether a flag is raised on one of the processes that hold rows of `tensors`; all of them must ask."""
+    for p in tensors:
+        if isinstance(p, DTensor) and p.device_mesh.ndim == 1:
+            flags = torch.tensor(float(flag), device=local(p).device)
+            dist.all_reduce(flags, group=p.device_mesh.get_group())
+            return flags.item() > 0
+    return flag
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether some parameter is."""
     return any(isinstance(p, DTensor) for p in model.parameters())
@@ -240,3 +250,10 @@ def _wide(X: Tensor) -> Tensor:
 def write(p: Tensor, own: Tensor) -> None:  # (m, r), (count, r)
     """Set a factor's own rows."""
     local(p).copy_(own)
+
+
+@torch.no_grad()
+def write_whole(p: Tensor, values: Tensor) -> None:  # (m, *), (m, *)
+    """Set a parameter from all its rows, which this process has."""
+    rows = rows_of(p) if p.ndim else None
+    local(p).copy_(values if rows is None else values[rows.first : rows.first + rows.count])

@@ -19,6 +19,7 @@ from hf_condlr.layers import factored_layers
 from hf_condlr.manifold import ManifoldStep, attach_manifold_step
 from hf_condlr.trainer.adversarial import AdversarialTrainerMixin
 from hf_condlr.trainer.distillation import DistillationMixin
+from hf_condlr.trainer.engines import check_engine
 from hf_condlr.trainer.factored import FactoredTrainerMixin
 from hf_condlr.trainer.robustness import RobustEvaluationMixin
 
@@ -41,18 +42,11 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
     """
 
     optimizer: Any
-    is_fsdp_enabled: bool
-    is_deepspeed_enabled: bool
     manifold_step: ManifoldStep | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise OptimizerError(
-                "factors must be whole parameters on each device",
-                received="FSDP" if self.is_fsdp_enabled else "DeepSpeed",
-                remedy="Use DDP (torchrun or accelerate launch without them).",
-            )
+        check_engine(self.args, self.accelerator)
 
     # ---------------------------------------------------------------------------------------------- optimization
 

@@ -16,6 +16,7 @@ from hf_condlr.checkpoints import STEM
 from hf_condlr.layers import factored_layers
 from hf_condlr.model_card import write_model_card
 from hf_condlr.restoring import last_whole_checkpoint, restore_weights
+from hf_condlr.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,12 @@ class FactoredTrainerMixin:
         Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `robustness` as `write_model_card`
         takes it. What else a card may say stands in its header, which is the user's.
         """
+        model = self.accelerator.unwrap_model(self.model)
+        if is_sharded(model):  # the card is made by one process, which does not have the weights
+            logger.warning("no model card of a sharded model: save it, and call write_model_card(model, folder) after")
+            return
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
-        model = self.accelerator.unwrap_model(self.model)
         if not factored_layers(model):
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
             return
