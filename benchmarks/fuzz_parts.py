@@ -209,7 +209,7 @@ class Run:
         )
         self.kept = self.states()
         self.steps = self.refused = 0
-        self.vanished: set[str] = set()  # layers that the last step refused
+        self.vanished: set[str] = set()  # layers that were refused
 
     def states(self) -> tuple[dict, dict, dict]:
         """Of model, optimizer and schedule."""
@@ -269,14 +269,13 @@ class Run:
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
         """A core that would vanish may be refused."""
-        self.vanished = set()
         try:
             yield
         except ConditioningError as error:
             self.refused += 1
             named = re.search(r"a core S must not vanish.* in ([\d, ]+)\. Lower", str(error))
             assert named, error
-            self.vanished = set(named.group(1).split(", "))
+            self.vanished |= set(named.group(1).split(", "))
 
     def check(self) -> None:
         """The invariants, where they are promised."""

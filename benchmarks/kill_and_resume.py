@@ -1,0 +1,269 @@
+"""Trainings killed by SIGKILL at random moments, and started again until they end: what is left at the end, to the bit.
+
+A small ViT with dropout on random images, `CondLRTrainer`, AdamW, a cosine schedule, a conditioning warm-up, and a
+checkpoint every other step. One training is not interrupted. Others are killed at random moments and go on with
+`resume_from_checkpoint=True`, anew where there is no checkpoint yet; where one ends, the next one begins, until there
+were enough kills. Then the same on two processes (gloo), of which one is killed: how long the other one lives, and how
+it ends. Final weights, the optimizer's, the scheduler's and the conditioning's states are compared.
+
+    python benchmarks/kill_and_resume.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from record import markdown, write_record
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
+
+from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr.errors import CheckpointError
+from hf_condlr.restoring import last_whole_checkpoint
+
+
+@dataclass
+class Options:
+    """How often, and how long a training is."""
+
+    kills: int = field(default=30, metadata={"help": "Of trainings on one process."})
+    rank_kills: int = field(default=5, metadata={"help": "Of one of two processes."})
+    steps: int = field(default=40, metadata={"help": "Optimizer steps of a training."})
+    save_steps: int = field(default=2, metadata={"help": "Between two checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Of the moments."})
+    output: str = field(default="outputs/kill_and_resume.json", metadata={"help": "Where the numbers go."})
+
+
+def train(folder: Path, options: Options, start_seed: int) -> None:
+    """From the last whole checkpoint, or anew, to the end; leaves `final.pt`. `start_seed` is to make no difference."""
+    transformers.set_seed(0)
+    rows = [{"pixel_values": torch.rand(1, 8, 8), "labels": i % 3} for i in range(48)]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, hidden_dropout_prob=0.1, **sizes)
+    resumes = has_whole_checkpoint(folder)
+    torch.manual_seed(start_seed if resumes else 0)  # what is resumed takes nothing from here
+    model = get_robust_lowrank_model(ViTForImageClassification(config), CondLRConfig(rank_ratio=0.4, tau=0.1))
+    args = CondLRTrainingArguments(
+        str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        conditioning_warmup_ratio=0.5,
+        save_steps=options.save_steps,
+        save_total_limit=3,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = CondLRTrainer(model=model, args=args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resumes)
+    if trainer.is_world_process_zero():
+        state = {
+            "weights": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "conditioning": trainer.manifold_step.state_dict(),
+            "step": trainer.state.global_step,
+        }
+        torch.save(state, folder / "final.pt.half")
+        os.replace(folder / "final.pt.half", folder / "final.pt")
+
+
+def has_whole_checkpoint(folder: Path) -> bool:
+    """Whether there is one to go on from."""
+    try:
+        last_whole_checkpoint(str(folder))
+    except CheckpointError:
+        return False
+    return True
+
+
+def equal(x: Any, y: Any) -> bool:
+    """To the bit, all the way down."""
+    if isinstance(x, torch.Tensor):
+        return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
+    if isinstance(x, list | tuple):
+        return len(x) == len(y) and all(map(equal, x, y))
+    return bool(x == y)
+
+
+def final(folder: Path) -> Any:
+    """What a training left."""
+    return torch.load(folder / "final.pt", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+def start(action: Callable[[], None], errors: Path, **environment: str) -> int:
+    """Run it in a copy of this process, silently, with its errors in a file; returns the copy's id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.environ.update(environment)
+            descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            action()
+            status = 0
+        except BaseException as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        os._exit(status)
+    return pid
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """The exit status, negative for a signal; None if it still runs after so long."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.002)
+
+
+def kill(pid: int) -> None:
+    """And wait for its end."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def half_written(folder: Path) -> bool:
+    """Whether the newest checkpoint is not whole: the kill came while it was saved."""
+    numbers = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
+    if not numbers:
+        return False
+    return not has_whole_checkpoint(folder) or not last_whole_checkpoint(str(folder)).endswith(f"-{max(numbers)}")
+
+
+def whole_training(folder: Path, options: Options) -> float:
+    """Uninterrupted; its seconds."""
+    began = time.monotonic()
+    status = wait(start(lambda: train(folder, options, 0), folder.with_suffix(".log")), 600)
+    if status != 0:
+        raise RuntimeError(folder.with_suffix(".log").read_text())
+    return time.monotonic() - began
+
+
+def killed_trainings(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
+    """One process."""
+    seconds = whole_training(root / "whole", options)
+    expected = final(root / "whole")
+    kills = in_a_save = resumed = 0
+    same: list[bool] = []
+    while kills < options.kills or not same:
+        folder = root / f"killed-{len(same)}"
+        while not (folder / "final.pt").exists():
+            seed = 1000 + kills
+            pid = start(lambda to=folder, seed=seed: train(to, options, seed), folder.with_suffix(".log"))
+            moment = moments.uniform(0, 0.6 * seconds) if kills < options.kills else 600
+            status = wait(pid, moment)
+            if status is None:
+                kill(pid)
+                kills += 1
+                in_a_save += half_written(folder)
+                resumed += has_whole_checkpoint(folder)
+            elif status != 0:
+                raise RuntimeError(folder.with_suffix(".log").read_text())
+        same.append(equal(final(folder), expected))
+        shutil.rmtree(folder)
+    return {"kills": kills, "while saving": in_a_save, "resumed": resumed, "trainings": len(same), "equal": sum(same)}
+
+
+def start_two(folder: Path, options: Options, seed: int) -> list[int]:
+    """Both processes of a training."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    return [
+        start(
+            lambda: train(folder, options, seed),
+            folder.with_name(f"{folder.name}-{rank}.log"),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **common,
+        )
+        for rank in range(2)
+    ]
+
+
+def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
+    """One of two processes: now the first, now the second."""
+    began = time.monotonic()
+    folder = root / "both"
+    if any(wait(pid, 600) != 0 for pid in start_two(folder, options, 0)):
+        raise RuntimeError("".join(log.read_text() for log in root.glob("both-*.log")))
+    seconds, expected = time.monotonic() - began, final(folder)
+    folder = root / "one"
+    lived, said, in_a_save = [], [], 0
+    for i in range(options.rank_kills):
+        pids = start_two(folder, options, 1000 + i)
+        dies = i % 2
+        status = wait(pids[1 - dies], moments.uniform(0.3, 0.7) * seconds)
+        if status is not None:
+            break  # at its end already
+        kill(pids[dies])
+        began = time.monotonic()
+        status = wait(pids[1 - dies], 120)
+        lived.append(time.monotonic() - began)
+        if status is None:
+            kill(pids[1 - dies])
+        log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
+        said.append(f"{status}: {log[-1][:120] if log else ''}")
+        in_a_save += half_written(folder)
+    if not (folder / "final.pt").exists() and any(wait(pid, 600) != 0 for pid in start_two(folder, options, 2000)):
+        raise RuntimeError("".join(log.read_text() for log in root.glob("one-*.log")))
+    same = equal(final(folder), expected)
+    return {"kills": len(lived), "while saving": in_a_save, "seconds": lived, "said": said, "equal": int(same)}
+
+
+def main() -> None:
+    """Kill, compare, print."""
+    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # checkpoints that are passed over
+    warnings.simplefilter("ignore")
+    moments = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as root:
+        one = killed_trainings(Path(root), options, moments)
+        two = killed_ranks(Path(root), options, moments) if options.rank_kills else {}
+    rows = [["one", str(one["kills"]), str(one["while saving"]), f"{one['equal']} of {one['trainings']}", ""]]
+    if two:
+        longest = (
+            f"{statistics.mean(two['seconds']):.1f} s (longest {max(two['seconds']):.1f})" if two["seconds"] else ""
+        )
+        rows.append(["one of two", str(two["kills"]), str(two["while saving"]), f"{two['equal']} of 1", longest])
+    header = ["killed", "kills", "of them while saving", "ended equal to the bit", "the other one's end after"]
+    sys.stdout.write(markdown(header, rows) + "\n")
+    sys.stdout.write("".join(f"{line}\n" for line in two.get("said", [])))
+    sys.stdout.write(json.dumps({"one": one, "two": two}) + "\n")
+    sys.stdout.write(f"wrote {write_record(Path(options.output), {'one': one, 'two': two}, options)}\n")
+
+
+if __name__ == "__main__":
+    main()
