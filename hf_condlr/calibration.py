@@ -1,9 +1,10 @@
-"""Second moments C = E[x xᵀ] of the inputs of layers over calibration data, for the activation-aware start."""
+"""Second moments C = E[x xᵀ] of the inputs of layers over calibration data, for the starts that are aware of it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,25 +36,38 @@ def input_covariances(
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
     covariances: dict[str, Tensor] = {}
-    for turn in _turns(layers, max_bytes):
+    for turn in turns({name: _width(layer) for name, layer in layers.items()}, max_bytes):
         covariances.update(_one_pass(model, {name: layers[name] for name in turn}, batches))
     return covariances
 
 
-def _turns(layers: dict[str, Any], max_bytes: int) -> list[list[str]]:
-    turns: list[list[str]] = []
+def turns(widths: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """The names in groups whose float32 matrices (width, width) fit into `max_bytes` together."""
+    groups: list[list[str]] = []
     left = 0
-    for name, layer in layers.items():
-        need = 4 * _width(layer) ** 2
-        if need > left or not turns:
-            turns.append([])
+    for name, width in widths.items():
+        need = 4 * width**2
+        if need > left or not groups:
+            groups.append([])
             left = max_bytes
-        turns[-1].append(name)
+        groups[-1].append(name)
         left -= need
-    return turns
+    return groups
 
 
-def _width(layer: Any) -> int:
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module is put back into the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _width(layer: Any) -> int:  # n
     if isinstance(layer, nn.Conv2d):
         return layer.weight[0].numel()
     return layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]  # Conv1D is stored transposed
@@ -74,17 +88,14 @@ def _one_pass(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) 
         return hook
 
     hooks = [layer.register_forward_pre_hook(record(name, layer)) for name, layer in layers.items()]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        for batch in tqdm(batches, desc="calibration", disable=None):
-            args, kwargs, mask = _arguments(model, batch)
-            model(*args, **kwargs)
+        with evaluated(model):
+            for batch in tqdm(batches, desc="calibration", disable=None):
+                args, kwargs, mask = model_arguments(model, batch)
+                model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
     return {name: _mean(name, sums, counts) for name in layers}
 
 
@@ -117,7 +128,7 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B ·
     return patches.mT.reshape(-1, patches.shape[1])
 
 
-def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
     """Positional and keyword arguments on the model's device, and the attention mask where it is (B, T)."""
     device = next(model.parameters()).device
 

@@ -23,9 +23,9 @@ PEFT_TYPE = "CONDLR"
 ALL_LINEAR = "all-linear"
 CHOICES = {
     "head": ("dense", "full_rank", "low_rank"),
-    "rank_allocation": ("uniform", "energy"),
+    "rank_allocation": ("uniform", "energy", "fisher"),
     "center": CENTERS,
-    "init_weights": ("svd", "randomized_svd", "activation_aware", "orthogonal"),
+    "init_weights": ("svd", "randomized_svd", "activation_aware", "fisher", "orthogonal"),
     "trainable": ("all", "factors"),
 }
 
@@ -76,11 +76,12 @@ class CondLRConfig(PeftConfig):
         default=None,
         metadata={"help": "Share of the converted layers' weights to remove, counted in the training form; in (0, 1)."},
     )
-    rank_allocation: Literal["uniform", "energy"] = field(
+    rank_allocation: Literal["uniform", "energy", "fisher"] = field(
         default="uniform",
         metadata={
-            "help": "How compression_ratio is spread: one rank ratio for all layers, or the ranks that minimise the "
-            "summed squared truncation error."
+            "help": "How compression_ratio is spread: one rank ratio for all layers; the ranks that minimise the "
+            "summed squared truncation error; or those that move the predictions of a fine-tuned model least, measured "
+            "on calibration data."
         },
     )
     rank_multiple: int = field(
@@ -104,11 +105,12 @@ class CondLRConfig(PeftConfig):
         default="nearest",
         metadata={"help": "Interval that singular values are clipped to: nearest to S, or around their rms or mean."},
     )
-    init_weights: Literal["svd", "randomized_svd", "activation_aware", "orthogonal"] = field(
+    init_weights: Literal["svd", "randomized_svd", "activation_aware", "fisher", "orthogonal"] = field(
         default="svd",
         metadata={
-            "help": "Start: truncated SVD, its randomized version for large layers, the SVD weighted by calibration "
-            "data, or random orthonormal factors (training from scratch)."
+            "help": "Start: truncated SVD, its randomized version for large layers, the SVD weighted by the inputs of "
+            "each layer over calibration data or, for a fine-tuned model, by its gradients too, or random orthonormal "
+            "factors (training from scratch)."
         },
     )
     trainable: Literal["all", "factors"] = field(

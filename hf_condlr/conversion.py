@@ -7,28 +7,24 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from hf_condlr.calibration import input_covariances
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import ConfigError, ConversionError
 from hf_condlr.initialization import (
-    FACTORIZATIONS,
-    activation_aware,
     optimal_truncation_error,
     spectral_energy,
     truncation_error,
-    whiten,
     whitened_truncation_error,
 )
 from hf_condlr.layers import FoldedLayer, LowRankConv2d, LowRankLayer, LowRankLinear, weight_matrix
 from hf_condlr.ranks import allocate_by_energy, allocate_uniform, break_even_rank, factored_size, round_down
 from hf_condlr.saving import attach_saving, detach_saving
+from hf_condlr.starts import NO_MOMENTS, Moments, calibrate, factorization, in_metric
 from hf_condlr.targets import Place, head_names, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -46,7 +42,7 @@ class LayerConversion:
     optimal_truncation_error: float | None = None
     """The least error at this rank, measured where the start is not the optimum itself (`randomized_svd`)."""
     whitened_truncation_error: float | None = None
-    """‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data (`activation_aware`)."""
+    """‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data (a start that knows it)."""
 
     @property
     def parameters(self) -> int:
@@ -82,8 +78,9 @@ def get_robust_lowrank_model(
     Args:
         model: Any `nn.Module`; the head is found in transformers models.
         config: What to convert, and how.
-        calibration_data: For `init_weights="activation_aware"`: a data loader or any iterable of batches, of which the
-            model gets what its forward accepts. Some hundred samples of the training data are enough.
+        calibration_data: For the starts `activation_aware` and `fisher` and the allocation `fisher`: a data loader or
+            any iterable of batches, of which the model gets what its forward accepts. Some hundred samples of the
+            training data are enough. `fisher` differentiates the model's predictions: fine-tune it first.
 
     Returns:
         The same object.
@@ -98,12 +95,12 @@ def get_robust_lowrank_model(
     matrices = {name: weight_matrix(model.get_submodule(name)) for name in targets}
     for name, W in matrices.items():
         _refuse_unusable(name, W)
-    covariances = _calibrate(model, config, list(targets), calibration_data)
-    ranks = _ranks(matrices, targets, config, covariances, report)
+    moments = calibrate(model, config, list(targets), calibration_data)
+    ranks = _ranks(matrices, targets, config, moments, report)
     layers = {}
     for name, r in ranks.items():
-        W, C = matrices[name], covariances.pop(name, None)
-        factorize = FACTORIZATIONS[config.init_weights] if C is None else partial(activation_aware, C=C)
+        W, (C, F) = matrices[name], moments.pop(name, NO_MOMENTS)
+        factorize = factorization(config, C, F)
         dense: Any = model.get_submodule(name)
         layer_class: Any = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
         tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
@@ -175,7 +172,7 @@ def _ranks(
     matrices: dict[str, Tensor],
     targets: dict[str, Place],
     config: CondLRConfig,
-    covariances: dict[str, Tensor],
+    moments: dict[str, Moments],
     report: ConversionReport,
 ) -> dict[str, int]:
     """The rank of every layer to convert. Those that stay dense under a budget go to the report."""
@@ -204,9 +201,11 @@ def _ranks(
     if config.rank_allocation == "uniform":
         allocated = allocate_uniform(budgeted, config.compression_ratio, config.rank_multiple)
     else:
-        metrics = {n: whiten(matrices[n], covariances[n]) if n in covariances else matrices[n] for n in budgeted}
-        energies = {name: spectral_energy(W) for name, W in metrics.items()}
-        allocated = allocate_by_energy(budgeted, energies, config.compression_ratio, config.rank_multiple)
+        energies = {n: spectral_energy(in_metric(matrices[n], *moments.get(n, NO_MOMENTS))) for n in budgeted}
+        ratio, multiple = config.compression_ratio, config.rank_multiple
+        # What stays dense has no bound on κ; and where the error is a loss, no layer needs to be spared.
+        leave_dense = config.rank_allocation == "energy"
+        allocated = allocate_by_energy(budgeted, energies, ratio, multiple, leave_dense=leave_dense)
     report.skipped |= {n: "its factors would not be smaller" for n, r in allocated.items() if r is None}
     ranks |= {name: r for name, r in allocated.items() if r is not None}
     return {name: ranks[name] for name in matrices if name in ranks}
@@ -226,22 +225,6 @@ def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> No
     larger = [name for name, r in ranks.items() if r > break_even_rank(*matrices[name].shape)]
     if larger:
         logger.warning("factors are not smaller than the weight they replace in: %s", ", ".join(larger))
-
-
-# ---------------------------------------------------------------------------------------------------- calibration
-
-
-def _calibrate(
-    model: nn.Module, config: CondLRConfig, names: list[str], data: Iterable[Any] | None
-) -> dict[str, Tensor]:
-    aware = config.init_weights == "activation_aware"
-    if aware != (data is not None):
-        raise ConfigError(
-            "calibration_data is what init_weights='activation_aware' needs, and no other start",
-            received=f"init_weights={config.init_weights!r}, {'no' if data is None else 'with'} calibration_data",
-            remedy="Pass calibration_data=data_loader together with that start." if aware else "Drop one of them.",
-        )
-    return input_covariances(model, names, data) if data is not None else {}
 
 
 def _measured(W: Tensor, layer: LowRankLayer, config: CondLRConfig, C: Tensor | None) -> LayerConversion:

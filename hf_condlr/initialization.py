@@ -43,6 +43,34 @@ def activation_aware(W: Tensor, r: int, C: Tensor) -> Factors:
     return P.to(W), (A * sigma).to(W), Vh.mT.to(W)
 
 
+def fisher(W: Tensor, r: int, C: Tensor, F: Tensor) -> Factors:
+    """The rank-r Ŵ = U S Vᵀ that moves the predictions least: min ‖F̃^{1/2} (W − Ŵ) C^{1/2}‖_F, C (n, n), F (m, m).
+
+    F = E[Σ g gᵀ] of the gradients at the layer's output; F̃ = F + (tr F/m) I, since few directions of the output have
+    a gradient as a rule, and those without one are not to be given up. With P the top r left singular vectors of
+    F̃^{1/2} W C^{1/2} the minimiser is Ŵ = F̃^{-1/2} P PᵀF̃^{1/2} W, also for a singular C. In float64.
+
+    Source: K-FAC (Martens and Grosse 2015) as the metric of a weighted SVD (Hsu et al. 2022, with a diagonal one).
+    """
+    root = fisher_root(F)
+    P, _, _ = robust_svd(root @ whiten(W, C))
+    P = P[:, :r]
+    left, R = torch.linalg.qr(torch.linalg.solve(root, P))
+    A, sigma, Vh = robust_svd(R @ P.mT @ root @ W.to(root))
+    return (left @ A).to(W), torch.diag(sigma).to(W), Vh.mT.to(W)
+
+
+def fisher_root(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
+    """F̃^{1/2}, F̃ = F + (tr F/m) I; the identity where no gradient was."""
+    wide = F.to("cpu" if F.device.type == "mps" else F.device, torch.float64)
+    eigenvalues, Q = torch.linalg.eigh(wide)
+    eigenvalues = eigenvalues.clamp_min(0)
+    damping = eigenvalues.mean()
+    if damping == 0:
+        return torch.eye(len(F), dtype=torch.float64, device=wide.device)
+    return (Q * (eigenvalues + damping).sqrt()) @ Q.mT
+
+
 def whiten(W: Tensor, C: Tensor) -> Tensor:  # (m, n), (n, n) -> (m, n) float64
     """W C^{1/2} in the eigenbasis of C, that is W Q Λ^{1/2}: its singular values and left vectors are the same."""
     device = "cpu" if W.device.type == "mps" else W.device  # MPS has no float64

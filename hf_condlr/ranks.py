@@ -62,7 +62,12 @@ def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1
 
 
 def allocate_by_energy(
-    shapes: Shapes, energies: dict[str, Tensor], compression_ratio: float, multiple: int = 1
+    shapes: Shapes,
+    energies: dict[str, Tensor],
+    compression_ratio: float,
+    multiple: int = 1,
+    *,
+    leave_dense: bool = True,
 ) -> Ranks:
     """Ranks that minimise Σ_layers Σ_{i>r} σ_i², the summed squared truncation error, within the budget.
 
@@ -71,15 +76,16 @@ def allocate_by_energy(
 
     Args:
         shapes: (m, n) of each layer.
-        energies: σ_i² of each layer in descending order; whitened ones for an activation-aware start.
+        energies: σ_i² of each layer in descending order, in the metric that the error is measured in.
         compression_ratio: Share of Σ mn to remove.
         multiple: Ranks are multiples of it where they are not smaller than it.
+        leave_dense: A layer may stay dense, at its full size and without a bound on κ; else only where no rank pays.
 
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
     """
     budget = _budget(shapes, compression_ratio)
-    options = {name: _options(shape, energies[name], multiple) for name, shape in shapes.items()}
+    options = {name: _options(shape, energies[name], multiple, leave_dense) for name, shape in shapes.items()}
 
     def ranks_at(multiplier: float) -> Ranks:
         chosen: Ranks = {}
@@ -99,7 +105,9 @@ def allocate_by_energy(
     return ranks
 
 
-def _options(shape: tuple[int, int], energy: Tensor, multiple: int) -> tuple[list[int | None], Tensor, Tensor]:
+def _options(
+    shape: tuple[int, int], energy: Tensor, multiple: int, leave_dense: bool
+) -> tuple[list[int | None], Tensor, Tensor]:
     """All that a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
     m, n = shape
     ranks = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
@@ -107,7 +115,8 @@ def _options(shape: tuple[int, int], energy: Tensor, multiple: int) -> tuple[lis
     remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0
     # Behind the last singular value, and for the dense layer, nothing is left.
     tails = torch.cat((remaining, remaining.new_zeros(1)))[[*ranks, -1]]
-    return [*ranks, None], torch.tensor(sizes, dtype=torch.float64), tails
+    first = slice(None) if leave_dense or not ranks else slice(len(ranks))
+    return [*ranks, None][first], torch.tensor(sizes, dtype=torch.float64)[first], tails[first]
 
 
 def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int) -> None:

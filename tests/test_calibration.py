@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
 from hf_condlr.calibration import input_covariances
 from hf_condlr.errors import ConfigError, ConversionError
 from hf_condlr.initialization import activation_aware, whiten, whitened_truncation_error
+from tests.calibration_data import batches, make_bert
 
 
 def optimum(W, C, r):
@@ -41,20 +41,6 @@ def test_identity_covariance_is_the_plain_svd():
     P, sigma, Qh = torch.linalg.svd(W)
     torch.testing.assert_close(U @ S @ V.mT, P[:, :3] * sigma[:3] @ Qh[:3], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.linalg.svdvals(whiten(W, torch.eye(7))).float(), sigma, rtol=1e-5, atol=1e-6)
-
-
-def make_bert():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return BertForSequenceClassification(BertConfig(vocab_size=40, **sizes))
-
-
-def batches():
-    ids, mask = torch.randint(0, 40, (12, 9)), torch.ones(12, 9, dtype=torch.long)
-    mask[::2, 5:] = 0
-    return [
-        {"input_ids": ids[i : i + 4], "attention_mask": mask[i : i + 4], "labels": torch.zeros(4), "note": ["x"] * 4}
-        for i in range(0, 12, 4)
-    ]
 
 
 def recorded_inputs(model, name, data):
@@ -144,7 +130,7 @@ def test_budgets_with_calibration_convert_fewer_parameters():
 
 @pytest.mark.parametrize("start, data", [("activation_aware", None), ("svd", [1])])
 def test_calibration_data_goes_with_its_start_only(start, data):
-    with pytest.raises(ConfigError, match="calibration_data is what init_weights='activation_aware' needs"):
+    with pytest.raises(ConfigError, match="calibration_data is what 'activation_aware' and 'fisher' need"):
         get_robust_lowrank_model(make_bert(), CondLRConfig(r=2, init_weights=start), calibration_data=data)
 
 

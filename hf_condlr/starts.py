@@ -1,0 +1,62 @@
+"""What a config's start and rank allocation take from calibration data, and the factorization that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_condlr.calibration import input_covariances
+from hf_condlr.config import CondLRConfig
+from hf_condlr.errors import ConfigError
+from hf_condlr.fisher import output_fisher
+from hf_condlr.initialization import FACTORIZATIONS, activation_aware, fisher, fisher_root, whiten
+from hf_condlr.layers import Factorization
+
+Moments = tuple[Tensor | None, Tensor | None]  # C (n, n) of a layer's inputs, F (m, m) of its outputs' gradients
+NO_MOMENTS: Moments = (None, None)
+
+
+def calibrate(
+    model: nn.Module, config: CondLRConfig, names: list[str], data: Iterable[Any] | None
+) -> dict[str, Moments]:
+    """What `config` asks for: C of each layer where something is aware of activations, F beside it for `fisher`.
+
+    Raises:
+        ConfigError: Data is missing or superfluous.
+        ConversionError: It does not reach a layer, or the model has no logits to differentiate.
+    """
+    needs_fisher = "fisher" in (config.init_weights, config.rank_allocation)
+    aware = needs_fisher or config.init_weights == "activation_aware"
+    if aware != (data is not None):
+        raise ConfigError(
+            "calibration_data is what 'activation_aware' and 'fisher' need, and nothing else",
+            received=f"init_weights={config.init_weights!r}, rank_allocation={config.rank_allocation!r}, "
+            f"{'no' if data is None else 'with'} calibration_data",
+            remedy="Pass calibration_data=data_loader too." if aware else "Drop it, or choose one of them.",
+        )
+    if data is None:
+        return {}
+    batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)  # gone over twice
+    covariances = input_covariances(model, names, batches)
+    fishers = output_fisher(model, names, batches) if needs_fisher else {}
+    return {name: (covariances[name], fishers.get(name)) for name in names}
+
+
+def factorization(config: CondLRConfig, C: Tensor | None, F: Tensor | None) -> Factorization:
+    """The start of `config` as a function of a weight and its rank."""
+    if config.init_weights == "fisher":
+        assert C is not None and F is not None
+        return partial(fisher, C=C, F=F)
+    if config.init_weights == "activation_aware":
+        assert C is not None
+        return partial(activation_aware, C=C)
+    return FACTORIZATIONS[config.init_weights]
+
+
+def in_metric(W: Tensor, C: Tensor | None, F: Tensor | None) -> Tensor:  # (m, n) -> (m, n)
+    """F̃^{1/2} W C^{1/2}, of which the roots of what was not measured are left out."""
+    W = W if C is None else whiten(W, C)
+    return W if F is None else fisher_root(F) @ W
