@@ -466,7 +466,8 @@ def test_texts_pairs_and_tokens_are_evaluated():
     assert report.attacks[2].robust_accuracy < report.clean_accuracy
     assert report.attacks[0].largest_distance <= 0.3 * (1 + 1e-5)
     tokens = data.map(lambda batch: tokenizer(batch["text"]), batched=True)  # the text column stays, unused
-    of_tokens = evaluate(model, tokens, TEXT_ATTACKS[:2], processor=tokenizer)
+    both = type("BothProcessor", (), {"image_processor": object(), "tokenizer": tokenizer})()  # it pads them
+    of_tokens = evaluate(model, tokens, TEXT_ATTACKS[:2], processor=both)
     assert of_tokens.settings["data"] == "input_ids"
     for ours, theirs in zip(of_tokens.attacks, report.attacks, strict=False):
         assert ours.survived == theirs.survived

@@ -16,7 +16,7 @@ from hf_condlr import (
     to_dense_model,
 )
 from hf_condlr.attacks import FGSM, PGD
-from hf_condlr.errors import AttackError, ConfigError
+from hf_condlr.errors import AttackError, ConfigError, EvaluationError
 from tests.test_adversarial import MEAN, STD, image_rows, rows_with_weak_features
 from tests.test_trainer import arguments, assert_equal_weights, convert, dense_bert, dense_vit, text_data
 
@@ -99,6 +99,16 @@ def test_texts(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_robust_accuracy"] == metrics["eval_accuracy_pgd_embedding_0.5"] < 1
     assert metrics["eval_robust_samples"] == 20
+
+
+def test_data_that_cannot_be_attacked_are_refused_before_training(tmp_path):
+    options = {"args": arguments(tmp_path), "robustness": RobustnessArguments(epsilons=["0.1"])}
+    for dataset in (image_rows(), {"a": image_rows()}):
+        with pytest.raises(
+            EvaluationError, match="their normalisation must be known; received pixel_values and no image"
+        ):
+            CondLRTrainer(model=convert(dense_vit()), eval_dataset=dataset, **options)
+    CondLRTrainer(model=convert(dense_vit()), **options)  # nothing is known of the data yet
 
 
 def test_robust_accuracy_chooses_the_best_model_whose_attacks_go_into_the_card(make, tmp_path, monkeypatch):

@@ -80,7 +80,9 @@ class Samples:
             )
         self.model: Any = self._attacked(model)
         self.data_collator = data_collator or (
-            DataCollatorWithPadding(processor) if self.kind == "input_ids" and processor else default_data_collator
+            DataCollatorWithPadding(self.processor)
+            if self.kind == "input_ids" and self.processor
+            else default_data_collator
         )
 
     def __len__(self) -> int:

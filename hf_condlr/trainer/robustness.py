@@ -7,6 +7,7 @@ from typing import Any
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_condlr.evaluation import evaluate_robustness
+from hf_condlr.evaluation.samples import Samples
 from hf_condlr.layers import factored_layers
 from hf_condlr.trainer.factored import FactoredTrainerMixin
 from hf_condlr.training_args import RobustnessArguments
@@ -21,14 +22,23 @@ class RobustEvaluationMixin(FactoredTrainerMixin):
 
     Args:
         robustness: The attacks; none without it.
+
+    Raises:
+        EvaluationError: The evaluation data are none that can be attacked, or images whose normalisation no
+            `processing_class` tells.
     """
 
+    eval_dataset: Any
     processing_class: Any
     data_collator: Any
 
     def __init__(self, *args: Any, robustness: RobustnessArguments | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.robustness = robustness
+        given: Any = self.eval_dataset if robustness is not None else None
+        for dataset in given.values() if isinstance(given, dict) else [given]:
+            if dataset is not None:  # what is wrong with it is said now, not after an epoch
+                Samples(self.accelerator.unwrap_model(self.model), dataset, processor=self.processing_class)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
