@@ -41,7 +41,7 @@ def check_replicas(factors: dict[str, Tensor], numbers: dict[str, float], *, ste
     no process holds a copy, are left out. On a GPU it waits for the device.
 
     Args:
-        factors: {name: (m, r)}, on one device.
+        factors: {name: (m, r)}.
         numbers: {name: value}, what else must be equal.
         step: For the message.
 
@@ -51,8 +51,9 @@ def check_replicas(factors: dict[str, Tensor], numbers: dict[str, float], *, ste
     whole = {name: X for name, X in factors.items() if not isinstance(X, DTensor)}
     if not whole:
         return
-    sums = torch.stack([checksum(X) for X in whole.values()])
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=sums.device).view(torch.int64)
+    device = next(iter(whole.values())).device
+    sums = torch.stack([checksum(X).to(device) for X in whole.values()])
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device).view(torch.int64)
     mine = torch.cat([sums, values])
     extremes = torch.cat([mine, mine.bitwise_not()])  # the largest ~x is that of the smallest x; −x can overflow
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)

@@ -79,7 +79,7 @@ def test_resume_on_one_process_what_two_began(folder):
     one.train(resume_from_checkpoint=str(folder / "two" / f"checkpoint-{RESUMED_AT}"))
     torch.save(one.model.state_dict(), folder / "again.pt")
     assert one.manifold_step.step_count == STEPS
-    assert difference(folder, "again") < TOLERANCE  # measured: 2e-15
+    assert difference(folder, "again") < TOLERANCE  # measured: 1e-15
 
 
 @pytest.mark.parametrize(("where", "step", "name"), [("drift", 4, "a.U"), ("drift in the Trainer", 4, ".V")])
