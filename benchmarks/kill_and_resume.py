@@ -1,7 +1,7 @@
 """Trainings killed by SIGKILL at random moments, and started again until they end: what is left at the end, to the bit.
 
 A small ViT with dropout on random images, `CondLRTrainer`, AdamW, a cosine schedule, a conditioning warm-up, and a
-checkpoint every other step. One training is not interrupted. Others are killed at random moments and go on with
+checkpoint every fourth step. One training is not interrupted. Others are killed at random moments and go on with
 `resume_from_checkpoint=True`, anew where there is no checkpoint yet; where one ends, the next one begins, until there
 were enough kills. Then the same on two processes (gloo), of which one is killed: how long the other one lives, and how
 it ends. Final weights, the optimizer's, the scheduler's and the conditioning's states are compared.
@@ -44,8 +44,8 @@ class Options:
 
     kills: int = field(default=30, metadata={"help": "Of trainings on one process."})
     rank_kills: int = field(default=5, metadata={"help": "Of one of two processes."})
-    steps: int = field(default=40, metadata={"help": "Optimizer steps of a training."})
-    save_steps: int = field(default=2, metadata={"help": "Between two checkpoints."})
+    steps: int = field(default=120, metadata={"help": "Optimizer steps of a training."})
+    save_steps: int = field(default=4, metadata={"help": "Between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Of the moments."})
     output: str = field(default="outputs/kill_and_resume.json", metadata={"help": "Where the numbers go."})
 
@@ -151,12 +151,16 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def half_written(folder: Path) -> bool:
-    """Whether the newest checkpoint is not whole: the kill came while it was saved."""
-    numbers = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
-    if not numbers:
-        return False
-    return not has_whole_checkpoint(folder) or not last_whole_checkpoint(str(folder)).endswith(f"-{max(numbers)}")
+def half_written(folder: Path, since: float) -> bool:
+    """Whether the newest checkpoint is not whole, and was written to since then: the kill came while it was saved."""
+    found = [path for path in folder.glob("checkpoint-*") if path.stat().st_mtime >= since]
+    newest = max((int(path.name.rpartition("-")[2]) for path in found), default=0)
+    return newest > last_step(folder)
+
+
+def last_step(folder: Path) -> int:
+    """Of the checkpoint to go on from; 0 without one."""
+    return int(last_whole_checkpoint(str(folder)).rpartition("-")[2]) if has_whole_checkpoint(folder) else 0
 
 
 def whole_training(folder: Path, options: Options) -> float:
@@ -172,25 +176,23 @@ def killed_trainings(root: Path, options: Options, moments: random.Random) -> di
     """One process."""
     seconds = whole_training(root / "whole", options)
     expected = final(root / "whole")
-    kills = in_a_save = resumed = 0
-    same: list[bool] = []
-    while kills < options.kills or not same:
+    in_a_save, same = 0, []
+    at: list[int] = []  # the steps that were gone on from
+    while len(at) < options.kills or not same:
         folder = root / f"killed-{len(same)}"
         while not (folder / "final.pt").exists():
-            seed = 1000 + kills
+            seed, began = 1000 + len(at), time.time()
             pid = start(lambda to=folder, seed=seed: train(to, options, seed), folder.with_suffix(".log"))
-            moment = moments.uniform(0, 0.6 * seconds) if kills < options.kills else 600
-            status = wait(pid, moment)
+            status = wait(pid, moments.uniform(0, 0.6 * seconds) if len(at) < options.kills else 600)
             if status is None:
                 kill(pid)
-                kills += 1
-                in_a_save += half_written(folder)
-                resumed += has_whole_checkpoint(folder)
+                at.append(last_step(folder))
+                in_a_save += half_written(folder, began)
             elif status != 0:
                 raise RuntimeError(folder.with_suffix(".log").read_text())
         same.append(equal(final(folder), expected))
         shutil.rmtree(folder)
-    return {"kills": kills, "while saving": in_a_save, "resumed": resumed, "trainings": len(same), "equal": sum(same)}
+    return {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same), "equal": sum(same)}
 
 
 def start_two(folder: Path, options: Options, seed: int) -> list[int]:
@@ -218,27 +220,31 @@ def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[s
     if any(wait(pid, 600) != 0 for pid in start_two(folder, options, 0)):
         raise RuntimeError("".join(log.read_text() for log in root.glob("both-*.log")))
     seconds, expected = time.monotonic() - began, final(folder)
-    folder = root / "one"
-    lived, said, in_a_save = [], [], 0
-    for i in range(options.rank_kills):
-        pids = start_two(folder, options, 1000 + i)
-        dies = i % 2
-        status = wait(pids[1 - dies], moments.uniform(0.3, 0.7) * seconds)
-        if status is not None:
-            break  # at its end already
-        kill(pids[dies])
-        began = time.monotonic()
-        status = wait(pids[1 - dies], 120)
-        lived.append(time.monotonic() - began)
-        if status is None:
-            kill(pids[1 - dies])
-        log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
-        said.append(f"{status}: {log[-1][:120] if log else ''}")
-        in_a_save += half_written(folder)
-    if not (folder / "final.pt").exists() and any(wait(pid, 600) != 0 for pid in start_two(folder, options, 2000)):
-        raise RuntimeError("".join(log.read_text() for log in root.glob("one-*.log")))
-    same = equal(final(folder), expected)
-    return {"kills": len(lived), "while saving": in_a_save, "seconds": lived, "said": said, "equal": int(same)}
+    lived, said, at, same, in_a_save = [], [], [], [], 0
+    while len(at) < options.rank_kills or not same:
+        folder = root / f"one-{len(same)}"
+        while not (folder / "final.pt").exists():
+            started, pids, dies = time.time(), start_two(folder, options, 1000 + len(at)), len(at) % 2
+            moment = moments.uniform(0.2, 0.7) * seconds if len(at) < options.rank_kills else 600
+            status = wait(pids[1 - dies], moment)
+            if status is not None:  # at the end
+                if status or wait(pids[dies], 600):
+                    raise RuntimeError("".join(log.read_text() for log in root.glob(f"{folder.name}-*.log")))
+                continue
+            kill(pids[dies])
+            began = time.monotonic()
+            status = wait(pids[1 - dies], 120)
+            lived.append(time.monotonic() - began)
+            if status is None:
+                kill(pids[1 - dies])
+            log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
+            said.append(f"{status}: {log[-1][:120] if log else ''}")
+            at.append(last_step(folder))
+            in_a_save += half_written(folder, started)
+        same.append(equal(final(folder), expected))
+        shutil.rmtree(folder)
+    counts = {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same)}
+    return counts | {"equal": sum(same), "seconds": lived, "said": said}
 
 
 def main() -> None:
@@ -252,12 +258,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         one = killed_trainings(Path(root), options, moments)
         two = killed_ranks(Path(root), options, moments) if options.rank_kills else {}
-    rows = [["one", str(one["kills"]), str(one["while saving"]), f"{one['equal']} of {one['trainings']}", ""]]
-    if two:
-        longest = (
-            f"{statistics.mean(two['seconds']):.1f} s (longest {max(two['seconds']):.1f})" if two["seconds"] else ""
-        )
-        rows.append(["one of two", str(two["kills"]), str(two["while saving"]), f"{two['equal']} of 1", longest])
+    rows = []
+    for name, found in (("one", one), ("one of two", two)):
+        if found:
+            seconds = found.get("seconds", [])
+            lived = f"{statistics.mean(seconds):.1f} s (longest {max(seconds):.1f})" if seconds else ""
+            ended = f"{found['equal']} of {found['trainings']}"
+            rows.append([name, str(found["kills"]), str(found["while saving"]), ended, lived])
     header = ["killed", "kills", "of them while saving", "ended equal to the bit", "the other one's end after"]
     sys.stdout.write(markdown(header, rows) + "\n")
     sys.stdout.write("".join(f"{line}\n" for line in two.get("said", [])))

@@ -279,21 +279,21 @@ class CoreStack(Stack):
 
     def _condition(self, S: Tensor, start: Tensor, progress: float, previous: float, step: int) -> Tensor:
         conditionable, possible = is_conditionable(S), is_conditionable(start)
-        # The others have overflown. A start that is zero or not finite is somebody else's, and all that is left.
-        vanished = conditionable.logical_not() & (possible.logical_not() | (S.abs().amax(dim=(1, 2)) < 1))
-        self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
-        self.usable = self.usable & conditionable
+        # A start that is zero or not finite is somebody else's: no value to go back to, and nothing to condition.
         impossible, identity = start, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         start = _select(possible, start, identity)
+        followed = conditionable
+        vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
         S = _select(conditionable, S, start)
-        sound = conditionable | possible
-        if self.by_products and (self.ours or _obeys(start, self._bounds(previous))):
-            S, followed = clip_core_by_products(S, self._bounds(progress), self.center, start)
-            self.usable = self.usable & followed
-            sound = possible | (conditionable & followed)
+        if self.by_products and (self.ours or (bool(possible.all()) and _obeys(start, self._bounds(previous)))):
+            S, clipped = clip_core_by_products(S, self._bounds(progress), self.center, start)
+            followed = followed & clipped
         else:
             S = clamp_singular_values(S, self._bounds(progress) - 1, center=self.center)
-        return _select(sound, S, impossible)
+        self.usable = self.usable & followed
+        vanished = vanished | (possible | followed).logical_not()
+        self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
+        return _select(possible | followed, S, impossible)
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero}, and forget it. Waits for the device."""

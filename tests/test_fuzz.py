@@ -50,6 +50,8 @@ def test_every_bad_gradient_in_all_factors():
 DEFECTS = {
     "squares of a gradient overflow in the optimizer": Case(PAIR, (Step(0, "1e30"), STEP), "adamw-fused"),
     "a zero core that does not move": Case((Layer(5, 1, 1, core="zero"),), (Step(0, "zero"), STEP), "sgd"),
+    "a zero core whose step is of rank one": Case((Layer(8, 8, 4, 0.0, core="zero"),), (Step(0, "rank one"),), "sgd"),
+    "a zero core, twice": Case((Layer(8, 8, 4, core="zero"),), (Step(0, "zero"), Step(0, "rank one")), "sgd"),
     "written bases that do not move": Case(PAIR, (STEP, Do("bases", 2), Step(0, "zero")), "sgd"),
     "written bases without a gradient": Case(PAIR, (STEP, Do("bases", 0), Step(0, "none")), "sgd"),
     "a frozen core that is written": Case(PAIR, (STEP, Do("freeze", 1), Do("write", 0, "three decades"), STEP)),
