@@ -21,20 +21,23 @@ from hf_condlr.trainer.adversarial import AdversarialTrainerMixin
 from hf_condlr.trainer.distillation import DistillationMixin
 from hf_condlr.trainer.engines import check_engine
 from hf_condlr.trainer.factored import FactoredTrainerMixin
+from hf_condlr.trainer.finite import FiniteTrainingMixin
 from hf_condlr.trainer.robustness import RobustEvaluationMixin
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "manifold_step.json"
 
 
-class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvaluationMixin, FactoredTrainerMixin):
+class CondLRTrainerMixin(
+    FiniteTrainingMixin, AdversarialTrainerMixin, DistillationMixin, RobustEvaluationMixin, FactoredTrainerMixin
+):
     """Attaches the manifold step, keeps U and V out of weight decay, logs κ, and saves where the schedule stands.
 
     To be put before a Trainer class. Gradient clipping (`max_grad_norm`) sees the gradients as backward left them,
     before their projection on the tangent space. Evaluations during the warm-up cannot become the best model: their κ
     is above 1 + τ. With `projection_interval` > 1 the model is settled (`ManifoldStep.settle`) before each evaluation,
     prediction and saving and when training ends; what is logged in between is of a model outside of the constraint, and
-    has no `kappa_bound`.
+    has no `kappa_bound`. A step whose gradients are not finite is left out (`FiniteTrainingMixin`).
 
     Args:
         teacher: A dense model whose logits the student also learns (`distillation_weight` > 0).
@@ -119,7 +122,7 @@ class CondLRTrainerMixin(AdversarialTrainerMixin, DistillationMixin, RobustEvalu
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, of a model that obeys the constraint; checkpoints come by here before the optimizer's state."""
         self._settle()
-        super().save_model(*args, **kwargs)  # type: ignore[misc]
+        super().save_model(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._settle()  # also before the best model is loaded, which is not to be taken for a displacement

@@ -17,6 +17,7 @@ from hf_condlr.layers import factored_layers
 from hf_condlr.model_card import write_model_card
 from hf_condlr.restoring import last_whole_checkpoint, restore_weights
 from hf_condlr.shards import is_sharded
+from hf_condlr.trainer.whole import WholeCheckpointsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _NOT_MEASURED = re.compile(r"runtime|_per_second$|^kappa_|^orthonormality_error$|^compression$|_preparation_time$")
 
 
-class FactoredTrainerMixin:
+class FactoredTrainerMixin(WholeCheckpointsMixin):
     """What a Trainer needs for the checkpoints of factored models, whether or not their constraint is kept.
 
     To be put before a Trainer class. Trainer itself looks for dense weights: it could neither resume nor load the best
