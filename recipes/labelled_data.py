@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from command_line import require
 from data_splits import DataArguments, column
@@ -15,6 +15,9 @@ from hf_condlr.attacks import Attack, make_attacks
 @dataclass
 class LabelledDataArguments(DataArguments):
     """The data, and the attacks."""
+
+    attacked: ClassVar[tuple[str, ...]] = ("pixels",)
+    """What attacks may change, see `Attack.takes`."""
 
     label_column: str | None = field(default=None, metadata={"help": "The only column of class labels if not given."})
     attacks: list[str] = field(
@@ -37,7 +40,8 @@ class LabelledDataArguments(DataArguments):
         super().__post_init__()
         most = self.max_attack_samples
         require(most is None or most >= 1, "max_attack_samples must be ≥ 1", most)
-        self.make_attacks()
+        others = [attack.name for attack in self.make_attacks() if attack.takes not in self.attacked]
+        require(not others, f"these data have attacks on {' or '.join(self.attacked)}", others, "Choose others.")
 
     def make_attacks(self) -> list[Attack]:
         """Each with every budget."""

@@ -1,6 +1,6 @@
 r"""Fine-tune a causal language model dense, at low rank, or at low rank with bounded condition numbers.
 
-    accelerate launch recipes/language_modeling.py --output_dir outputs/docstrings
+    accelerate launch recipes/language_modeling.py recipes/configs/docstrings_language.yaml
     accelerate launch recipes/language_modeling.py --model_name_or_path gpt2 --dataset_name wikitext \
         --dataset_config_name wikitext-2-raw-v1 --compression_ratio 0.4 --init_weights activation_aware --tau 1 \
         --learning_rate 1e-4 --output_dir outputs/gpt2

@@ -1,9 +1,9 @@
 r"""Train a text classifier dense, at low rank, or at low rank with bounded condition numbers, and attack it.
 
-    accelerate launch recipes/text_classification.py --output_dir outputs/docstrings
+    accelerate launch recipes/text_classification.py recipes/configs/docstrings.yaml
     accelerate launch recipes/text_classification.py --model_name_or_path bert-base-uncased \
         --dataset_name glue --dataset_config_name mrpc --compression_ratio 0.4 --tau 1 --output_dir outputs/mrpc
-    accelerate launch recipes/text_classification.py recipes/configs/sst2_minilm.yaml --learning_rate 1e-4
+    accelerate launch recipes/text_classification.py recipes/configs/sst2_minilm.yaml --learning_rate 3e-5
 
 Any data set of one or two columns of text that `datasets.load_dataset` reads: a name on the Hub, a folder, a parquet,
 csv or json file. Any classifier of `AutoModelForSequenceClassification`, encoder or decoder, pretrained or fresh. Every

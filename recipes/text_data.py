@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from command_line import require
 from data_splits import column, limit, read_splits
@@ -23,6 +23,7 @@ PAIRS = (
 class DataArguments(LabelledDataArguments):
     """The texts, and the attacks that the test split meets."""
 
+    attacked: ClassVar[tuple[str, ...]] = ("tokens", "texts")
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -47,8 +48,6 @@ class DataArguments(LabelledDataArguments):
         columns = self.text_columns
         rule = "text_columns must be one column or two different ones"
         require(columns is None or len(columns) == len(set(columns)) in (1, 2), rule, columns)
-        pixels = [attack.name for attack in self.make_attacks() if attack.takes == "pixels"]
-        require(not pixels, "texts have attacks of their own", pixels, "pgd-embedding or characters, say.")
 
 
 def load_data(args: DataArguments) -> DatasetDict:

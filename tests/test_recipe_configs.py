@@ -1,5 +1,7 @@
 """Every file in `recipes/configs` and `recipes/accelerate`: read by what it is for; the offline one trains."""
 
+import re
+
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -13,7 +15,7 @@ LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_takes_every_option_of_its_file(path):
     text = path.read_text()
-    [recipe] = {word for word in text.split() if word.startswith("recipes/") and word.endswith("tion.py")}
+    [recipe] = {word for word in text.split() if re.fullmatch(r"recipes/\w+(tion|ing)\.py", word)}
     arguments = load(recipe.removeprefix("recipes/").removesuffix(".py")).parse([str(path)])
     parts = arguments if isinstance(arguments, tuple) else (arguments,)
     taken = {name: value for part in parts for name, value in vars(part).items()}

@@ -1,47 +1,43 @@
-"""The text recipes started by accelerate, on one process and on two, all at once."""
+"""The text recipes started by accelerate on two processes, both at once, and in this one."""
 
 import subprocess
 
 import pytest
 from datasets import Dataset
 
-from .recipe_runs import launch, read, words
+from .recipe_runs import launch, read, train, words
 from .test_recipe_language_modeling import FRESH as LANGUAGE
 from .test_recipe_text_classification import FRESH as CLASSES
 from .test_recipe_text_classification import write_reviews
 from .text_models import reviews
 
-HALF = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4}  # of a process of two
-WHOLE = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 4}
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{(recipe, processes): output folder and what was printed}."""
+    """{recipe: output folder of one process, that of two, and what these printed}."""
     folder = tmp_path_factory.mktemp("launched")
     labelled = write_reviews(folder / "labelled", train=64, validation=16, test=37)
     for seed, (split, size) in enumerate({"train": 60, "validation": 20, "test": 23}.items()):
         (folder / "plain").mkdir(exist_ok=True)
         Dataset.from_dict({"text": reviews(size, seed)[0]}).to_parquet(folder / "plain" / f"{split}.parquet")
-    attacked = {"epsilons": 0.1, "attack_steps": 1}
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4}
     recipes = {
-        "text_classification": CLASSES | attacked | {"dataset_name": labelled},
-        "language_modeling": LANGUAGE | {"dataset_name": folder / "plain"},
+        "text_classification": CLASSES | sizes | {"dataset_name": labelled, "epsilons": 0.1, "attack_steps": 1},
+        "language_modeling": LANGUAGE | sizes | {"dataset_name": folder / "plain"},
     }
     started = {}
     for recipe, options in recipes.items():
-        for processes, config, sizes in ((1, "cpu.yaml", WHOLE), (2, "ddp_cpu.yaml", HALF)):
-            out = folder / f"{recipe}{processes}"
-            command, environment = launch(config, f"{recipe}.py", *words(**options | sizes, output_dir=out))
-            if processes == 2:  # two launches at once must not meet at the same port
-                command[2:2] = ["--main_process_port", "0"]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            started[recipe, processes] = out, subprocess.Popen(command, env=environment, **pipes)
+        out = folder / f"{recipe}2"
+        command, environment = launch("ddp_cpu.yaml", f"{recipe}.py", *words(**options, output_dir=out))
+        command[2:2] = ["--main_process_port", "0"]  # two launches at once must not meet at one
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started[recipe] = out, subprocess.Popen(command, env=environment, **pipes)
     ended = {}
-    for key, (out, process) in started.items():
+    for recipe, (out, process) in started.items():
         printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        ended[key] = out, printed
+        one = train(folder / f"{recipe}1", recipe, recipes[recipe], per_device_train_batch_size=16)
+        ended[recipe] = one, out, printed
     return ended
 
 
@@ -49,7 +45,7 @@ def runs(tmp_path_factory):
     ("recipe", "said"), [("text_classification", "test_accuracy_pgd_embedding_0.1"), ("language_modeling", "sample: ")]
 )
 def test_two_processes_are_as_one(runs, recipe, said):
-    (one, _), (two, printed) = runs[recipe, 1], runs[recipe, 2]
+    one, two, printed = runs[recipe]
     assert printed.count(said) == 1  # the main process speaks for all
     assert read(two / "settings.json")["processes"] == 2
     one, two = read(one / "all_results.json"), read(two / "all_results.json")
