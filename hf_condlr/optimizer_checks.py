@@ -20,6 +20,11 @@ def check_count(name: str, value: int, least: int, remedy: str) -> None:
 
 def check_wrappers(optimizer: object, model: nn.Module) -> None:
     """Refuse engines that flatten parameters, whose matrices no step can find any more."""
+    refuse(
+        [type(x).__name__ for x in model.modules() if isinstance(x, FullyShardedDataParallel)][:1],
+        "factors must be matrices, and FSDP1 flattens them",
+        "Use FSDP2 (torch.distributed.fsdp.fully_shard, or accelerate with fsdp_version: 2), which shards by rows.",
+    )
     found = [x for x in (optimizer, getattr(optimizer, "optimizer", None), model) if _is_deepspeed(x)]
     if any(hasattr(p, "ds_id") for p in model.parameters()):  # ZeRO-3 leaves empty ones
         found.append(model)
@@ -28,11 +33,6 @@ def check_wrappers(optimizer: object, model: nn.Module) -> None:
         "factors must be matrices, and DeepSpeed's ZeRO steps flattened partitions of them",
         "Use FSDP2 (torch.distributed.fsdp.fully_shard, or accelerate with fsdp_version: 2), which shards by rows, "
         "or DDP.",
-    )
-    refuse(
-        [type(x).__name__ for x in model.modules() if isinstance(x, FullyShardedDataParallel)][:1],
-        "factors must be matrices, and FSDP1 flattens them",
-        "Use FSDP2 (torch.distributed.fsdp.fully_shard, or accelerate with fsdp_version: 2), which shards by rows.",
     )
 
 
@@ -67,6 +67,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankL
         [type(optimizer).__name__] if callable(getattr(optimizer, "eval", None)) else [],
         "an optimizer must not swap parameters for evaluation, as schedule-free ones do: they would be unconstrained",
         "Use AdamW, SGD or another one that steps the parameters themselves.",
+    )
+    refuse(
+        [type(optimizer).__name__] if callable(getattr(optimizer, "fused_backward", None)) else [],
+        "an optimizer must move parameters in step(), not while gradients are made, as LOMO does",
+        "Use AdamW or Adafactor; FSDP2 and 8-bit optimizers save memory too.",
     )
     frozen = {name: layer for name, layer in layers.items() if not layer.S.requires_grad}
     kappa = {name: condition_number(whole(layer.S)).item() for name, layer in frozen.items()}

@@ -207,3 +207,15 @@ def test_an_optimizer_with_8_bit_moments():
         assert_guarantee(model, handle)
     assert losses[-1] < 0.9 * losses[0]
     assert optimizer.state[model.a.U]["m"][0].dtype == torch.int8
+
+
+def test_optimizers_that_step_inside_backward_are_refused():
+    """lomo_optim's have this method, and a `step` that does nothing."""
+
+    class Lomo(torch.optim.SGD):
+        def fused_backward(self, loss, lr):
+            loss.backward()
+
+    model = make_model()
+    with pytest.raises(OptimizerError, match=r"must move parameters in step\(\), not while .*; received Lomo"):
+        attach_manifold_step(Lomo(model.parameters(), lr=0.1), model)
