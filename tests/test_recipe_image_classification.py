@@ -260,6 +260,7 @@ NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
         ({"epsilons": -0.1}, "epsilon must be .*received -0.1"),
         ({"epsilons": "8:255"}, "epsilon must be a number or a fraction; received '8:255'"),
         ({"attack_steps": 0, "epsilons": 0.1}, "steps.*≥ 1.*received steps=0"),
+        ({"attacks": "characters", "epsilons": 0.1}, r"data have attacks on pixels; received \['characters'\]"),
         ({"attacks": "magic", "epsilons": 0.1}, "attack must be one of .*received 'magic'"),
         ({"conditioning_warmup_ratio": 2.0}, "conditioning_warmup_ratio must lie in .*received 2.0"),
         ({"adversarial_attack": "pgd"}, "adversarial_epsilon must be given with pgd"),

@@ -172,7 +172,7 @@ NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
     [
         (
             {"attacks": "pgd-linf", "epsilons": 0.1},
-            r"texts have attacks of their own; received \['pgd-linf'\]. pgd-embed",
+            r"data have attacks on tokens or texts; received \['pgd-linf'\]",
         ),
         ({"max_length": 2}, "max_length must be ≥ 3; received 2"),
         ({"text_columns": ["a", "b", "c"]}, "text_columns must be one column or two different ones; received .*'c'"),
