@@ -10,18 +10,25 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTForImageClassification
+from transformers.distributed import DistributedConfig
 
 from hf_condlr import (
     CondLRConfig,
+    CondLRTrainer,
     attach_manifold_step,
     condition_report,
     get_robust_lowrank_model,
@@ -32,7 +39,8 @@ from hf_condlr import (
 from hf_condlr.errors import CondLRError
 from hf_condlr.layers import factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
-from hf_condlr.shards import reshard
+from hf_condlr.shards import local, reshard
+from tests.test_trainer import arguments, convert, dense_vit, image_data
 
 ROWS = 12  # of a batch, of all processes together
 
@@ -127,21 +135,22 @@ OPTIMIZERS = {
 }
 
 
-def trajectory(optimizer="adamw", interval=1, freeze=False, prepare=shard, **options):
-    """20 steps, sharded and alone on the joined batch: what W differs by, and the guarantee of the sharded one."""
+def trajectory(optimizer="adamw", steps=9, interval=1, freeze=False, prepare=fully_shard):
+    """Some steps, sharded and alone on the joined batch: what W differs by, and the guarantee of the sharded one."""
     alone = make_model()
     if freeze:
         train_to_bound(alone)
-    model = prepare(copy.deepcopy(alone), **options)
+    model = prepare(copy.deepcopy(alone))
     worst = [0.0, 0.0]
     for m, part in ((alone, lambda x: x), (model, own_part)):
         made = OPTIMIZERS[optimizer](m.parameters())
-        handle = attach_manifold_step(made, m, warmup_steps=10, projection_interval=interval)
-        for step in range(20):
+        handle = attach_manifold_step(made, m, warmup_steps=6, projection_interval=interval)
+        for step in range(steps):
             train(m, made, [step], part)
-            if m is model and (step + 1) % interval == 0:
+            if m is model and (step + 1) % 3 == 0:
                 worst = [max(pair) for pair in zip(worst, violations(m, handle), strict=True)]
         handle.settle()
+    worst = [max(pair) for pair in zip(worst, violations(model, handle), strict=True)]
     return {"difference": difference(model, alone), "orthonormality": worst[0], "kappa": worst[1]}
 
 
@@ -348,8 +357,141 @@ def refused(folder):
     return {"error": None}
 
 
+@contextmanager
+def sharding_accelerate():
+    """accelerate shards on GPUs only, and takes DDP elsewhere; told that this is FSDP, it does here as there."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if self._shared_state.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState._reset_state(True)
+    AcceleratorState.__init__ = init
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = original
+        AcceleratorState._reset_state(True)
+
+
+def accelerated(folder):
+    """Attached before `accelerator.prepare`, which makes every parameter anew; beside one process."""
+    alone = make_model()
+    model = copy.deepcopy(alone)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handle = attach_manifold_step(optimizer, model, warmup_steps=10)
+    with sharding_accelerate():
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LowRankLinear"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        train(model, optimizer, range(10))
+    reference = torch.optim.AdamW(alone.parameters(), lr=0.01)
+    attach_manifold_step(reference, alone, warmup_steps=10)
+    train(alone, reference, range(10), lambda x: x)
+    worst = violations(model, handle)
+    sharded = all(isinstance(p, DTensor) for p in model.parameters())
+    return {"difference": difference(model, alone), "orthonormality": worst[0], "kappa": worst[1], "sharded": sharded}
+
+
+def trained(folder):
+    """`CondLRTrainer(fsdp=True)`: resumed it is bit for bit the training without an interruption, and loads whole."""
+    place = Path(folder, f"trainer-{dist.get_world_size()}")
+    dense, rows = dense_vit(), image_data(24)
+
+    def make():
+        args = arguments(
+            place,
+            fsdp=True,
+            fsdp_config={"transformer_layer_cls_to_wrap": ["ViTLayer"]},
+            per_device_train_batch_size=4,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            logging_steps=2,
+            conditioning_warmup_ratio=0.8,
+            load_best_model_at_end=False,
+        )
+        return CondLRTrainer(model=convert(copy.deepcopy(dense)), args=args, train_dataset=rows, eval_dataset=rows[:5])
+
+    with sharding_accelerate():
+        trainer = make()
+        trainer.train()
+        again = make()
+        again.train(resume_from_checkpoint=str(place / "checkpoint-2"))
+        pairs = zip(trainer.model.parameters(), again.model.parameters(), strict=True)
+        same = all(torch.equal(full(p), full(q)) for p, q in pairs)
+        again.save_model(str(place / "final"))
+        dist.barrier()
+    loaded = ViTForImageClassification.from_pretrained(place / "final")
+    pairs = zip(again.model.parameters(), loaded.parameters(), strict=True)
+    AcceleratorState._reset_state(True)
+    try:
+        CondLRTrainer(model=convert(dense), args=arguments(place, fsdp=True), train_dataset=rows)
+        error = None
+    except CondLRError as refusal:
+        error = str(refusal)
+    return {
+        "sharded": isinstance(again.model.vit.layers[0].attention.q_proj.U, DTensor),
+        "resumed": same,
+        "loaded": all(torch.equal(full(p), q) for p, q in pairs),
+        "bounds": sorted(set(again.manifold_step.bounds().values())),
+        "logged": sorted(key for key in again.state.log_history[-2] if "kappa" in key),
+        "not_sharding": error,
+    }
+
+
+def checkpoints(folder):
+    """A factored checkpoint straight into shards, trained, and gathered into one that loads anywhere."""
+    place = Path(folder, f"whole-{dist.get_world_size()}")
+    sizes = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
+    alone = LlamaForCausalLM(LlamaConfig(vocab_size=30, num_key_value_heads=2, **sizes))
+    get_robust_lowrank_model(alone, CondLRConfig(rank_ratio=0.4, tau=0.5))
+    alone.save_pretrained(place / "start", is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    config = DistributedConfig(fsdp_size=dist.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(place / "start", distributed_config=config)
+    ids = torch.randint(0, 30, (2, 7))
+    with torch.no_grad():
+        started = torch.equal(model(ids).logits, alone(ids).logits)
+    rows = {name: local(p).shape[0] / p.shape[0] for name, p in model.named_parameters() if name.endswith(".U")}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handle = attach_manifold_step(optimizer, model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(place / "end")
+    dist.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(place / "end")
+    pairs = zip(model.parameters(), loaded.parameters(), strict=True)
+    try:
+        model.save_pretrained(place / "wrong", state_dict=model.state_dict())
+        error = None
+    except CondLRError as refusal:
+        error = str(refusal)
+    return {
+        "started": started,
+        "share": max(rows.values()),
+        "loaded": all(torch.equal(full(p), q) for p, q in pairs),
+        "kappa": condition_report(loaded).max_condition_number / max(handle.bounds().values()),
+        "error": error,
+    }
+
+
 CHECKS = {
-    "adamw": lambda folder: trajectory(),
+    "adamw": lambda folder: trajectory(steps=20, prepare=shard),
     "sgd": lambda folder: trajectory("sgd"),
     "interval": lambda folder: trajectory(interval=3),
     "frozen": lambda folder: trajectory("sgd", freeze=True),
@@ -364,6 +506,9 @@ CHECKS = {
     "foreign": foreign,
     "resumed": resumed,
     "refused": refused,
+    "accelerated": accelerated,
+    "trained": trained,
+    "checkpoints": checkpoints,
 }
 
 
@@ -382,6 +527,7 @@ def run_checks(folder, only):
 
 def process(rank, size, folder, only):
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size)
     results = run_checks(folder, only)
     Path(folder, f"results-{size}-{rank}.json").write_text(json.dumps(results))
