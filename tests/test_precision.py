@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_condlr import CondLRTrainer, attach_manifold_step
+from hf_condlr import CondLRTrainer, attach_manifold_step, condition_report
 from hf_condlr.errors import OptimizerError
 from tests.test_manifold import assert_guarantee, layers_of, make_model
 from tests.test_trainer import arguments, convert, dense_bert, text_data
@@ -207,6 +207,29 @@ def test_an_optimizer_with_8_bit_moments():
         assert_guarantee(model, handle)
     assert losses[-1] < 0.9 * losses[0]
     assert optimizer.state[model.a.U]["m"][0].dtype == torch.int8
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize(
+    ("package", "optim"),
+    [
+        ("bitsandbytes", "adamw_bnb_8bit"),
+        ("bitsandbytes", "paged_lion_8bit"),
+        ("torchao", "adamw_torch_8bit"),
+        ("torchao", "adamw_torch_4bit"),
+    ],
+)
+def test_real_ones_train_and_resume_where_they_are_installed(package, optim, tmp_path):
+    pytest.importorskip(package)
+    model, rows = convert(dense_bert()), text_data()
+    args = arguments(tmp_path, optim=optim, save_strategy="steps", save_steps=3)
+    weights = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        trainer = CondLRTrainer(model=copy.deepcopy(model), args=args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert condition_report(trainer.model).max_condition_number <= 1.1 * (1 + 1e-4)
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 def test_optimizers_that_step_inside_backward_are_refused():
