@@ -7,6 +7,7 @@ were enough kills. Then the same on two processes (gloo), of which one is killed
 it ends. Final weights, the optimizer's, the scheduler's and the conditioning's states are compared.
 
     python benchmarks/kill_and_resume.py
+    torchrun --nproc_per_node 2 benchmarks/kill_and_resume.py --dies_at 60
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 import transformers
 from record import markdown, write_record
-from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
+from transformers import HfArgumentParser, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
 from hf_condlr.errors import CheckpointError
@@ -47,6 +48,9 @@ class Options:
     steps: int = field(default=120, metadata={"help": "Optimizer steps of a training."})
     save_steps: int = field(default=4, metadata={"help": "Between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Of the moments."})
+    dies_at: int = field(
+        default=0, metadata={"help": "Under torchrun: the step at which the last process kills itself."}
+    )
     output: str = field(default="outputs/kill_and_resume.json", metadata={"help": "Where the numbers go."})
 
 
@@ -73,6 +77,8 @@ def train(folder: Path, options: Options, start_seed: int) -> None:
         use_cpu=True,
     )
     trainer = CondLRTrainer(model=model, args=args, train_dataset=rows)
+    if options.dies_at:
+        trainer.add_callback(Dies(options.dies_at))
     trainer.train(resume_from_checkpoint=resumes)
     if trainer.is_world_process_zero():
         state = {
@@ -84,6 +90,19 @@ def train(folder: Path, options: Options, start_seed: int) -> None:
         }
         torch.save(state, folder / "final.pt.half")
         os.replace(folder / "final.pt.half", folder / "final.pt")
+
+
+class Dies(TrainerCallback):
+    """The last process kills itself after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """In a training of several processes."""
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            sys.stderr.write(f"killed at {time.strftime('%X')}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def has_whole_checkpoint(folder: Path) -> bool:
@@ -235,6 +254,9 @@ def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[s
             began = time.monotonic()
             status = wait(pids[1 - dies], 120)
             lived.append(time.monotonic() - began)
+            if status == 0:  # it had nothing left to do with the other one
+                lived.pop()
+                continue
             if status is None:
                 kill(pids[1 - dies])
             log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
@@ -255,6 +277,9 @@ def main() -> None:
     logging.disable(logging.WARNING)  # checkpoints that are passed over
     warnings.simplefilter("ignore")
     moments = random.Random(options.seed)
+    if "RANK" in os.environ:
+        train(Path(options.output).with_suffix(""), options, 0)
+        return
     with tempfile.TemporaryDirectory() as root:
         one = killed_trainings(Path(root), options, moments)
         two = killed_ranks(Path(root), options, moments) if options.rank_kills else {}
