@@ -252,9 +252,16 @@ class ManifoldStep:
     @torch.no_grad()
     def _orthonormalize(self) -> None:
         """Bases that are not orthonormal (rounded to bfloat16 once, say) become so; W stays: S takes what they lose."""
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             limit = 1e-5 * math.sqrt(layer.r)
-            if max(orthonormality_error(layer.U).item(), orthonormality_error(layer.V).item()) > limit:
+            errors = orthonormality_error(layer.U).item(), orthonormality_error(layer.V).item()
+            if not (math.isfinite(sum(errors)) and torch.isfinite(whole(layer.S)).all()):
+                raise ConditioningError(
+                    "factors must be finite",
+                    received=f"NaN or inf in {name}",
+                    remedy="Load or convert the model again.",
+                )
+            if max(errors) > limit:
                 Q_U, S, Q_V = orthonormalize(layer.U, layer.S, layer.V)
                 write(layer.U, Q_U)
                 write_whole(layer.S, S)

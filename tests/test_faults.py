@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
-from hf_condlr import CondLRTrainer
-from hf_condlr.errors import OptimizerError
-from hf_condlr.layers import factored_layers
+from hf_condlr import CondLRTrainer, attach_manifold_step
+from hf_condlr.errors import ConditioningError, OptimizerError
+from hf_condlr.layers import LowRankLinear, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
 from hf_condlr.restoring import last_whole_checkpoint
 from hf_condlr.trainer import finite
@@ -101,6 +102,25 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(OptimizerError, match=r"finite parameters; received NaN or inf in classifier\.bias at step 8"):
         trainer.train()
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("kind", "USV")
+def test_factors_that_are_not_finite_are_refused_by_name(kind):
+    """When the step is attached, and when somebody writes them later, before the optimizer moves anything."""
+    model = nn.ModuleDict({"a": LowRankLinear(8, 6, 3), "b": LowRankLinear(8, 6, 3)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    handle = attach_manifold_step(optimizer, model)
+    with torch.no_grad():
+        getattr(model["b"], kind)[0, 0] = math.nan
+    before = copy.deepcopy(model["a"].state_dict())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ConditioningError, match=r"factors must be finite; received NaN or inf in b\. Load"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model["a"].state_dict().items())
+    handle.remove()
+    with pytest.raises(ConditioningError, match=r"factors must be finite; received NaN or inf in b\. Load"):
+        attach_manifold_step(optimizer, model)
 
 
 @pytest.mark.parametrize("lr", [3.0, 1e30])  # a thousand times too large, and beyond
