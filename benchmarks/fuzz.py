@@ -57,7 +57,7 @@ def steps() -> st.SearchStrategy[Step]:
     """One in four with gradients of one bad kind throughout, else of such a kind in up to two factors."""
     kinds = st.sampled_from(list(GRADIENTS))
     others = st.lists(st.tuples(st.integers(0, 11), kinds), max_size=2).map(tuple)
-    times = st.sampled_from([1, 1, 2, 10, 40])  # to draw a case costs as much as ten steps
+    times = st.sampled_from([1, 2, 10, 40])  # to draw a case costs as much as ten steps
     return st.builds(Step, st.integers(0, 2**16), st.one_of(*3 * [st.just("normal")], kinds), others, times)
 
 
@@ -126,12 +126,9 @@ def main() -> None:
     while counts["steps"] < options.steps:
         fuzz(100, start=start, then=count)
         sys.stderr.write(f"{counts['steps']} steps of {counts['cases']} cases\n")
-        start += 1
-    seconds = time.perf_counter() - began
-    sys.stdout.write("".join(f"{name}: {number}\n" for name, number in counts.items()) + f"{seconds:.0f} s\n")
-    sys.stdout.write(
-        f"wrote {write_record(Path(options.output), {'counts': dict(counts), 'seconds': seconds}, options)}\n"
-    )
+        found = {"counts": dict(counts), "seconds": time.perf_counter() - began}
+        path = write_record(Path(options.output), found, options)  # of what was done if it is ended here
+    sys.stdout.write("".join(f"{name}: {number}\n" for name, number in counts.items()) + f"wrote {path}\n")
 
 
 if __name__ == "__main__":
