@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_condlr import CondLRTrainer, attach_manifold_step, condition_report
 from hf_condlr.errors import OptimizerError
+from hf_condlr.stacks import BasisStack
 from tests.test_manifold import assert_guarantee, layers_of, make_model
 from tests.test_trainer import arguments, convert, dense_bert, text_data
 
@@ -106,6 +107,35 @@ def test_rounded_factors_would_break_the_constraint():
     error = torch.linalg.matrix_norm(gram.mT @ gram - torch.eye(layer.r, dtype=torch.float64)) / math.sqrt(layer.r)
     assert 1e-3 < error < 1e-2
     assert torch.linalg.cond(layer.S.detach().bfloat16().double()) > 1.1 * (1 + 1e-3)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="of torch ≥ 2.9")
+def test_a_setting_for_all_backends_is_off_inside_of_the_step_only():
+    """And still reaches the backends afterwards. Kernels that obey it are not here: the guarantee is not at stake."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_manifold_step(optimizer, model)
+    seen = []
+    project = BasisStack.project_gradients
+
+    def watched(self, *args):
+        seen.append({b.fp32_precision for b in backends})
+        return project(self, *args)
+
+    try:
+        torch.backends.fp32_precision = "tf32"
+        for x, y in batches(1):
+            nn.functional.cross_entropy(model(x), y).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BasisStack, "project_gradients", watched)
+            optimizer.step()
+        assert seen and all(values == {"ieee"} for values in seen)
+        assert {b.fp32_precision for b in backends} == {"tf32"}
+        torch.backends.fp32_precision = "ieee"
+        assert {b.fp32_precision for b in backends} == {"ieee"}
+    finally:
+        torch.backends.fp32_precision = "none"
 
 
 # --------------------------------------------------------------------------------------------- equal trainings
