@@ -282,8 +282,9 @@ class Run:
         for p in self.factors:
             assert torch.isfinite(p).all(), "a factor is not finite"
             for key, value in self.optimizer.state.get(p, {}).items():
-                # Adafactor's RMS is the factor's own, measured anew in every step: of 1e20 it overflows.
-                if value is not None and key != "RMS":
+                # Adafactor's RMS and ASGD's ax are of the factor as their step left it, at a rate of 1e20 say, and
+                # enter no later step: no moments.
+                if value is not None and key not in ("RMS", "ax"):
                     assert torch.isfinite(torch.as_tensor(value)).all(), f"{key} of the optimizer is not finite"
         if not self.steps or self.handle._unsettled:
             return
