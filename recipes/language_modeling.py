@@ -65,8 +65,9 @@ def make_trainer(
 
 
 def at_start(trainer: Trainer) -> dict[str, float]:
-    """What was evaluated before the first step."""
-    measured = next(entry for entry in trainer.state.log_history if "eval_perplexity" in entry)
+    """What was evaluated before the first step; nothing where training went on from a checkpoint of another kind."""
+    history = trainer.state.log_history
+    measured = next((entry for entry in history if entry["step"] == 0 and "eval_perplexity" in entry), {})
     return {name.replace("eval_", "start_"): value for name, value in measured.items() if name.startswith("eval_")}
 
 
