@@ -71,7 +71,8 @@ def attach_manifold_step(
             the constraint does **not** hold: call `settle()` of the handle, on every process, before you evaluate,
             save or load weights, and at the end. See `ManifoldStep.settle`.
         drift_check_interval: Of several processes that hold copies of the factors, compare them after the first step
-            and after every so many, bit for bit; 0 never. The same on every process.
+            and after every so many, bit for bit. The same on every process. 0 never: for processes that train models
+            of their own, whose warm-up then starts from their own κ_0 instead of process 0's.
         share_step: Of several processes that hold copies of the factors, let each retract and condition a part of them
             and hand it round: the same step bit for bit. The same on every process.
 
@@ -302,7 +303,8 @@ class ManifoldStep:
             return
         reshard(self._model)
         check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
-        if not self.step_count and is_replicated():  # DDP may have handed out its weights since κ_0 was measured
+        copies = is_replicated() and (self.drift_check_interval or self.share_step)  # else each may train its own model
+        if copies and not self.step_count:  # DDP may have handed out its weights since κ_0 was measured
             self.initial_condition = of_first_process(self.initial_condition, next(iter(self.layers.values())).S.device)
         with full_precision():
             self._gather()

@@ -23,13 +23,21 @@ LEARNING_RATE = 2**-6
 # ------------------------------------------------------------------------------------------------ a loop of one's own
 
 
-def loop(steps=12, *, seed=0, disturb=None, make_optimizer=torch.optim.AdamW, **options):
+def loop(
+    steps=12,
+    *,
+    seed=0,
+    disturb=None,
+    make_optimizer=torch.optim.AdamW,
+    wrap=nn.parallel.DistributedDataParallel,
+    **options,
+):
     """The model after some steps under DDP, each process with its own data; `disturb(model, step)` before each."""
     torch.manual_seed(seed)
     model = make_model()
     optimizer = make_optimizer(model.parameters(), lr=LEARNING_RATE)
     attach_manifold_step(optimizer, model, warmup_steps=6, **options)
-    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped = wrap(model)
     generator = torch.Generator().manual_seed(dist.get_rank())
     for step in range(1, steps + 1):
         x, y = torch.randn(8, 2, 5, 5, generator=generator), torch.randint(0, 3, (8,), generator=generator)
@@ -99,6 +107,13 @@ def equal(first, second):
     return all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def alone():
+    """Each process trains its own model, process 1 for longer, and nobody waits for anybody."""
+    steps = 3 + dist.get_rank()
+    model = loop(steps, seed=dist.get_rank(), wrap=lambda model: model, drift_check_interval=0)
+    return largest_difference(model)
+
+
 def loops():
     """{what: what came of it}."""
     plain = loop()
@@ -110,6 +125,7 @@ def loops():
         "different seeds": largest_difference(loop(seed=dist.get_rank())),
         "drift": error_of(lambda: loop(disturb=flip_one_bit, drift_check_interval=4)),
         "drift unseen": error_of(lambda: loop(disturb=flip_one_bit, drift_check_interval=0)),
+        "models of their own": alone(),
         "failure": error_of(lambda: fail_on_process_1(share_step=True)),
         "vanished": error_of(lambda: loop(disturb=vanish, make_optimizer=torch.optim.SGD, share_step=True)),
     }

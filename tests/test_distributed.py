@@ -92,8 +92,9 @@ def test_a_drift_is_an_error_on_both_processes(found, where, step, name):
         ), process[where]
 
 
-def test_no_check_no_error(found):
+def test_without_checks_processes_may_go_apart(found):
     assert [process["drift unseen"] for process in found] == ["nothing", "nothing"]
+    assert all(process["models of their own"] > 0.1 for process in found)
 
 
 def test_a_failure_in_a_shared_step_is_told_to_all(found):
