@@ -113,6 +113,13 @@ class CondLRConfig(PeftConfig):
             "factors (training from scratch)."
         },
     )
+    conditioned_start: bool = field(
+        default=False,
+        metadata={
+            "help": "Start from factors that obey κ ≤ 1 + tau, the best ones in the metric of the start, instead of "
+            "letting a warm-up bring κ down."
+        },
+    )
     trainable: Literal["all", "factors"] = field(
         default="all",
         metadata={
@@ -135,6 +142,8 @@ class CondLRConfig(PeftConfig):
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}", repr(value), "Choose one.")
+        started = isinstance(self.conditioned_start, bool)
+        _require(started, "conditioned_start must be true or false", repr(self.conditioned_start), "Choose one.")
         self._validate_targets()
         self._validate_ranks()
         _require_peft_type(self.peft_type)

@@ -100,10 +100,10 @@ def get_robust_lowrank_model(
     layers = {}
     for name, r in ranks.items():
         W, (C, F) = matrices[name], moments.pop(name, NO_MOMENTS)
-        factorize = factorization(config, C, F)
         dense: Any = model.get_submodule(name)
         layer_class: Any = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
         tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
+        factorize = factorization(config, tau, C, F)
         layers[name] = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
         report.converted[name] = _measured(W, layers[name], config, C)
     # Only now: an error above leaves the model as it was.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_condlr.calibration import input_covariances
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import ConfigError
+from hf_condlr.feasible import nearest_conditioned
 from hf_condlr.fisher import output_fisher
 from hf_condlr.initialization import FACTORIZATIONS, activation_aware, fisher, fisher_root, whiten
 from hf_condlr.layers import Factorization
@@ -45,8 +46,16 @@ def calibrate(
     return {name: (covariances[name], fishers.get(name)) for name in names}
 
 
-def factorization(config: CondLRConfig, C: Tensor | None, F: Tensor | None) -> Factorization:
-    """The start of `config` as a function of a weight and its rank."""
+def factorization(config: CondLRConfig, tau: float, C: Tensor | None, F: Tensor | None) -> Factorization:
+    """The start of `config` for a layer of that τ, as a function of a weight and its rank."""
+    start = _start(config, C, F)
+    if not config.conditioned_start:
+        return start
+    in_start = {"C": C, "F": F if config.init_weights == "fisher" else None}
+    return lambda W, r: nearest_conditioned(W, start(W, r), tau, center=config.center, **in_start)
+
+
+def _start(config: CondLRConfig, C: Tensor | None, F: Tensor | None) -> Factorization:
     if config.init_weights == "fisher":
         assert C is not None and F is not None
         return partial(fisher, C=C, F=F)

@@ -19,7 +19,7 @@ FLOORS = (
     {"config", "layers", "attacks", "product_clip"},
     {"initialization", "calibration", "interference", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
     {"sharing"},
-    {"fisher", "manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
+    {"fisher", "feasible", "manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
     {"starts", "model_card", "plots", "sharded_checkpoints"},
     {"hub"},
     {"saving"},
