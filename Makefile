@@ -10,8 +10,8 @@ help: ## show this list
 demo: $(STAMP) ## train, attack and compare on real digits; writes outputs/demo
 	@. $(BIN)/activate && python recipes/demo.py
 
-test: $(STAMP) ## run the whole test suite
-	@$(BIN)/pytest
+test: $(STAMP) ## run the whole test suite, on up to four cores at once
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(STAMP) ## check format, lint and types
 	@$(BIN)/ruff format --check .
