@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -84,14 +83,12 @@ def vit(record: Path, seeds: Sequence[int]) -> Iterator[Trained]:
 
 
 def minilm(record: Path, seeds: Sequence[int]) -> Iterator[Trained]:
-    """Of `minilm_sst2.py --save_models true`."""
+    """Of `text_study.py`."""
     written = json.loads(record.read_text())
     for name, rows in written["results"].items():
-        label = "CondLR τ = 0.1" if name.startswith("base") else name.replace("τ = 1", "CondLR τ = 1")
+        label = name.partition(" ")[2].replace("τ =", "CondLR τ =")  # behind the share removed
         for row in rows:
             key = row["key"]
-            if "model" not in row:
-                sys.exit(f"{record} names no model of {name!r}: run minilm_sst2.py with --save_models true.")
             path = record.parent / row["model"]
 
             def build(path: Path = path) -> nn.Module:

@@ -1,12 +1,12 @@
 """Attack the trained models of a benchmark, every method alike: tables, a picture of accuracy over ε, all outcomes.
 
-The models are those that `lenet5_mnist.py`, `vit_small.py` and `minilm_sst2.py --save_models true` chose by accuracy on
+The models are those that `lenet5_mnist.py`, `vit_small.py` and `text_study.py` chose by accuracy on
 clean validation data; attacks see the test split only, and all models the same samples of it. Each report is kept in
 the output folder, and a second call goes on from there.
 
     python benchmarks/robustness_study.py --study lenet5 --record outputs/lenet5_mnist/results.json
     python benchmarks/robustness_study.py --study vit --record outputs/vit_mnist/results.json
-    python benchmarks/robustness_study.py --study minilm --record outputs/minilm_robust/results-0.6.json
+    python benchmarks/robustness_study.py --study minilm --record outputs/text_study/results.json
 """
 
 from __future__ import annotations
