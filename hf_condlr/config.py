@@ -225,6 +225,11 @@ class CondLRConfig(PeftConfig):
             rule = "rank_pattern values must be integers ≥ 1 (ranks) or floats in (0, 1] (rank ratios)"
             _require(valid, rule, f"{key!r}: {value!r}", "Write 8 for a rank, 0.25 for a ratio.")
 
+    @property
+    def needs_calibration_data(self) -> bool:
+        """Whether the start or the ranks depend on data: `activation_aware` or `fisher`."""
+        return self.init_weights in ("activation_aware", "fisher") or self.rank_allocation == "fisher"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as strict JSON values: an infinite τ is the string "inf"."""
         values = super().to_dict()

@@ -29,8 +29,7 @@ def calibrate(
         ConfigError: Data is missing or superfluous.
         ConversionError: It does not reach a layer, or the model has no logits to differentiate.
     """
-    needs_fisher = "fisher" in (config.init_weights, config.rank_allocation)
-    aware = needs_fisher or config.init_weights == "activation_aware"
+    aware = config.needs_calibration_data
     if aware != (data is not None):
         raise ConfigError(
             "calibration_data is what 'activation_aware' and 'fisher' need, and nothing else",
@@ -42,6 +41,7 @@ def calibrate(
         return {}
     batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)  # gone over twice
     covariances = input_covariances(model, names, batches)
+    needs_fisher = "fisher" in (config.init_weights, config.rank_allocation)
     fishers = output_fisher(model, names, batches) if needs_fisher else {}
     return {name: (covariances[name], fishers.get(name)) for name in names}
 

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 class ModelArguments(text_model.ModelArguments):
     """The model, its tokenizer, and what becomes of its linear layers."""
 
-    calibration_samples: int = field(default=256, metadata={"help": "Training blocks for activation_aware."})
+    calibration_samples: int = field(default=256, metadata={"help": "Training blocks for activation_aware and fisher."})
 
     def small(self) -> tuple[str, str]:
         """Type and config of the model where none is named."""

@@ -38,12 +38,21 @@ class MethodArguments:
     compression_ratio: float | None = field(
         default=None, metadata={"help": "Share of the converted weights removed; 0.5 if no rank_ratio is given."}
     )
-    rank_allocation: str = field(default="uniform", metadata={"help": "uniform or energy: of compression_ratio."})
+    rank_allocation: str = field(
+        default="uniform",
+        metadata={"help": "How compression_ratio is spread: uniform, energy, or fisher for a fine-tuned model."},
+    )
     rank_multiple: int = field(default=1, metadata={"help": "Round ranks from a ratio down to its multiples: 8, say."})
     init_weights: str = field(
-        default="svd", metadata={"help": "svd, randomized_svd, activation_aware or orthogonal start."}
+        default="svd",
+        metadata={"help": "svd, randomized_svd, activation_aware, fisher (of a fine-tuned model) or orthogonal start."},
     )
-    calibration_samples: int = field(default=256, metadata={"help": "Training samples for activation_aware."})
+    conditioned_start: bool = field(
+        default=False, metadata={"help": "Start within κ ≤ 1 + tau instead of warming up to it."}
+    )
+    calibration_samples: int = field(
+        default=256, metadata={"help": "Training samples for activation_aware and fisher."}
+    )
     tau: float = field(default=0.1, metadata={"help": "Condition numbers stay ≤ 1 + tau; inf: orthonormal U, V only."})
     teacher: str | None = field(
         default=None, metadata={"help": "Dense model of the same task to distil from; see distillation_weight."}
@@ -68,7 +77,7 @@ class MethodArguments:
     def condlr_config(self) -> CondLRConfig:
         """How layers are factored."""
         names = ("target_modules", "rank_ratio", "compression_ratio", "rank_allocation", "rank_multiple")
-        names += ("init_weights", "tau")
+        names += ("init_weights", "conditioned_start", "tau")
         return CondLRConfig(**{name: getattr(self, name) for name in names})
 
     def fresh_config(self) -> PreTrainedConfig:
@@ -113,7 +122,7 @@ def factored(
     Args:
         model: Dense, or factored by an earlier training, which it then stays.
         args: Method, ranks and start.
-        calibration: Makes the batches that the activation-aware start is computed from.
+        calibration: Makes the batches that start or ranks are computed from, where they depend on data.
 
     Raises:
         ValueError: A factored model and method dense.
@@ -125,8 +134,10 @@ def factored(
         return model
     if args.method == "dense":
         return model
-    batches = calibration() if args.init_weights == "activation_aware" else None
-    return get_robust_lowrank_model(model, args.condlr_config(), calibration_data=batches)
+    config = args.condlr_config()
+    return get_robust_lowrank_model(
+        model, config, calibration_data=calibration() if config.needs_calibration_data else None
+    )
 
 
 def require_same_classes(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
