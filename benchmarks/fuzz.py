@@ -125,6 +125,7 @@ def main() -> None:
     start, began = options.seed, time.perf_counter()
     while counts["steps"] < options.steps:
         fuzz(100, start=start, then=count)
+        start += 1  # the same seed would draw the same cases again
         sys.stderr.write(f"{counts['steps']} steps of {counts['cases']} cases\n")
         found = {"counts": dict(counts), "seconds": time.perf_counter() - began}
         path = write_record(Path(options.output), found, options)  # of what was done if it is ended here
