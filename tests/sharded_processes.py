@@ -215,6 +215,25 @@ def not_finite(folder):
     }
 
 
+def skipped(folder):
+    """A gradient scaler that finds an overflow on one process skips the step, of a fused optimizer too, on all."""
+    model = shard(make_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    handle = attach_manifold_step(optimizer, model)
+    train(model, optimizer, range(2))
+    before = [full(p).clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    backward(model, 2, own_part)
+    if dist.get_rank() == 1:
+        model.a.U.grad.to_local()[0, 0] = math.inf
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(1))
+    scaler.step(optimizer)
+    scaler.update()
+    same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
+    return {"same": same, "steps": handle.step_count, "scale": scaler.get_scale()}
+
+
 def vanished(folder):
     """An update that makes a core zero is refused by all processes, and undone."""
     model = shard(make_model())
@@ -500,12 +519,13 @@ def checkpoints(folder):
 
 CHECKS = {
     "adamw": lambda folder: trajectory(steps=20, prepare=shard),
-    "sgd": lambda folder: trajectory("sgd"),
+    "sgd": lambda folder: trajectory("sgd", steps=6),
     "interval": lambda folder: trajectory(interval=3),
-    "frozen": lambda folder: trajectory("sgd", freeze=True),
-    "two_dimensions": lambda folder: trajectory(prepare=over_two_dimensions),
+    "frozen": lambda folder: trajectory("sgd", steps=6, freeze=True),
+    "two_dimensions": lambda folder: trajectory(steps=6, prepare=over_two_dimensions),
     "huge_steps": huge_steps,
     "not_finite": not_finite,
+    "skipped": skipped,
     "vanished": vanished,
     "traffic": traffic,
     "half_precision": half_precision,

@@ -32,7 +32,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tests.sharded_processes", str(folder), "2,3"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found = {}
     for size in SIZES:
@@ -47,7 +47,7 @@ TRAJECTORIES = [(2, "adamw"), (3, "adamw"), (2, "sgd"), (2, "interval"), (3, "in
 
 @pytest.mark.parametrize(("size", "name"), [*TRAJECTORIES, (2, "two_dimensions")])
 def test_sharded_training_equals_one_process(results, size, name):
-    """W after 9 or 20 steps, past a warm-up: within 1e-5 relative (measured: at most 3.3e-7), unequal shares."""
+    """W after 6 to 20 steps, through a warm-up: within 1e-5 relative (measured: at most 3.3e-7), unequal shares."""
     found = results[size][name]
     assert found["difference"] <= 1e-5
     assert found["orthonormality"] <= 1  # in units of 1e-5 √r (measured: 0.03)
@@ -69,6 +69,10 @@ def test_what_is_not_finite_on_one_process_holds_the_factor_on_all(results, size
     assert found["held"] == ["a.U", "b.S"]
     assert found["decayed"] == ["a.U", "b.S"]  # moments that saw no gradient, on any process
     assert found["kappa"] <= 1 + 1e-4
+
+
+def test_overflow_on_one_process_skips_the_step_on_all(results):
+    assert results[2]["skipped"] == {"same": True, "steps": 2, "scale": 1.0}
 
 
 def test_vanishing_core_is_refused_by_all_and_undone(results):
