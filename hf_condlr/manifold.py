@@ -17,7 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from hf_condlr.devices import runs_ahead
+from hf_condlr import devices
 from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.interference import Watch
 from hf_condlr.layers import LowRankLayer, factored_layers
@@ -408,7 +408,7 @@ class ManifoldStep:
             cores.end_interval()
 
     def _check_where_free(self) -> None:
-        if not any(runs_ahead(stack.held_at) for stack in self._stacks):
+        if not any(devices.runs_ahead(stack.held_at) for stack in self._stacks):
             self.check()
 
 

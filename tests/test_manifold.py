@@ -896,8 +896,7 @@ def test_conversion_covers_a_convolution():
 @pytest.fixture
 def running_ahead(monkeypatch):
     """The step as a GPU takes it, on a CPU: masks in place of branches, products in place of factorisations."""
-    for module in ("stacks", "manifold"):
-        monkeypatch.setattr(f"hf_condlr.{module}.runs_ahead", lambda X: True)
+    monkeypatch.setattr("hf_condlr.devices.runs_ahead", lambda X: True)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 20])
@@ -932,7 +931,7 @@ def test_the_step_without_a_wait_takes_the_same_way(running_ahead, monkeypatch):
     models[False] = copy.deepcopy(models[True])
     gradients = [[torch.randn_like(p) for p in models[True].parameters()] for _ in range(20)]
     for ahead, model in models.items():
-        monkeypatch.setattr("hf_condlr.stacks.runs_ahead", lambda X, ahead=ahead: ahead)
+        monkeypatch.setattr("hf_condlr.devices.runs_ahead", lambda X, ahead=ahead: ahead)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         attach_manifold_step(optimizer, model)
         for step in gradients:
@@ -1051,8 +1050,7 @@ def test_no_step_reads_anything_back():
 def test_weights_loaded_between_steps_are_brought_back_at_the_next_one(ahead, monkeypatch):
     """A core of κ = 10⁸ and bases that are not orthonormal, without a word to the handle."""
     if ahead:
-        for module in ("stacks", "manifold"):
-            monkeypatch.setattr(f"hf_condlr.{module}.runs_ahead", lambda X: True)
+        monkeypatch.setattr("hf_condlr.devices.runs_ahead", lambda X: True)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     handle = attach_manifold_step(optimizer, model)
