@@ -22,6 +22,7 @@ from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.interference import Watch
 from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number
+from hf_condlr.moments import forget_broken_moments
 from hf_condlr.optimizer_checks import check_count, check_dtypes, check_optimizer, check_wrappers, refuse, shown
 from hf_condlr.precision import full_precision
 from hf_condlr.replicas import check_replicas, is_due, is_replicated, of_first_process
@@ -190,6 +191,9 @@ class ManifoldStep:
         stacks = self._stacks
         held = {name: step for stack in stacks for name, step in stack.held().items()}
         vanished = {name: step for stack in self._cores for name, step in stack.vanished().items()}
+        if held:
+            factors = {name: p for stack in stacks for name, p in zip(stack.names, stack.parameters, strict=True)}
+            forget_broken_moments(self.optimizer, [factors[name] for name in held])
         if held and not self._warned:
             self._warned = True
             logger.warning(

@@ -17,7 +17,7 @@ FLOORS = (
     {"linalg", "divergence", "replicas"},
     {"shards"},
     {"config", "layers", "attacks", "product_clip"},
-    {"initialization", "calibration", "interference", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
+    {"initialization", "calibration", "interference", "moments", "ranks", "stacks", "optimizer_checks", "targets", "checkpoints", "training_args"},
     {"sharing"},
     {"fisher", "feasible", "manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
     {"starts", "model_card", "plots", "sharded_checkpoints"},
