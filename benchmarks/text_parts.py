@@ -68,6 +68,8 @@ class Row:
     """ε of FGM on half of each batch."""
     fine_tuned: bool = True
     """Compress the fine-tuned model, or the pretrained one with a classifier drawn at random."""
+    fine_tuned_adversarial: float = 0.0
+    """ε of FGM on half of each batch of the fine-tuning, before compression."""
     trained: bool = True
     """False: as compressed, with κ brought to its bound."""
 
@@ -122,21 +124,23 @@ class Experiment:
         """The pretrained encoder with a fresh classifier, or a fine-tuned one."""
         return AutoModelForSequenceClassification.from_pretrained(path or self.options.model_path, num_labels=2)
 
-    def fine_tuned(self, seed: int) -> Path:
+    def fine_tuned(self, seed: int, adversarial: float = 0.0) -> Path:
         """Where the dense model of a seed lies, trained at the rate that the first seed's validation accuracy chose."""
         rates = sorted(self.options.dense_learning_rates)
-        sweep = {rate: self._fine_tune(rate, self.first_seed)["validation"] for rate in rates}
-        return self.folder / self._fine_tune(max(rates, key=sweep.__getitem__), seed)["model"]
+        best = rates[0]
+        if len(rates) > 1:
+            best = max(rates, key=lambda rate: self._fine_tune(rate, self.first_seed, adversarial)["validation"])
+        return self.folder / self._fine_tune(best, seed, adversarial)["model"]
 
-    def _fine_tune(self, rate: float, seed: int) -> dict[str, Any]:
+    def _fine_tune(self, rate: float, seed: int, adversarial: float) -> dict[str, Any]:
         o = self.options
         key = {"fine_tuning": rate, "seed": seed, "steps": o.dense_steps, "batch_size": o.batch_size}
-        key |= {"max_length": o.max_length}
+        key |= {"max_length": o.max_length} | ({"adversarial": adversarial} if adversarial else {})
         if found := self.rows.find(key):
             return found
         set_seed(seed)
         model, folder = self.dense_model(), self.folder / "models" / f"dense-{digest(key)}"
-        trainer = self.trainer(model, Row(dense=True), rate, seed, o.dense_steps)
+        trainer = self.trainer(model, Row(dense=True, adversarial=adversarial), rate, seed, o.dense_steps)
         trainer.train()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -162,13 +166,16 @@ class Experiment:
         if "fisher" in (row.start, row.allocation) or row.start == "activation_aware":
             rows = self.data["train"].shuffle(seed=0).select(range(self.options.calibration_sentences))
             calibration = torch.utils.data.DataLoader(rows, batch_size=32, collate_fn=self.collator)
-        model = self.dense_model(self.fine_tuned(seed) if row.fine_tuned else None)
+        model = self._start(row, seed)
         return get_robust_lowrank_model(model, config, calibration_data=calibration)
+
+    def _start(self, row: Row, seed: int) -> Any:
+        return self.dense_model(self.fine_tuned(seed, row.fine_tuned_adversarial) if row.fine_tuned else None)
 
     def build(self, row: Row, seed: int) -> Any:
         """A copy of the converted model; a classifier that was not fine-tuned is drawn as the dense model's is."""
         if row.dense:
-            return self.dense_model(self.fine_tuned(seed) if row.fine_tuned else None)
+            return self._start(row, seed)
         fields = (
             "compression_ratio",
             "start",
@@ -178,6 +185,7 @@ class Experiment:
             "center",
             "conditioned",
             "fine_tuned",
+            "fine_tuned_adversarial",
         )
         settings = {name: getattr(row, name) for name in fields}  # trainings that differ elsewhere share it
         model = copy.deepcopy(self.converted(Row(**settings), seed))
@@ -193,6 +201,7 @@ class Experiment:
         settings = {"steps": o.steps, "batch_size": o.batch_size, "max_length": o.max_length, "dropout": o.dropout}
         before = {"dense_steps": o.dense_steps} if row.fine_tuned or row.distillation else {}
         values = {k: "inf" if v == math.inf else v for k, v in asdict(row).items()}
+        values = {k: v for k, v in values.items() if v or k != "fine_tuned_adversarial"}
         key = values | settings | before | {"learning_rate": learning_rate, "seed": seed}
         folder = self.folder / "models" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{digest(key)}"
         if (found := self.rows.find(key)) and folder.is_dir():

@@ -32,11 +32,12 @@ WARMED = Row()  # a warm-up brings κ down, over 30 % of the steps
 UNIFORM = Row(start="activation_aware", allocation="uniform")
 EARLY = replace(UNIFORM, fine_tuned=False)
 ROWS = {
+    "fine-tuned": Row(dense=True, trained=False),
     "dense": Row(dense=True),
     "unconstrained": replace(BASE, unconstrained=True, tau=math.inf),
     **{f"τ = {tau:g}": replace(BASE, tau=tau) for tau in (0.1, 0.5, 1.0, 4.0)},
     "τ = ∞": replace(BASE, tau=math.inf),
-    **{f"compressed only, τ = {tau:g}": replace(BASE, tau=tau, trained=False) for tau in (0.1, 1.0, math.inf)},
+    **{f"compressed only, τ = {tau:g}": replace(BASE, tau=tau, trained=False) for tau in (0.1, 1.0, 4.0, math.inf)},
     **{f"compressed and clipped, τ = {tau:g}": replace(WARMED, tau=tau, trained=False) for tau in (0.1, 1.0)},
     **{f"warm-up, τ = {tau:g}": replace(WARMED, tau=tau) for tau in (0.1, 1.0)},
     "activation-aware, uniform": UNIFORM,
@@ -60,6 +61,13 @@ ROWS = {
     "τ = 1, adversarial 0.05": replace(BASE, tau=1.0, adversarial=0.05),
     "unconstrained, adversarial 0.05": replace(BASE, unconstrained=True, tau=math.inf, adversarial=0.05),
     "dense, adversarial 0.05": Row(dense=True, adversarial=0.05),
+    "dense, fine-tuned adversarially": Row(dense=True, fine_tuned_adversarial=0.05, trained=False),
+    **{
+        f"fine-tuned adversarially, compressed only, τ = {tau:g}": replace(
+            BASE, tau=tau, fine_tuned_adversarial=0.05, trained=False
+        )
+        for tau in (0.1, 1.0, 4.0, math.inf)
+    },
     "before fine-tuning: dense": Row(dense=True, fine_tuned=False),
     "before fine-tuning: τ = 0.1": EARLY,
     "before fine-tuning: τ = 1": replace(EARLY, tau=1.0),

@@ -43,26 +43,28 @@ def nearest_conditioned(
     if C is None and F is None:
         return U.to(W), S.to(W), V.to(W)
     wide = W.to(S)
-    left = _metric(None if F is None else fisher_root(F) @ fisher_root(F), len(wide), S)
+    root = None if F is None else fisher_root(F)
+    left = _metric(None if root is None else root @ root, len(wide), S)
     right = _metric(C, wide.shape[1], S)
     target = left @ wide @ right  # F̃WC
     largest_left, largest_right = _largest(left), _largest(right)
     whole = (target * wide).sum()  # ‖F̃^{1/2} W C^{1/2}‖_F²
     errors: list[float] = []
-    for sweep in range(SWEEPS):
-        cross = target @ V
-        M, N = U.mT @ left @ U, V.mT @ right @ V
-        R = U.mT @ cross
+    left_U, right_V, cross = left @ U, right @ V, target @ V
+    for _ in range(SWEEPS):
+        M, N, R = U.mT @ left_U, V.mT @ right_V, U.mT @ cross
         errors.append((((M @ S @ N - 2 * R) * S).sum() / whole).item())  # f/‖·‖² − 1
-        if sweep >= 10 and errors[-11] - errors[-1] < ENOUGH * (1 + errors[-1]):
+        if len(errors) > 10 and errors[-11] - errors[-1] < ENOUGH * (1 + errors[-1]):
             break
         L = _largest(M) * _largest(N)
         for _ in range(CORE_STEPS):
             S = clamp_singular_values(S - (M @ S @ N - R) / L, tau, center=center)
         K = S @ N @ S.mT
-        U = retract_polar(U - (left @ U @ K - cross @ S.mT) / (largest_left * _largest(K)))
-        K = S.mT @ (U.mT @ left @ U) @ S
-        V = retract_polar(V - (right @ V @ K - target.mT @ U @ S) / (largest_right * _largest(K)))
+        U = retract_polar(U - (left_U @ K - cross @ S.mT) / (largest_left * _largest(K)))
+        left_U = left @ U
+        K = S.mT @ (U.mT @ left_U) @ S
+        V = retract_polar(V - (right_V @ K - target.mT @ U @ S) / (largest_right * _largest(K)))
+        right_V, cross = right @ V, target @ V
     return U.to(W), clamp_singular_values(S, tau, center=center).to(W), V.to(W)
 
 

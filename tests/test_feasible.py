@@ -67,7 +67,7 @@ def test_what_obeys_the_bound_stays_as_it_is(tau):
 def test_a_converted_model_obeys_its_bounds_from_the_start(start):
     model = make_bert()
     config = CondLRConfig(
-        target_modules=r".*encoder\.layer.*",
+        target_modules=r".*layer\.0\.attention\.self.*",
         rank_ratio=0.5,
         init_weights=start,
         conditioned_start=True,
@@ -77,7 +77,7 @@ def test_a_converted_model_obeys_its_bounds_from_the_start(start):
         model, config, calibration_data=batches() if start in ("activation_aware", "fisher") else None
     )
     layers = {name: model.get_submodule(name) for name in model.condlr_conversion.converted}
-    assert len(layers) == 12
+    assert len(layers) == 3
     for name, layer in layers.items():
         assert condition_number(layer.S.detach()) <= (1.5 if name.endswith("query") else 1.1) * (1 + 1e-4)
         assert 0 < model.condlr_conversion.converted[name].truncation_error < 1.5
