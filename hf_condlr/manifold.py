@@ -401,13 +401,14 @@ class ManifoldStep:
 
     def _condition_all(self, progress: float) -> None:
         """Every core: tolerances were changed since the stacks were made, or factors that no stack holds written."""
-        self._cores = core_stacks(self.layers, self.initial_condition, all_cores=True)
+        stacks = core_stacks(self.layers, self.initial_condition, all_cores=True)
+        self._cores = [*self._cores, *stacks]  # what the others noted is still to be told
         self._moving = ()  # the next step makes its own stacks
-        for cores in self._cores:
+        for cores in stacks:
             cores.begin_interval()
         with full_precision():
-            run((x.rows, x.entries, x.condition_update(progress, progress, self.step_count)) for x in self._cores)
-        for cores in self._cores:
+            run((x.rows, x.entries, x.condition_update(progress, progress, self.step_count)) for x in stacks)
+        for cores in stacks:
             cores.record(self.step_count)
             cores.end_interval()
 

@@ -50,6 +50,9 @@ def test_every_bad_gradient_in_all_factors():
 DEFECTS = {
     "squares of a gradient overflow in the optimizer": Case(PAIR, (Step(0, "1e30"), STEP), "adamw-fused"),
     "moments overflow in the optimizer": Case((Layer(8, 8, 4, 0.0),), (Step(0, "decades"),), "adafactor-relative"),
+    "moments overflow where a tolerance was changed": Case(
+        (Layer(8, 8, 4, 0.0),), (Step(0, "decades"), Do("tau", 0, 1e-7), Step(0, "zero")), "adafactor-relative"
+    ),
     "a zero core that does not move": Case((Layer(5, 1, 1, core="zero"),), (Step(0, "zero"), STEP), "sgd"),
     "a zero core whose step is of rank one": Case((Layer(8, 8, 4, 0.0, core="zero"),), (Step(0, "rank one"),), "sgd"),
     "a zero core, twice": Case((Layer(8, 8, 4, core="zero"),), (Step(0, "zero"), Step(0, "rank one")), "sgd"),
