@@ -1,11 +1,11 @@
-"""The text recipes started by accelerate on two processes, both at once, and in this one."""
+"""The text recipes started by accelerate on one process and on two, all at once."""
 
 import subprocess
 
 import pytest
 from datasets import Dataset
 
-from .recipe_runs import launch, read, train, words
+from .recipe_runs import launch, read, words
 from .test_recipe_language_modeling import FRESH as LANGUAGE
 from .test_recipe_text_classification import FRESH as CLASSES
 from .test_recipe_text_classification import write_reviews
@@ -14,30 +14,32 @@ from .text_models import reviews
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{recipe: output folder of one process, that of two, and what these printed}."""
+    """{recipe: output folder and print of one process, and of two}."""
     folder = tmp_path_factory.mktemp("launched")
     labelled = write_reviews(folder / "labelled", train=64, validation=16, test=37)
     for seed, (split, size) in enumerate({"train": 60, "validation": 20, "test": 23}.items()):
         (folder / "plain").mkdir(exist_ok=True)
         Dataset.from_dict({"text": reviews(size, seed)[0]}).to_parquet(folder / "plain" / f"{split}.parquet")
-    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4}
+    sizes = {"per_device_eval_batch_size": 4}
     recipes = {
         "text_classification": CLASSES | sizes | {"dataset_name": labelled, "epsilons": 0.1, "attack_steps": 1},
         "language_modeling": LANGUAGE | sizes | {"dataset_name": folder / "plain"},
     }
     started = {}
     for recipe, options in recipes.items():
-        out = folder / f"{recipe}2"
-        command, environment = launch("ddp_cpu.yaml", f"{recipe}.py", *words(**options, output_dir=out))
-        command[2:2] = ["--main_process_port", "0"]  # two launches at once must not meet at one
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started[recipe] = out, subprocess.Popen(command, env=environment, **pipes)
+        for config, batch_size in (("cpu.yaml", 16), ("ddp_cpu.yaml", 8)):
+            out = folder / f"{recipe}-{config}"
+            options = options | {"per_device_train_batch_size": batch_size, "output_dir": out}
+            command, environment = launch(config, f"{recipe}.py", *words(**options))
+            command[2:2] = ["--main_process_port", "0"]  # launches at once must not meet at one
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.setdefault(recipe, []).append((out, subprocess.Popen(command, env=environment, **pipes)))
     ended = {}
-    for recipe, (out, process) in started.items():
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        one = train(folder / f"{recipe}1", recipe, recipes[recipe], per_device_train_batch_size=16)
-        ended[recipe] = one, out, printed
+    for recipe, launched in started.items():
+        for out, process in launched:
+            printed, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            ended.setdefault(recipe, []).append((out, printed))
     return ended
 
 
@@ -45,9 +47,9 @@ def runs(tmp_path_factory):
     ("recipe", "said"), [("text_classification", "test_accuracy_pgd_embedding_0.1"), ("language_modeling", "sample: ")]
 )
 def test_two_processes_are_as_one(runs, recipe, said):
-    one, two, printed = runs[recipe]
-    assert printed.count(said) == 1  # the main process speaks for all
-    assert read(two / "settings.json")["processes"] == 2
+    (one, alone), (two, printed) = runs[recipe]
+    assert alone.count(said) == printed.count(said) == 1  # the main process speaks for all
+    assert [read(folder / "settings.json")["processes"] for folder in (one, two)] == [1, 2]
     one, two = read(one / "all_results.json"), read(two / "all_results.json")
     assert set(two) >= set(one)
     for split in ("eval", "test"):
