@@ -51,7 +51,10 @@ def factorization(config: CondLRConfig, tau: float, C: Tensor | None, F: Tensor 
     start = _start(config, C, F)
     if not config.conditioned_start:
         return start
-    in_start = {"C": C, "F": F if config.init_weights == "fisher" else None}
+    in_start = {  # the start's own metric: the ranks may have wanted more
+        "C": C if config.init_weights in ("activation_aware", "fisher") else None,
+        "F": F if config.init_weights == "fisher" else None,
+    }
     return lambda W, r: nearest_conditioned(W, start(W, r), tau, center=config.center, **in_start)
 
 

@@ -1,5 +1,7 @@
 """The best factors within the bound on κ, in the metric of a start."""
 
+import copy
+
 import pytest
 import torch
 
@@ -87,3 +89,18 @@ def test_a_converted_model_obeys_its_bounds_from_the_start(start):
 def test_the_option_is_a_truth_value():
     with pytest.raises(ConfigError, match="conditioned_start must be true or false; received 'yes'"):
         CondLRConfig(r=2, conditioned_start="yes")
+
+
+def test_the_metric_is_that_of_the_start_and_not_of_the_ranks():
+    model, weights = make_bert(), {}
+    for conditioned in (True, False):
+        config = CondLRConfig(
+            target_modules=r".*layer\.0\.attention\.self.*",
+            compression_ratio=0.5,
+            rank_allocation="fisher",
+            conditioned_start=conditioned,
+        )
+        layer = get_robust_lowrank_model(copy.deepcopy(model), config, calibration_data=batches()).bert.encoder.layer[0]
+        U, S, V = (getattr(layer.attention.self.query, kind).detach() for kind in "USV")
+        weights[conditioned] = U @ clamp_singular_values(S, 0.1) @ V.mT
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-4, atol=1e-5)  # the clipped SVD
