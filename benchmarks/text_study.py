@@ -58,6 +58,7 @@ ROWS = {
     "adversarial 0.05": replace(BASE, adversarial=0.05),
     "distillation 0.9, adversarial 0.05": replace(BASE, distillation=0.9, adversarial=0.05),
     "τ = 1, distillation 0.9, adversarial 0.05": replace(BASE, tau=1.0, distillation=0.9, adversarial=0.05),
+    "τ = 4, distillation 0.9, adversarial 0.05": replace(BASE, tau=4.0, distillation=0.9, adversarial=0.05),
     "τ = 1, adversarial 0.05": replace(BASE, tau=1.0, adversarial=0.05),
     "unconstrained, adversarial 0.05": replace(BASE, unconstrained=True, tau=math.inf, adversarial=0.05),
     "dense, adversarial 0.05": Row(dense=True, adversarial=0.05),
