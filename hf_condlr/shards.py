@@ -133,9 +133,10 @@ def reshard(model: nn.Module) -> None:
 def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
     """Whether a flag is raised on one of the processes that hold rows of `tensors`; all of them must ask."""
     for p in tensors:
-        if isinstance(p, DTensor) and p.device_mesh.ndim == 1:
+        if isinstance(p, DTensor):
             flags = torch.tensor(float(flag), device=local(p).device)
-            dist.all_reduce(flags, group=p.device_mesh.get_group())
+            for i in range(p.device_mesh.ndim):
+                dist.all_reduce(flags, group=p.device_mesh.get_group(i))
             return flags.item() > 0
     return flag
 

@@ -25,7 +25,7 @@ from image_trainers import TRAINERS
 from labelled_data import card_name
 from method import MethodArguments, say_ignored
 from restart import checkpoint_to_resume
-from running import accuracy, attack, finish, prepare, settings, train
+from running import accuracy, attack, finish, prepare, require_whole_for_attacks, settings, train
 from transformers import Trainer, default_data_collator, set_seed
 
 from hf_condlr import CondLRTrainingArguments, RobustnessReport
@@ -74,6 +74,7 @@ def main(model_args: MethodArguments, data_args: DataArguments, training_args: C
     data = load_data(data_args)
     checkpoint = checkpoint_to_resume(training_args, settings(model_args, data_args, training_args))
     trainer = make_trainer(model_args, data_args, training_args, data)
+    require_whole_for_attacks(trainer, data_args)
     train(trainer, checkpoint)
     trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(data["validation"])})
 

@@ -73,7 +73,10 @@ def at_start(trainer: Trainer) -> dict[str, float]:
 
 @torch.no_grad()
 def generate(trainer: Trainer, prompt: str, new_tokens: int) -> str:
-    """The prompt and what the model goes on with, drawn with the training's seed."""
+    """The prompt and what the model goes on with, drawn with the training's seed.
+
+    Every process must call it, for a sharded model gathers its weights on each step; all draw the same.
+    """
     set_seed(trainer.args.seed)
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
@@ -101,11 +104,12 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     split = "test" if "test" in data else "validation"
     metrics = trainer.evaluate(blocks[split], metric_key_prefix=split)
     metrics |= {f"{split}_samples": len(blocks[split]), f"{split}_tokens": sum(map(len, blocks[split]["input_ids"]))}
-    if data_args.max_new_tokens and trainer.is_world_process_zero():
+    if data_args.max_new_tokens:
         prompt = data_args.prompt or " ".join(data[split]["text"][0].split()[:PROMPT_WORDS])
         sample = generate(trainer, prompt, data_args.max_new_tokens)
-        Path(training_args.output_dir, "sample.txt").write_text(sample + "\n", encoding="utf-8")
-        print(f"sample: {sample}")
+        if trainer.is_world_process_zero():
+            Path(training_args.output_dir, "sample.txt").write_text(sample + "\n", encoding="utf-8")
+            print(f"sample: {sample}")
     finish(trainer, split, metrics, dataset=card_name(data_args.dataset_name))
 
 

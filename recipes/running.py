@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import require
 from labelled_data import LabelledDataArguments
 from restart import steps_done
 from transformers import EvalPrediction, Trainer
@@ -32,6 +33,21 @@ def prepare(args: CondLRTrainingArguments) -> None:
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Of the class with the largest logit."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def require_whole_for_attacks(trainer: Trainer, data_args: LabelledDataArguments) -> None:
+    """Refuse attacks on a model whose parameters FSDP shards: they ask a process for gradients on its own.
+
+    Raises:
+        ValueError: It is sharded, and attacks in training or at the end are asked for.
+    """
+    asked = {"epsilons": data_args.epsilons, "adversarial_attack": getattr(trainer.args, "adversarial_attack", "none")}
+    asked = {name: value for name, value in asked.items() if value not in ([], "none")}
+    rule, remedy = (
+        "attacks need the whole model on every process",
+        "Leave them out, attack the saved model, or use DDP.",
+    )
+    require(not asked or not trainer.is_fsdp_enabled, f"{rule}, which FSDP shards", asked, remedy)
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> None:
@@ -99,11 +115,10 @@ def finish(
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     card: dict[str, Any] = {"dataset": dataset}
-    if trainer.is_world_process_zero():
-        save(trainer, folder)
-        if report is not None:
-            print(report)
-            report.save(folder / "robustness.json")
+    save(trainer, folder)
+    if report is not None and trainer.is_world_process_zero():
+        print(report)
+        report.save(folder / "robustness.json")
     if report is not None and hasattr(trainer.model, "condlr_config"):
         card["robustness"] = report.card_entries()
     if args.push_to_hub:
@@ -115,11 +130,20 @@ def finish(
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """The model, its image processor or tokenizer, and what became of the condition numbers."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "condlr_config"):
+    """The model, its image processor or tokenizer, and what became of the condition numbers.
+
+    Every process must call it, for all of them measure and gather a sharded model; the first one writes.
+    """
+    model, first = trainer.accelerator.unwrap_model(trainer.model), trainer.is_world_process_zero()
+    factored = hasattr(model, "condlr_config")
+    if factored:
         report = condition_report(model)
-        with replacing(folder / "condition_report.json") as temporary:
-            temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    model.save_pretrained(folder)  # the factors alone; `import hf_condlr` loads them
-    trainer.processing_class.save_pretrained(folder)
+        if first:
+            with replacing(folder / "condition_report.json") as temporary:
+                temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    gathered = {}
+    if trainer.is_fsdp_enabled and not factored:  # the library gathers factored models itself
+        gathered = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)}
+    model.save_pretrained(folder, is_main_process=first, **gathered)  # factors alone; `import hf_condlr` loads them
+    if first:
+        trainer.processing_class.save_pretrained(folder)

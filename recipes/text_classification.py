@@ -23,7 +23,7 @@ from datasets import DatasetDict
 from labelled_data import card_name
 from method import say_ignored
 from restart import checkpoint_to_resume
-from running import accuracy, attack, finish, prepare, settings, train
+from running import accuracy, attack, finish, prepare, require_whole_for_attacks, settings, train
 from text_data import DataArguments, encode, load_data
 from text_model import ModelArguments, build_model, build_teacher, build_tokenizer
 from trainers import TRAINERS
@@ -62,6 +62,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     data = load_data(data_args)
     checkpoint = checkpoint_to_resume(training_args, settings(model_args, data_args, training_args))
     trainer = make_trainer(model_args, data_args, training_args, data)
+    require_whole_for_attacks(trainer, data_args)
     train(trainer, checkpoint)
     trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(data["validation"])})
 

@@ -39,7 +39,7 @@ from hf_condlr import (
 from hf_condlr.errors import CondLRError
 from hf_condlr.layers import factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
-from hf_condlr.shards import local, reshard
+from hf_condlr.shards import anywhere, local, reshard
 from tests.test_trainer import arguments, convert, dense_vit, image_data
 
 ROWS = 12  # of a batch, of all processes together
@@ -232,6 +232,17 @@ def skipped(folder):
     scaler.update()
     same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
     return {"same": same, "steps": handle.step_count, "scale": scaler.get_scale()}
+
+
+def flags(folder):
+    """A flag of each process alone, on meshes of one dimension and of two: whether all see it, and none without."""
+    size = dist.get_world_size()
+    seen = []
+    for shape in ((size,), (1, size), (size, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "rows")[-len(shape) :])
+        parameters = list(shard(make_model(), mesh=mesh).parameters())
+        seen += [[anywhere(dist.get_rank() == rank, parameters) for rank in range(size + 1)]]
+    return seen
 
 
 def vanished(folder):
@@ -526,6 +537,7 @@ CHECKS = {
     "huge_steps": huge_steps,
     "not_finite": not_finite,
     "skipped": skipped,
+    "flags": flags,
     "vanished": vanished,
     "traffic": traffic,
     "half_precision": half_precision,

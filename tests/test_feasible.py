@@ -92,7 +92,7 @@ def test_the_option_is_a_truth_value():
 
 
 def test_the_metric_is_that_of_the_start_and_not_of_the_ranks():
-    model, weights = make_bert(), {}
+    model, data, weights = make_bert(), batches(), {}
     for conditioned in (True, False):
         config = CondLRConfig(
             target_modules=r".*layer\.0\.attention\.self.*",
@@ -100,7 +100,7 @@ def test_the_metric_is_that_of_the_start_and_not_of_the_ranks():
             rank_allocation="fisher",
             conditioned_start=conditioned,
         )
-        layer = get_robust_lowrank_model(copy.deepcopy(model), config, calibration_data=batches()).bert.encoder.layer[0]
+        layer = get_robust_lowrank_model(copy.deepcopy(model), config, calibration_data=data).bert.encoder.layer[0]
         U, S, V = (getattr(layer.attention.self.query, kind).detach() for kind in "USV")
         weights[conditioned] = U @ clamp_singular_values(S, 0.1) @ V.mT
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-4, atol=1e-5)  # the clipped SVD

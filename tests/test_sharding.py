@@ -75,6 +75,10 @@ def test_overflow_on_one_process_skips_the_step_on_all(results):
     assert results[2]["skipped"] == {"same": True, "steps": 2, "scale": 1.0}
 
 
+def test_flag_of_one_process_is_seen_by_all_on_meshes_of_one_and_two_dimensions(results):
+    assert results[2]["flags"] == [[True, True, False]] * 3
+
+
 def test_vanishing_core_is_refused_by_all_and_undone(results):
     found = results[2]["vanished"]
     assert "a core S must not vanish" in found["error"]
