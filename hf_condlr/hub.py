@@ -14,8 +14,10 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
+from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import factored_layers
 from hf_condlr.model_card import write_model_card
+from hf_condlr.shards import is_sharded
 
 
 def push_to_hub(
@@ -55,7 +57,11 @@ def push_to_hub(
 
     Returns:
         huggingface_hub's `CommitInfo`. Its errors pass through; nothing on this machine is changed.
+
+    Raises:
+        CheckpointError: The model is sharded.
     """
+    check_whole(model)
     options: dict[str, Any] = {
         "commit_message": commit_message,
         "commit_description": commit_description,
@@ -80,6 +86,21 @@ def push_to_hub(
             token=token,
             revision=revision,
             **options | {"commit_message": commit_message or "Upload model"},
+        )
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Refuse to upload a sharded model: one process uploads, and would wait for the others to gather with it.
+
+    Raises:
+        CheckpointError: Some parameter is sharded.
+    """
+    if is_sharded(model):
+        raise CheckpointError(
+            "a model to be uploaded must hold whole tensors, since one process uploads it",
+            received="shards",
+            remedy="Call save_pretrained(folder) without push_to_hub on every process, then "
+            "HfApi().upload_folder(folder_path=folder, repo_id=...) on one.",
         )
 
 

@@ -39,7 +39,7 @@ from hf_condlr.checkpoints import (
     stored_layers,
 )
 from hf_condlr.errors import CheckpointError
-from hf_condlr.hub import push_to_hub
+from hf_condlr.hub import check_whole, push_to_hub
 from hf_condlr.shards import is_sharded
 
 STAGING = ".condlr-"
@@ -86,7 +86,8 @@ def save_pretrained(
         save_directory: Folder; what else lies in it stays.
         is_main_process: Others write nothing.
         state_dict: Tensors to write instead of the model's own.
-        push_to_hub: Upload afterwards; `kwargs` then go to `model.push_to_hub`, with `repo_id` among them.
+        push_to_hub: Upload afterwards; `kwargs` then go to `model.push_to_hub`, with `repo_id` among them. Not of a
+            sharded model.
         max_shard_size: Largest weight file.
         token: Of the Hub.
         kwargs: For the upload. What transformers takes and does not use any more (`save_function`) is taken, too.
@@ -103,6 +104,8 @@ def save_pretrained(
             received=", ".join(f"{name}={value!r}" for name, value in refused.items()),
             remedy="Leave it out.",
         )
+    if push_to_hub:
+        check_whole(model)
     if state_dict is None and is_sharded(model):
         state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         is_main_process = is_main_process and dist.get_rank() == 0  # the only one that got it

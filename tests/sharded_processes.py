@@ -514,17 +514,23 @@ def checkpoints(folder):
     dist.barrier()
     loaded = AutoModelForCausalLM.from_pretrained(place / "end")
     pairs = zip(model.parameters(), loaded.parameters(), strict=True)
-    try:
-        model.save_pretrained(place / "wrong", state_dict=model.state_dict())
-        error = None
-    except CondLRError as refusal:
-        error = str(refusal)
+    errors = []
+    for attempt in (
+        lambda: model.save_pretrained(place / "wrong", state_dict=model.state_dict()),
+        lambda: model.save_pretrained(place / "wrong", push_to_hub=True),
+        lambda: model.push_to_hub("user/name"),
+    ):
+        try:
+            attempt()
+        except CondLRError as refusal:
+            errors.append(str(refusal))
     return {
         "started": started,
         "share": max(rows.values()),
         "loaded": all(torch.equal(full(p), q) for p, q in pairs),
         "kappa": condition_report(loaded).max_condition_number / max(handle.bounds().values()),
-        "error": error,
+        "errors": errors,
+        "written": (place / "wrong").exists(),
     }
 
 

@@ -165,7 +165,11 @@ def test_checkpoint_goes_straight_into_shards_and_comes_back_whole(results):
     assert found["share"] == 0.5
     assert found["loaded"]
     assert found["kappa"] <= 1 + 1e-4
-    assert "a state_dict to be written must hold whole tensors" in found["error"]
+    shards, *uploads = found["errors"]
+    assert "a state_dict to be written must hold whole tensors" in shards
+    assert len(uploads) == 2
+    assert all("since one process uploads it; received shards. Call save_pretrained" in e for e in uploads)
+    assert not found["written"]
 
 
 def test_other_shardings_are_refused(results):
