@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 import yaml
 from command_line import require
 from datasets import Dataset
@@ -108,7 +109,9 @@ def dense_start(auto_class: Any, args: MethodArguments, changes: dict[str, Any])
         changes: Of its config. A head of other classes than the checkpoint's is drawn anew.
     """
     if args.model_type is None:
-        return auto_class.from_pretrained(args.model_name_or_path, ignore_mismatched_sizes=True, **changes)
+        # In float32 whatever the file holds: parameters in bfloat16 would lose small steps, and factors refuse them.
+        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        return auto_class.from_pretrained(args.model_name_or_path, **options, **changes)
     config = args.fresh_config()
     config.update(changes)
     return auto_class.from_config(config)
