@@ -267,6 +267,17 @@ def test_options_of_fsdp_that_break_factors_are_refused(options, match):
     check_engine(SimpleNamespace(fsdp=True), accelerator)
 
 
+def test_fsdp_of_the_environment_that_accelerate_would_not_do_is_refused(monkeypatch):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU, state=SimpleNamespace(), device=torch.device("cpu")
+    )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    check_engine(SimpleNamespace(fsdp=False), accelerator)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(OptimizerError, match=r"must shard.*received ACCELERATE_USE_FSDP=true on cpu\. Leave fsdp out"):
+        check_engine(SimpleNamespace(fsdp=False), accelerator)
+
+
 def test_trainer_refuses_deepspeed():
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(OptimizerError, match=r"ZeRO.*received DeepSpeed\. Use FSDP2"):

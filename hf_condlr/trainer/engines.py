@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from hf_condlr.errors import OptimizerError
 
+USE_FSDP = "ACCELERATE_USE_FSDP"
 FSDP2 = "Use FSDP2 (fsdp=True, or recipes/accelerate/fsdp2.yaml), which shards factors by rows, or DDP."
 
 
@@ -30,11 +31,13 @@ def check_engine(args: Any, accelerator: Any) -> None:
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if accelerator.distributed_type != DistributedType.FSDP or plugin is None:
-        if args.fsdp:
+        # `accelerate launch` with a configuration of FSDP tells of it in the environment alone.
+        if args.fsdp or parse_flag_from_env(USE_FSDP):
             raise OptimizerError(
                 "fsdp=True must shard: accelerate does so on GPUs only, and silently takes DDP elsewhere",
-                received=f"fsdp=True on {accelerator.device.type}",
-                remedy="Leave fsdp out for DDP, or call fully_shard and attach_manifold_step in a loop of your own.",
+                received=f"{'fsdp=True' if args.fsdp else f'{USE_FSDP}=true'} on {accelerator.device.type}",
+                remedy=f"Leave fsdp out, of accelerate's configuration too, and {USE_FSDP} unset for DDP, or call "
+                "fully_shard and attach_manifold_step in a loop of your own.",
             )
         return
     if plugin.fsdp_version != 2:
