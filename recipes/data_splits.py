@@ -54,12 +54,19 @@ def read_splits(name: str, config: str | None = None) -> DatasetDict:
 def _reader(name: str) -> tuple[str, Mapping[str, Any]]:
     """What `load_dataset` takes for a file; a text file is read by paragraphs, which blank lines part."""
     path = Path(name)
-    if path.is_dir() and any(path.rglob("*.txt")):
+    if path.is_dir() and _holds_only_text(path):
         return "text", {"data_dir": name, "sample_by": "paragraph"}
     reader = READERS.get(path.suffix)
     if reader is None:
         return name, {}
     return reader, {"data_files": name} | ({"sample_by": "paragraph"} if reader == "text" else {})
+
+
+def _holds_only_text(folder: Path) -> bool:
+    """Whether all its files are .txt, at any depth: a license or a list of classes may lie beside other data."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    kinds = (path.suffix == ".txt" for path in files if path.name != "README.md" and not path.name.startswith("."))
+    return next(kinds, False) and all(kinds)  # stops at the first other file of a large folder
 
 
 def column(given: str | None, option: str, columns: Mapping[str, Any], candidates: list[str], kind: str) -> str:

@@ -63,6 +63,23 @@ def test_a_folder_of_splits_with_a_pair_of_sentences(texts, tmp_path):
     assert "text_pair" not in read(texts, tmp_path, text_columns=["question1"])["test"].column_names
 
 
+def test_a_license_beside_other_files_does_not_make_them_text(texts, tmp_path):
+    write(tmp_path / "data" / "train.parquet", **rows())
+    (tmp_path / "data" / "LICENSE.txt").write_text("Free.\n\nOf charge.")
+    assert sum(map(len, read(texts, tmp_path / "data").values())) == 8
+
+
+def test_a_folder_of_text_files_is_read_by_paragraphs(texts, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "novel.txt").write_text("One\nparagraph.\n\nAnother.")
+    (tmp_path / "README.md").write_text("Novels.")
+    splits = load("data_splits").read_splits(str(tmp_path))
+    assert {name: list(rows["text"]) for name, rows in splits.items()} == {
+        name: ["One\nparagraph.", "Another."] for name in ("train", "test")
+    }
+
+
 def test_splits_without_known_labels_are_no_test_splits(texts, tmp_path):
     write(tmp_path / "train.parquet", SST, **rows())
     write(tmp_path / "test.parquet", SST, sentence=["a"], label=[-1])
