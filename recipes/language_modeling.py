@@ -21,6 +21,7 @@ To change it, copy this file and those beside it that it and they import: `comma
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,6 +49,9 @@ def make_trainer(
     set_seed(training_args.seed)  # of a fresh model
     tokenizer = build_tokenizer(model_args, data["train"])
     model, block_size = build_model(model_args, data["train"], tokenizer, data_args.block_size)
+    most, new = positions(model), data_args.max_new_tokens
+    rule = f"max_new_tokens must be < {most}, the model's positions, of which the prompt takes one or more"
+    require(most is None or new < most, rule, new, "Lower it; 0: no sample.")
     teacher = build_teacher(model_args, tokenizer)
     blocks = DatasetDict({split: pack(rows, tokenizer, block_size, split) for split, rows in data.items()})
     say_ignored(model_args.method, training_args)
@@ -82,10 +86,20 @@ def generate(trainer: Trainer, prompt: str, new_tokens: int) -> str:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     most = positions(model)
     if most is not None:
-        ids = ids[:, -max(most - new_tokens, 1) :]
+        ids = ids[:, new_tokens - most :]
     options = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
     drawn = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options)
     return tokenizer.decode(drawn[0], skip_special_tokens=True)
+
+
+def write_sample(trainer: Trainer, prompt: str, new_tokens: int) -> None:
+    """`sample.txt`, by the first process; nothing for no new tokens."""
+    if not new_tokens:
+        return
+    sample = generate(trainer, prompt, new_tokens)
+    if trainer.is_world_process_zero():
+        Path(trainer.args.output_dir, "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        print(f"sample: {sample}")
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: CondLRTrainingArguments) -> None:
@@ -104,13 +118,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     split = "test" if "test" in data else "validation"
     metrics = trainer.evaluate(blocks[split], metric_key_prefix=split)
     metrics |= {f"{split}_samples": len(blocks[split]), f"{split}_tokens": sum(map(len, blocks[split]["input_ids"]))}
-    if data_args.max_new_tokens:
-        prompt = data_args.prompt or " ".join(data[split]["text"][0].split()[:PROMPT_WORDS])
-        sample = generate(trainer, prompt, data_args.max_new_tokens)
-        if trainer.is_world_process_zero():
-            Path(training_args.output_dir, "sample.txt").write_text(sample + "\n", encoding="utf-8")
-            print(f"sample: {sample}")
-    finish(trainer, split, metrics, dataset=card_name(data_args.dataset_name))
+    prompt = data_args.prompt or " ".join(data[split]["text"][0].split()[:PROMPT_WORDS])
+    sample = partial(write_sample, trainer, prompt, data_args.max_new_tokens)
+    finish(trainer, split, metrics, dataset=card_name(data_args.dataset_name), further=sample)
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CondLRTrainingArguments]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from hf_condlr import CondLRTrainingArguments, RobustnessReport, condition_repor
 from hf_condlr.files import replacing
 
 logger = logging.getLogger(__name__)
-ATTACKING = ("attacks", "epsilons", "attack_steps", "max_attack_samples", "attack_checks")  # trains no other model
+ATTACKING = ("attacks", "epsilons", "attack_steps", "max_attack_samples", "attack_checks")
+AFTERWARDS = (*ATTACKING, "prompt", "max_new_tokens")  # trains no other model
 
 
 def settings(model_args: Any, data_args: Any, training_args: CondLRTrainingArguments) -> dict[str, Any]:
     """What a training depends on beside the Trainer's own options."""
-    data = {name: value for name, value in vars(data_args).items() if name not in ATTACKING}
+    data = {name: value for name, value in vars(data_args).items() if name not in AFTERWARDS}
     return vars(model_args) | data | {"processes": training_args.world_size}
 
 
@@ -101,6 +102,7 @@ def finish(
     *,
     dataset: str | None = None,
     report: RobustnessReport | None = None,
+    further: Callable[[], None] = lambda: None,
 ) -> None:
     """Write metrics, model and model card, and push them if that is asked for.
 
@@ -110,12 +112,14 @@ def finish(
         metrics: Of it.
         dataset: Name of the data on the Hub.
         report: Of the attacks.
+        further: Writes what else belongs in the folder, on every process, once the model is safe.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     card: dict[str, Any] = {"dataset": dataset}
     save(trainer, folder)
+    further()
     if report is not None and trainer.is_world_process_zero():
         print(report)
         report.save(folder / "robustness.json")

@@ -75,6 +75,19 @@ def test_a_sample_goes_on_from_the_end_of_a_long_prompt_or_is_not_drawn(call):
     assert "was" in (call(**options) / "sample.txt").read_text()
 
 
+def test_the_sample_is_drawn_when_the_model_is_safe_and_may_change_on_a_restart(call, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load("language_modeling"), "generate", interrupted)
+    options = {"max_steps": 1, "max_train_samples": 16, "save_strategy": "steps"}
+    with pytest.raises(KeyboardInterrupt):
+        call(**options)
+    assert (tmp_path / "out" / "condlr.safetensors").is_file()
+    monkeypatch.undo()
+    assert (call(**options, prompt="film", max_new_tokens=4) / "sample.txt").read_text().startswith("film")
+
+
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(call, tmp_path, caplog):
     options = {"num_train_epochs": 2, "save_strategy": "epoch", "save_total_limit": 2}  # GPT-2 has dropout
     whole = call(**options).rename(tmp_path / "whole")
@@ -115,6 +128,10 @@ def test_paragraphs_of_a_text_file_distilled_with_an_activation_aware_start(call
         (
             {"block_size": 33},
             "block_size must be ≤ 32, the model's positions; received 33. Leave it out to use them all",
+        ),
+        (
+            {"max_new_tokens": 32},
+            "max_new_tokens must be < 32, the model's positions, .*; received 32. Lower it; 0: no sa",
         ),
         ({"text_column": "body"}, "text_column must be one of text; received 'body'"),
         (
