@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,25 +74,28 @@ def save_sharded(
     if optimizer is not None:
         tensors, state["optimizer"] = _split(get_optimizer_state_dict(model, optimizer, options=_FLAT))
         parts[OPTIMIZER] = tensors
+    stated = json.dumps(state)
+
+    def begin() -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        for part in parts:
+            (staging / part).mkdir(parents=True)
+
+    def finish() -> None:
+        (staging / STATE).write_text(stated)
+        previous = target.with_name(f"{target.name}.replaced")
+        shutil.rmtree(previous, ignore_errors=True)
+        if target.exists():
+            os.rename(target, previous)
+        os.rename(staging, target)
+        shutil.rmtree(previous, ignore_errors=True)
+
     with _reported(target):
-        if dist.get_rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            for part in parts:
-                (staging / part).mkdir(parents=True)
-        dist.barrier()
+        _on_first(begin)
         for part, tensors in parts.items():
             writer = HuggingFaceStorageWriter(str(staging / part), save_distributed=True)
-            save(tensors, storage_writer=writer)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (staging / STATE).write_text(json.dumps(state))
-            previous = target.with_name(f"{target.name}.replaced")
-            shutil.rmtree(previous, ignore_errors=True)
-            if target.exists():
-                os.rename(target, previous)
-            os.rename(staging, target)
-            shutil.rmtree(previous, ignore_errors=True)
-        dist.barrier()
+            save(tensors, storage_writer=writer)  # returns when all processes have written, or raises on all
+        _on_first(finish)
 
 
 @torch.no_grad()
@@ -141,6 +144,19 @@ def load_sharded(
         layer.bound = bound
     if manifold_step is not None:
         manifold_step.load_state_dict(state["manifold_step"])
+
+
+def _on_first(work: Callable[[], None]) -> None:
+    """Let the first process do it while the others wait; where it fails, all raise its error."""
+    failure: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -369,8 +369,14 @@ def resumed(folder):
     train(again, optimizer_again, range(6, 12))
     files = sorted(p.suffix for p in place.rglob("*") if p.is_file())
     errors = []
+    place.with_name("occupied.partial").touch()
     other = shard(get_robust_lowrank_model(Net(), CondLRConfig(target_modules=["conv", "a"], rank_ratio=0.3)))
-    for attempt in (lambda: load_sharded(place, other), lambda: load_sharded(Path(folder, "none"), again)):
+    for attempt in (
+        lambda: load_sharded(place, other),
+        lambda: load_sharded(Path(folder, "none"), again),
+        lambda: save_sharded(place.with_name("occupied"), again),
+        lambda: save_in_vain(place, again),
+    ):
         try:
             attempt()
         except CondLRError as error:
@@ -382,6 +388,19 @@ def resumed(folder):
         "steps": handle_again.step_count,
         "errors": errors,
     }
+
+
+def save_in_vain(place, model):
+    """The first process cannot move what was written to its place."""
+
+    def refuse(*args):
+        raise PermissionError("renamed in vain")
+
+    os.rename, rename = refuse, os.rename
+    try:
+        save_sharded(place, model)
+    finally:
+        os.rename = rename
 
 
 def refused(folder):
