@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,16 +33,28 @@ def input_covariances(
     Raises:
         ConversionError: No batch, a layer that saw none, or an input that is not finite.
     """
+    return in_turns(model, names, data, _width, _one_pass, max_bytes)
+
+
+def in_turns(
+    model: nn.Module,
+    names: Iterable[str],
+    data: Iterable[Any],
+    width: Callable[[Any], int],
+    one_pass: Callable[[nn.Module, dict[str, Any], Iterable[Any]], dict[str, Tensor]],
+    max_bytes: int,
+) -> dict[str, Tensor]:
+    """A square matrix for each layer, as many in one pass over the data as fit into `max_bytes`."""
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
-    covariances: dict[str, Tensor] = {}
-    for turn in turns({name: _width(layer) for name, layer in layers.items()}, max_bytes):
-        covariances.update(_one_pass(model, {name: layers[name] for name in turn}, batches))
-    return covariances
+    matrices: dict[str, Tensor] = {}
+    for turn in _turns({name: width(layer) for name, layer in layers.items()}, max_bytes):
+        matrices.update(one_pass(model, {name: layers[name] for name in turn}, batches))
+    return matrices
 
 
-def turns(widths: dict[str, int], max_bytes: int) -> list[list[str]]:
-    """The names in groups whose float32 matrices (width, width) fit into `max_bytes` together."""
+def _turns(widths: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in groups whose float32 matrices (width, width) fit into memory together."""
     groups: list[list[str]] = []
     left = 0
     for name, width in widths.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_condlr.calibration import evaluated, model_arguments, turns
+from hf_condlr.calibration import evaluated, in_turns, model_arguments
 from hf_condlr.errors import ConversionError
 
 
@@ -35,12 +35,7 @@ def output_fisher(
         ConversionError: No batch, no logits of two classes or more, or a layer that no gradient reaches or one that is
             not finite.
     """
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
-    fisher: dict[str, Tensor] = {}
-    for turn in turns({name: _width(layer) for name, layer in layers.items()}, max_bytes):
-        fisher.update(_one_pass(model, {name: layers[name] for name in turn}, batches))
-    return fisher
+    return in_turns(model, names, data, _width, _one_pass, max_bytes)
 
 
 def _width(layer: Any) -> int:  # m
