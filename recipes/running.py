@@ -33,7 +33,9 @@ def prepare(args: CondLRTrainingArguments) -> None:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Of the class with the largest logit."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    scores = prediction.predictions  # (N, classes); BART and T5 give hidden states after it
+    scores = scores[0] if isinstance(scores, tuple) else scores
+    return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}
 
 
 def require_whole_for_attacks(trainer: Trainer, data_args: LabelledDataArguments) -> None:

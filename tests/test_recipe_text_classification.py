@@ -79,6 +79,7 @@ def pretrained(folder, name):
         ("ModernBert", "condlr"),
         ("GPT2", "condlr"),
         ("Llama", "lowrank"),
+        ("Bart", "dense"),
     ],
 )
 def test_every_kind_of_model_loads_back_as_it_was_evaluated(call, sentences, tmp_path, caplog, name, method):
