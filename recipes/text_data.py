@@ -98,9 +98,14 @@ def encode(rows: Dataset, tokenizer: Any, split: str) -> Dataset:
     """Token tensors and labels. Longer texts are cut to the tokenizer's `model_max_length`, and a warning says so.
 
     Raises:
-        ValueError: A text has no tokens.
+        ValueError: A text has no tokens, or there are pairs and the tokenizer puts nothing between two texts.
     """
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+    if len(columns) == 2:
+        one, both = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+        rule = "pairs need a tokenizer that puts special tokens between two texts"
+        remedy = "Join the two columns by words of your own into one, or take an encoder such as BERT."
+        require(both > one, rule, f"{type(tokenizer).__name__}, which glues them together", remedy)
 
     def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[name] for name in columns), truncation=True)

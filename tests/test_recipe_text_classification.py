@@ -153,6 +153,12 @@ def test_pairs_from_a_csv_file_with_an_activation_aware_start(call, tmp_path):
     assert read(out / "robustness.json")["settings"]["columns"] == ["text", "text_pair", "labels"]
 
 
+def test_pairs_that_a_tokenizer_would_glue_together_are_refused(call, tmp_path):
+    (tmp_path / "pairs.csv").write_text("premise,hypothesis,label\n" + "one,two,same\nthree,four,other\n" * 9)
+    with pytest.raises(ValueError, match=r"between two texts; received '.*, which glues them together'. Join the two"):
+        call(dataset_name=tmp_path / "pairs.csv", **pretrained(tmp_path / "start", "GPT2"))
+
+
 def test_adversarial_training_and_distillation(call, sentences, tmp_path):
     teacher = call(method="dense").rename(tmp_path / "teacher")
     options = {"adversarial_attack": "pgd", "adversarial_epsilon": 0.1, "adversarial_steps": 1, "trades_beta": 6}
