@@ -84,8 +84,8 @@ def fit(tokenizer: Any, model: PreTrainedModel, max_length: int | None) -> None:
     Raises:
         ValueError: They disagree, or `max_length` is more than they allow.
     """
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):  # decoders find the last token of a text by it
+        config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().num_embeddings
     remedy = "Take the tokenizer of this model."
     require(len(tokenizer) <= rows, f"tokens must lie in the model's vocabulary of {rows}", len(tokenizer), remedy)

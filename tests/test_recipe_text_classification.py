@@ -1,5 +1,6 @@
 """`recipes/text_classification.py` as a user runs it: every kind of model, its methods, restarted, wrongly called."""
 
+import copy
 import logging
 import re
 
@@ -211,6 +212,15 @@ def test_a_tokenizer_that_cannot_pad(call, tmp_path):
         ValueError, match=r"must have a padding token, or one for the end of a text .*; received 'neither'"
     ):
         call(**start)
+
+
+def test_the_model_knows_the_token_that_the_tokenizer_pads_with(tmp_path):
+    """Also where its config names another one, which the tokenizer does not have."""
+    start = pretrained(tmp_path, "GPT2")["model_name_or_path"]
+    text_model, tokenizer = load("text_model"), AutoTokenizer.from_pretrained(start)
+    model = copy.deepcopy(classifier("GPT2", vocab_size=len(tokenizer), pad_token_id=5))  # the cached one stays
+    text_model.fit(text_model.padded(tokenizer), model, None)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id != 5
 
 
 def test_a_tokenizer_of_another_model(call, tmp_path):
