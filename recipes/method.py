@@ -35,6 +35,9 @@ class MethodArguments:
     )
     method: str = field(default="condlr", metadata={"help": "dense; lowrank: U, S, V free; condlr: κ(S) ≤ 1 + tau."})
     target_modules: str = field(default="all-linear", metadata={"help": "What to convert; or a regular expression."})
+    exclude_modules: str | None = field(
+        default=None, metadata={"help": "What of it to leave dense: a regular expression for whole names."}
+    )
     rank_ratio: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
     compression_ratio: float | None = field(
         default=None, metadata={"help": "Share of the converted weights removed; 0.5 if no rank_ratio is given."}
@@ -77,7 +80,14 @@ class MethodArguments:
 
     def condlr_config(self) -> CondLRConfig:
         """How layers are factored."""
-        names = ("target_modules", "rank_ratio", "compression_ratio", "rank_allocation", "rank_multiple")
+        names = (
+            "target_modules",
+            "exclude_modules",
+            "rank_ratio",
+            "compression_ratio",
+            "rank_allocation",
+            "rank_multiple",
+        )
         names += ("init_weights", "conditioned_start", "tau")
         return CondLRConfig(**{name: getattr(self, name) for name in names})
 

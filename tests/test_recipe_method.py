@@ -1,8 +1,12 @@
 """What every recipe's model starts as, and which of its layers become what."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
+
+from hf_condlr.layers import factored_layers
 
 from .recipe_runs import METHODS, load
 from .text_models import classifier
@@ -19,3 +23,11 @@ def test_a_half_precision_file_is_trained_in_float32(method, tmp_path, name):
     args = method.MethodArguments(str(tmp_path), method=name, rank_ratio=0.25)
     model = method.factored(method.dense_start(AutoModelForSequenceClassification, args, {}), args, list)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_excluded_modules_stay_dense(method):
+    args = method.MethodArguments(model_type="bert", rank_ratio=0.25, exclude_modules=r".*layer\.0\..*")
+    model = method.factored(copy.deepcopy(classifier("Bert")), args, list)
+    assert set(factored_layers(model)) and not any(".layer.0." in name for name in factored_layers(model))
+    with pytest.raises(ValueError, match="exclude_modules must hold valid regexes"):
+        method.MethodArguments(model_type="bert", exclude_modules="(")
