@@ -41,7 +41,7 @@ def make_trainer(
     processor = build_processor(model_args, data["train"])
     model = build_model(model_args, data["train"], processor)
     teacher = build_teacher(model_args, model)
-    say_ignored(model_args.method, training_args)
+    say_ignored(model_args, training_args)
     training_args.remove_unused_columns = False  # the transforms read the column of images
     prepare(training_args)
     return TRAINERS[model_args.method](

@@ -54,7 +54,7 @@ def make_trainer(
     require(most is None or new < most, rule, new, "Lower it; 0: no sample.")
     teacher = build_teacher(model_args, tokenizer)
     blocks = DatasetDict({split: pack(rows, tokenizer, block_size, split) for split, rows in data.items()})
-    say_ignored(model_args.method, training_args)
+    say_ignored(model_args, training_args)
     prepare(training_args)
     trainer = TRAINERS[model_args.method](
         model=model,

@@ -15,6 +15,11 @@ from hf_condlr import AdversarialArguments, CondLRConfig, CondLRTrainingArgument
 
 logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")
+COMPRESSION = 0.5  # where neither rank_ratio nor compression_ratio is given
+CONVERSION = (
+    *("target_modules", "exclude_modules", "rank_ratio", "compression_ratio", "rank_allocation", "rank_multiple"),
+    *("init_weights", "conditioned_start", "tau"),
+)  # the options that become a CondLRConfig
 SHARED = {option.name for part in (TrainingArguments, AdversarialArguments) for option in fields(part)}
 CONSTRAINT = [option for option in fields(CondLRTrainingArguments) if option.name not in SHARED]  # what only condlr has
 
@@ -69,7 +74,7 @@ class MethodArguments:
         require(self.calibration_samples >= 1, "calibration_samples must be ≥ 1", self.calibration_samples)
         require(self.teacher is None or self.method == "condlr", "a teacher needs method condlr", self.method)
         if self.rank_ratio is None and self.compression_ratio is None:
-            self.compression_ratio = 0.5
+            self.compression_ratio = COMPRESSION
         # What is given is checked now, not after the data are read.
         self.condlr_config()
         if self.model_type is not None:
@@ -80,16 +85,7 @@ class MethodArguments:
 
     def condlr_config(self) -> CondLRConfig:
         """How layers are factored."""
-        names = (
-            "target_modules",
-            "exclude_modules",
-            "rank_ratio",
-            "compression_ratio",
-            "rank_allocation",
-            "rank_multiple",
-        )
-        names += ("init_weights", "conditioned_start", "tau")
-        return CondLRConfig(**{name: getattr(self, name) for name in names})
+        return CondLRConfig(**{name: getattr(self, name) for name in CONVERSION})
 
     def fresh_config(self) -> PreTrainedConfig:
         """Of a model from scratch."""
@@ -160,9 +156,16 @@ def require_same_classes(teacher: PreTrainedModel, model: PreTrainedModel) -> No
     require(same and teacher.config.id2label == model.config.id2label, rule, list(teacher.config.label2id)[:5])
 
 
-def say_ignored(method: str, args: CondLRTrainingArguments) -> None:
+def say_ignored(model_args: MethodArguments, training_args: CondLRTrainingArguments) -> None:
     """One file serves all methods, but nobody is to believe that an option worked that did not."""
-    ignored = [] if method == "condlr" else CONSTRAINT
-    changed = [option.name for option in ignored if getattr(args, option.name) != option.default]
+    method = model_args.method
+    if method == "condlr":
+        return
+    names = CONVERSION if method == "dense" else () if model_args.conditioned_start else ("tau",)
+    ignored = [(model_args, option) for option in fields(MethodArguments) if option.name in names]
+    ignored += [(training_args, option) for option in CONSTRAINT]
+    changed = [option.name for args, option in ignored if getattr(args, option.name) != option.default]
+    if model_args.rank_ratio is None and model_args.compression_ratio == COMPRESSION and "compression_ratio" in changed:
+        changed.remove("compression_ratio")  # nobody gave it
     if changed:
         logger.warning("method %s takes no notice of %s", method, ", ".join(changed))

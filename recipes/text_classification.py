@@ -42,7 +42,7 @@ def make_trainer(
     tokenizer = build_tokenizer(model_args, data["train"])
     model = build_model(model_args, data["train"], tokenizer, data_args.max_length)
     teacher = build_teacher(model_args, model, tokenizer)
-    say_ignored(model_args.method, training_args)
+    say_ignored(model_args, training_args)
     prepare(training_args)
     return TRAINERS[model_args.method](
         model=model,
