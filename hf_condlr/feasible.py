@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_condlr.initialization import fisher_root
 from hf_condlr.layers import Factors
-from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar
+from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar, wide_device
 
 SWEEPS = 100
 CORE_STEPS = 5  # projected gradient steps of S in a sweep: r×r products, next to nothing
@@ -50,10 +50,15 @@ def nearest_conditioned(
     largest_left, largest_right = _largest(left), _largest(right)
     whole = (target * wide).sum()  # ‖F̃^{1/2} W C^{1/2}‖_F²
     errors: list[float] = []
+    best = U, S, V
     left_U, right_V, cross = left @ U, right @ V, target @ V
     for _ in range(SWEEPS):
         M, N, R = U.mT @ left_U, V.mT @ right_V, U.mT @ cross
         errors.append((((M @ S @ N - 2 * R) * S).sum() / whole).item())  # f/‖·‖² − 1
+        if not errors[-1] <= min(errors):  # rounding has the last word; NaN compares false
+            U, S, V = best
+            break
+        best = U, S, V
         if len(errors) > 10 and errors[-11] - errors[-1] < ENOUGH * (1 + errors[-1]):
             break
         L = _largest(M) * _largest(N)
@@ -69,8 +74,13 @@ def nearest_conditioned(
 
 
 def _metric(matrix: Tensor | None, size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device) if matrix is None else matrix.to(like)
+    """Of mean eigenvalue 1: gradients are so small that products of their squares would underflow."""
+    if matrix is None or not matrix.any():
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    return (matrix / matrix.diagonal().mean()).to(like)
 
 
 def _largest(symmetric: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(symmetric)[-1]
+    """λ_max in float64, in which LAPACK converges where float32 now and then does not."""
+    wide = symmetric.to(wide_device(symmetric), torch.float64)
+    return torch.linalg.eigvalsh((wide + wide.mT) / 2)[-1].to(symmetric)

@@ -41,6 +41,14 @@ def test_it_obeys_the_bound_and_is_better_than_clipping(shape, tau):
     assert after < 0.98 * before  # measured: 0.75 to 0.96
 
 
+def test_scales_of_the_metric_do_not_matter():
+    W, C, F = torch.randn(SIZE, 16), covariance(16), covariance(SIZE)
+    start = fisher(W, 8, C, F)
+    U, S, V = nearest_conditioned(W, start, 0.1, C=C, F=F)
+    P, T, Q = nearest_conditioned(W, start, 0.1, C=C * 1e-20, F=F * 1e-30)
+    torch.testing.assert_close(U @ S @ V.mT, P @ T @ Q.mT, rtol=1e-3, atol=1e-4)
+
+
 def test_small_moves_within_the_bound_do_not_lower_the_error():
     W, C, F = torch.randn(SIZE, 16).double(), covariance(16).double(), covariance(SIZE).double()
     found = nearest_conditioned(W, fisher(W, 6, C, F), 0.1, C=C, F=F)
