@@ -34,12 +34,12 @@ from hf_condlr import (
     get_robust_lowrank_model,
     load_sharded,
     save_sharded,
-    stacks,
 )
 from hf_condlr.errors import CondLRError
 from hf_condlr.layers import factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
 from hf_condlr.shards import anywhere, local, reshard
+from hf_condlr.stacks import bases
 from tests.test_trainer import arguments, convert, dense_vit, image_data
 
 ROWS = 12  # of a batch, of all processes together
@@ -173,7 +173,7 @@ def huge_steps(folder):
     """Steps that leave nothing of the factors: the guarantee, and whether QR by rows was needed."""
     worst = [0.0, 0.0]
     joins = []
-    stacks.joined_qr, joined_qr = lambda *args: joins.append(1) or joined_qr(*args), stacks.joined_qr
+    bases.joined_qr, joined_qr = lambda *args: joins.append(1) or joined_qr(*args), bases.joined_qr
     for lr in (10.0, 1e20):
         for make in (torch.optim.SGD, torch.optim.AdamW):
             model = shard(make_model())
@@ -185,7 +185,7 @@ def huge_steps(folder):
                     p.grad = distribute_tensor(torch.randn(p.shape), p.device_mesh, p.placements)
                 optimizer.step()
                 worst = [max(pair) for pair in zip(worst, violations(model, handle), strict=True)]
-    stacks.joined_qr = joined_qr
+    bases.joined_qr = joined_qr
     return {"orthonormality": worst[0], "kappa": worst[1], "joined": len(joins)}
 
 
