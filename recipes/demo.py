@@ -119,7 +119,8 @@ def train(
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
     )
-    model_args = MethodArguments(str(start), method=method, rank_ratio=0.2, tau=TAU)
+    factored = {} if method == "dense" else {"rank_ratio": 0.2, "tau": TAU}
+    model_args = MethodArguments(str(start), method=method, **factored)
     trainer = recipe.make_trainer(model_args, data_args, training_args, data)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
