@@ -2,7 +2,7 @@
 
 Taken with `torch.profiler` from ranges of `record_function`; on CUDA each range waits for the device at both ends, so
 that its time is the device's too. The manifold step is what runs between two hooks around its own, and within it every
-function of `hf_condlr.linalg` named `project…`, `retract…` or `clamp…` is a range: projection, retraction,
+function of `hf_condlr.linalg` named `trusted…` or `clamp…` is a range, and the bases' projection: projection, Cholesky,
 conditioning. The rest of it is copies (the operators of `COPIES`) and all else: checks for finite values, and Python.
 
 The floor is the bare matrix products: two projections, a Gram matrix and the product with its inverse factor for each U
@@ -35,8 +35,9 @@ from transformers.utils import logging
 
 import hf_condlr.linalg
 from hf_condlr import LowRankLinear, attach_manifold_step
+from hf_condlr.stacks import BasisStack
 
-PARTS = {"project": "projection", "retract": "retraction", "clamp": "conditioning"}
+PARTS = {"_project": "projection", "trusted": "Cholesky of the retraction", "clamp": "conditioning"}
 MANIFOLD = "manifold step"
 FLOOR = "floor: the bare products"
 COPIES = {"aten::stack", "aten::cat", "aten::copy_", "aten::_foreach_copy_", "aten::clone", "aten::_to_copy"}
@@ -69,7 +70,7 @@ def named(name: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def linalg_ranges(device: torch.device) -> Iterator[None]:
-    """The functions of hf_condlr.linalg that `PARTS` names are ranges, wherever the package has imported them."""
+    """What `PARTS` names is a range: functions of hf_condlr.linalg, wherever imported, and the bases' projection."""
 
     def as_range(function: Callable, part: str) -> Callable:
         @wraps(function)
@@ -87,6 +88,8 @@ def linalg_ranges(device: torch.device) -> Iterator[None]:
                 # Not in linalg itself, whose functions call one another: a range would be in a range.
                 if module is not hf_condlr.linalg and callable(value) and value in functions:
                     stack.enter_context(mock.patch.object(module, name, as_range(value, functions[value])))
+        part = PARTS["_project"]
+        stack.enter_context(mock.patch.object(BasisStack, "_project", as_range(BasisStack._project, part)))
         yield
 
 

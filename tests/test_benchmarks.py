@@ -140,7 +140,14 @@ def test_profile_step(run):
     import profile_step
 
     rows, record = run(profile_step, "--model", "tiny", *TINY, "--steps", "1")
-    parts = ["projection", "retraction", "conditioning", "copies", "checks and Python", "floor: the bare products"]
+    parts = [
+        "projection",
+        "Cholesky of the retraction",
+        "conditioning",
+        "copies",
+        "checks and Python",
+        "floor: the bare products",
+    ]
     assert [row[0] for row in rows] == ["forward", "backward", "optimizer", "manifold step", *(f"– {p}" for p in parts)]
     [seconds] = record["seconds"]
     assert all(seconds[part] > 0 for part in (*parts, "forward", "backward", "optimizer"))
