@@ -46,11 +46,16 @@ def in_turns(
 ) -> dict[str, Tensor]:
     """A square matrix for each layer, as many in one pass over the data as fit into `max_bytes`."""
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
+    batches = repeatable(data)
     matrices: dict[str, Tensor] = {}
     for turn in _turns({name: width(layer) for name, layer in layers.items()}, max_bytes):
         matrices.update(one_pass(model, {name: layers[name] for name in turn}, batches))
     return matrices
+
+
+def repeatable(data: Iterable[Any]) -> Iterable[Any]:
+    """Data that can be gone over again: a loader or a sequence as it is, a generator as a list."""
+    return data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
 
 
 def _turns(widths: dict[str, int], max_bytes: int) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_condlr.initialization import fisher_root
+from hf_condlr.initialization import damped_fisher
 from hf_condlr.layers import Factors
 from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar, wide_device
 
@@ -43,8 +43,7 @@ def nearest_conditioned(
     if C is None and F is None:
         return U.to(W), S.to(W), V.to(W)
     wide = W.to(S)
-    root = None if F is None else fisher_root(F)
-    left = _metric(None if root is None else root @ root, len(wide), S)
+    left = _metric(None if F is None else damped_fisher(F), len(wide), S)
     right = _metric(C, wide.shape[1], S)
     target = left @ wide @ right  # F̃WC
     largest_left, largest_right = _largest(left), _largest(right)

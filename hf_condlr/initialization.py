@@ -61,14 +61,17 @@ def fisher(W: Tensor, r: int, C: Tensor, F: Tensor) -> Factors:
 
 
 def fisher_root(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
-    """F̃^{1/2}, F̃ = F + (tr F/m) I; the identity where no gradient was."""
+    """F̃^{1/2}."""
+    eigenvalues, Q = torch.linalg.eigh(damped_fisher(F))
+    return (Q * eigenvalues.sqrt()) @ Q.mT
+
+
+def damped_fisher(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
+    """F̃ = F + (tr F/m) I; the identity where no gradient was."""
     wide = F.to("cpu" if F.device.type == "mps" else F.device, torch.float64)
-    eigenvalues, Q = torch.linalg.eigh(wide)
-    eigenvalues = eigenvalues.clamp_min(0)
-    damping = eigenvalues.mean()
-    if damping == 0:
-        return torch.eye(len(F), dtype=torch.float64, device=wide.device)
-    return (Q * (eigenvalues + damping).sqrt()) @ Q.mT
+    identity = torch.eye(len(F), dtype=torch.float64, device=wide.device)
+    damping = wide.diagonal().mean()
+    return wide + damping * identity if damping > 0 else identity
 
 
 def whiten(W: Tensor, C: Tensor) -> Tensor:  # (m, n), (n, n) -> (m, n) float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_condlr.layers import LowRankLayer
-from hf_condlr.shards import layout, local
+from hf_condlr.shards import version
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
         return any(before != now and id(p) not in known for p, before, now in rows)
 
     def _count(self) -> list[int]:
-        return [(p if layout(p) is None else local(p))._version for p in self._factors()]
+        return [version(p) for p in self._factors()]
 
     def _factors(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.U, layer.S, layer.V)]

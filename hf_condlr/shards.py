@@ -98,6 +98,11 @@ def local(p: Tensor) -> Tensor:  # (m, r) -> (count, r)
     return values.to_local() if isinstance(values, DTensor) else values
 
 
+def version(p: Tensor) -> int:
+    """How often its own rows were written: torch counts."""
+    return (p if layout(p) is None else local(p))._version
+
+
 def local_gradient(p: Tensor) -> Tensor:  # (m, r) -> (count, r)
     """The own rows of its gradient.
 

@@ -17,9 +17,8 @@ from hf_condlr.errors import OptimizerError
 from hf_condlr.shards import Work, run
 from hf_condlr.stacks import BasisStack, CoreStack
 
-CORE_COST = (
-    6  # of conditioning (r, r), over r³; the retraction of (m, r) costs 1 over m r². Measured on a CPU: 4.5 to 13.
-)
+# Of conditioning (r, r), over r³; the retraction of (m, r) costs 1 over m r². Measured on a CPU: 4.5 to 13.
+CORE_COST = 6
 ALIGNMENT = 8  # bytes, so that every piece of a buffer can be read as any dtype
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_condlr.calibration import input_covariances
+from hf_condlr.calibration import input_covariances, repeatable
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import ConfigError
 from hf_condlr.feasible import nearest_conditioned
@@ -39,7 +39,7 @@ def calibrate(
         )
     if data is None:
         return {}
-    batches = data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)  # gone over twice
+    batches = repeatable(data)  # gone over twice
     covariances = input_covariances(model, names, batches)
     needs_fisher = "fisher" in (config.init_weights, config.rank_allocation)
     fishers = output_fisher(model, names, batches) if needs_fisher else {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.linalg import per_matrix
-from hf_condlr.shards import Work, layout, local, local_gradient, rows_of
+from hf_condlr.shards import Work, layout, local, local_gradient, rows_of, version
 from hf_condlr.stacks.masks import count, finite, select, squarable, surely_all
 
 
@@ -90,7 +90,7 @@ class Stack:
 
     def _versions(self) -> list[int]:
         """Torch counts what is written into a tensor."""
-        return [p._version for p in self._own()]
+        return [version(p) for p in self.parameters]
 
     def _own(self) -> list[Tensor]:
         """The own rows of the parameters; writing into them writes into these."""
