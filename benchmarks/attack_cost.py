@@ -29,8 +29,8 @@ from transformers import (
 )
 from vit_parts import TrainingOptions, build_model
 
-from hf_condlr.attacks import PGD, EmbeddingPGD, PixelModel, TextModel
-from hf_condlr.attacks.base import Attack, Inputs, attacked
+from hf_condlr.robustness.attacks import PGD, EmbeddingPGD, PixelModel, TextModel
+from hf_condlr.robustness.attacks.base import Attack, Inputs, attacked
 
 
 @dataclass

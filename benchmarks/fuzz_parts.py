@@ -310,7 +310,7 @@ def run(case: Case) -> Run:
     """Everything in order, checked after each step; AssertionError where an invariant does not hold."""
     with contextlib.ExitStack() as stack:
         if case.ahead:
-            stack.enter_context(mock.patch("hf_condlr.devices.runs_ahead", lambda X: True))
+            stack.enter_context(mock.patch("hf_condlr.manifold.masks.runs_ahead", lambda X: True))
         going = Run(case)
         for i, event in enumerate(case.events):
             try:

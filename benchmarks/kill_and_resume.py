@@ -35,8 +35,8 @@ from record import markdown, write_record
 from transformers import HfArgumentParser, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr.checkpoints.restore import last_whole_checkpoint
 from hf_condlr.errors import CheckpointError
-from hf_condlr.restoring import last_whole_checkpoint
 
 
 @dataclass

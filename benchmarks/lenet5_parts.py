@@ -24,7 +24,7 @@ from networks import LeNet5
 from training import accuracy, one_epoch
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
-from hf_condlr.attacks import PGD, PixelModel
+from hf_condlr.robustness.attacks import PGD, PixelModel
 
 logger = logging.getLogger("lenet5_mnist")
 

@@ -35,8 +35,7 @@ from torch.utils._pytree import tree_iter
 from transformers import HfArgumentParser
 
 from hf_condlr import LowRankLinear, attach_manifold_step
-from hf_condlr.linalg import clamp_singular_values
-from hf_condlr.product_clip import clip_core_by_products
+from hf_condlr.linalg import clamp_singular_values, clip_core_by_products
 
 # (m, n) of the linear layers of one block, and the number of blocks
 SHAPES = {

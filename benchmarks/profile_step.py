@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 import hf_condlr.linalg
 from hf_condlr import LowRankLinear, attach_manifold_step
-from hf_condlr.stacks import BasisStack
+from hf_condlr.manifold.bases import BasisStack
 
 PARTS = {"_project": "projection", "trusted": "Cholesky of the retraction", "clamp": "conditioning"}
 MANIFOLD = "manifold step"

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
-from hf_condlr.attacks import PGD, PixelModel
 from hf_condlr.layers import factored_layers
+from hf_condlr.robustness.attacks import PGD, PixelModel
 
 
 @dataclass

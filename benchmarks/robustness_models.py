@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_condlr import condition_report
-from hf_condlr.attacks import PixelModel, TextModel
+from hf_condlr.robustness.attacks import PixelModel, TextModel
 
 
 @dataclass(frozen=True)

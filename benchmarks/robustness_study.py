@@ -28,10 +28,10 @@ from robustness_models import Trained, lenet5, minilm, vit
 from torch.utils.data import TensorDataset
 from transformers import HfArgumentParser
 
-from hf_condlr.attacks import FGSM, PGD, Attack, AutoAttack, CharacterAttack, Corruption, EmbeddingPGD
-from hf_condlr.attacks.corruptions import KINDS
-from hf_condlr.evaluation import RobustnessReport, evaluate_robustness
-from hf_condlr.evaluation.curves import draw
+from hf_condlr.robustness.attacks import FGSM, PGD, Attack, AutoAttack, CharacterAttack, Corruption, EmbeddingPGD
+from hf_condlr.robustness.attacks.corruptions import KINDS
+from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
+from hf_condlr.robustness.evaluation.curves import draw
 
 logger = logging.getLogger("robustness_study")
 

@@ -28,15 +28,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_condlr import (
-    CondLRConfig,
-    CondLRTrainer,
-    CondLRTrainingArguments,
-    condition_report,
-    get_robust_lowrank_model,
-)
-from hf_condlr.attacks import Attack, CharacterAttack, EmbeddingPGD
-from hf_condlr.evaluation import evaluate_robustness
+from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, condition_report, get_robust_lowrank_model
+from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
+from hf_condlr.robustness.evaluation import evaluate_robustness
 
 logger = logging.getLogger("text_study")
 ENCODER = r".*encoder\.layer\..*"

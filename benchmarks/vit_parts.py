@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "paper"))
 from images import Augmented, hold_out, load
 
 from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
-from hf_condlr.attacks import PixelModel
+from hf_condlr.robustness.attacks import PixelModel
 
 logger = logging.getLogger("vit_small")
 

@@ -34,8 +34,8 @@ from torch.utils.data import TensorDataset
 from transformers import AutoModelForImageClassification, HfArgumentParser
 from vit_parts import DATA_SETS, TrainingOptions, load_splits, logger, pixel_model, train
 
-from hf_condlr.attacks import make_attacks
-from hf_condlr.evaluation import RobustnessReport, evaluate_robustness
+from hf_condlr.robustness.attacks import make_attacks
+from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
 
 
 @dataclass

@@ -1,19 +1,19 @@
 """Robust low-rank training for Hugging Face models: W = U S Vᵀ with orthonormal U, V and κ(S) ≤ 1 + τ."""
 
-from hf_condlr.adversarial import AdversarialTraining
+from hf_condlr.checkpoints.card import write_model_card
+from hf_condlr.checkpoints.load import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
+from hf_condlr.checkpoints.sharded import load_sharded, save_sharded
 from hf_condlr.config import CondLRConfig
-from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_model
-from hf_condlr.diagnostics import condition_report
-from hf_condlr.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
-from hf_condlr.export import export_onnx
-from hf_condlr.layers import LowRankConv2d, LowRankLinear
-from hf_condlr.loading import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
-from hf_condlr.manifold import attach_manifold_step
-from hf_condlr.metrics import AttackSuccessRate, RobustAccuracy
-from hf_condlr.model_card import write_model_card
-from hf_condlr.sharded_checkpoints import load_sharded, save_sharded
-from hf_condlr.trainer import (
+from hf_condlr.conversion.convert import get_robust_lowrank_model
+from hf_condlr.conversion.fold import fold_model, to_dense_model
+from hf_condlr.conversion.onnx import export_onnx
+from hf_condlr.layers import LowRankConv2d, LowRankLinear, condition_report
+from hf_condlr.manifold.step import attach_manifold_step
+from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
+from hf_condlr.robustness.metrics import AttackSuccessRate, RobustAccuracy
+from hf_condlr.training import (
     AdversarialTrainerMixin,
+    AdversarialTraining,
     CondLRSeq2SeqTrainer,
     CondLRTrainer,
     CondLRTrainerMixin,
@@ -21,7 +21,7 @@ from hf_condlr.trainer import (
     FactoredTrainerMixin,
     RobustEvaluationMixin,
 )
-from hf_condlr.training_args import (
+from hf_condlr.training.arguments import (
     AdversarialArguments,
     CondLRSeq2SeqTrainingArguments,
     CondLRTrainingArguments,

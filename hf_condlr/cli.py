@@ -15,14 +15,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from hf_condlr import loading  # noqa: F401  # registers itself: factored checkpoints load
-from hf_condlr.attacks import ATTACKS, make_attacks
+from hf_condlr.checkpoints import load as loading  # noqa: F401  # registers itself: factored checkpoints load
 from hf_condlr.config import CHOICES, CondLRConfig
-from hf_condlr.conversion import fold_model, get_robust_lowrank_model, to_dense_model
-from hf_condlr.diagnostics import condition_report
+from hf_condlr.conversion.convert import get_robust_lowrank_model
+from hf_condlr.conversion.fold import fold_model, to_dense_model
+from hf_condlr.conversion.onnx import export_onnx
 from hf_condlr.errors import CondLRError, ConfigError
-from hf_condlr.evaluation import evaluate_robustness, load_split
-from hf_condlr.export import export_onnx
+from hf_condlr.layers import condition_report
+from hf_condlr.robustness.attacks import ATTACKS, make_attacks
+from hf_condlr.robustness.evaluation import evaluate_robustness, load_split
 
 EPILOG = """examples:
   condlr convert bert-base-uncased small --compression_ratio 0.5     # untrained yet: train it with CondLRTrainer

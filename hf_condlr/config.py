@@ -20,7 +20,11 @@ from hf_condlr.errors import ConfigError
 from hf_condlr.linalg import CENTERS
 
 PEFT_TYPE = "CONDLR"
+
+
 ALL_LINEAR = "all-linear"
+
+
 CHOICES = {
     "head": ("dense", "full_rank", "low_rank"),
     "rank_allocation": ("uniform", "energy", "fisher"),

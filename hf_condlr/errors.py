@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CondLRError(Exception):
     """Base of all errors raised by `hf_condlr`; `str()` reads "rule; received value. Remedy."."""
@@ -58,3 +60,14 @@ class AttackError(CondLRError, ValueError):
 
 class EvaluationError(CondLRError, ValueError):
     """A data set, or what is asked of it, does not fit an evaluation under attack."""
+
+
+def require(condition: object, rule: str, *, received: object, remedy: str, error: type[CondLRError]) -> None:
+    """Raise `error` unless `condition` is true: "rule; received value. Remedy."."""
+    if not condition:
+        raise error(rule, received=received, remedy=remedy)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

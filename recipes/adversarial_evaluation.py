@@ -23,7 +23,7 @@ from command_line import require_joined
 from transformers import AutoConfig, AutoProcessor
 
 from hf_condlr import compare, evaluate_robustness, load_split
-from hf_condlr.attacks import Attack, make_attacks
+from hf_condlr.robustness.attacks import Attack, make_attacks
 
 
 @dataclass

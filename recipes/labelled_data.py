@@ -9,7 +9,7 @@ from command_line import require
 from data_splits import DataArguments, column
 from datasets import ClassLabel, DatasetDict
 
-from hf_condlr.attacks import Attack, make_attacks
+from hf_condlr.robustness.attacks import Attack, make_attacks
 
 
 @dataclass

@@ -12,7 +12,7 @@ from text_data import encode
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
-from hf_condlr.attacks import TextModel
+from hf_condlr.robustness.attacks import TextModel
 
 
 @dataclass

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import ViTImageProcessorPil
 
-from hf_condlr.attacks import PixelModel
+from hf_condlr.robustness.attacks import PixelModel
 
 MEAN, STD = 0.3, 0.35
 

@@ -17,9 +17,9 @@ from hf_condlr import (
     get_robust_lowrank_model,
     load_split,
 )
-from hf_condlr.attacks import make_attacks
 from hf_condlr.cli import main
 from hf_condlr.layers import FoldedLayer, LowRankLayer
+from hf_condlr.robustness.attacks import make_attacks
 from tests import models
 
 load = AutoModelForImageClassification.from_pretrained
@@ -137,7 +137,7 @@ def test_export(factored, tmp_path, capsys):
 
 
 def test_push(factored, tmp_path):
-    from .hub_server import Hub
+    from tests.checkpoints.hub_server import Hub
 
     script = "import sys\nfrom hf_condlr.cli import main\nsys.exit(main(sys.argv[1:]))"
     with Hub() as hub:

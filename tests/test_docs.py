@@ -1,11 +1,10 @@
 """The pages that are programs run as they stand; the files that README links to exist."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.paths import ROOT
 
 
 def run(page):

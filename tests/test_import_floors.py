@@ -1,40 +1,45 @@
-"""The house has floors and no back-stairs: a module imports only from lower floors, a recipe only public names."""
+"""The house has floors: packages import from lower ones only, files not in circles, recipes only public names."""
 
 import ast
-import importlib
 from importlib.util import resolve_name
-from pathlib import Path
 
 import pytest
 
-PACKAGE = "hf_condlr"
-PUBLIC_MODULES = (PACKAGE, *(f"{PACKAGE}.{name}" for name in ("attacks", "baselines", "files")))
-ROOT = Path(__file__).parent.parent
+import hf_condlr
+import hf_condlr.robustness.attacks
+from tests.paths import ROOT
 
-# Modules and subpackages, the package's own `__init__` on top. Inside a subpackage imports are free.
+PACKAGE = "hf_condlr"
+PUBLIC = {
+    PACKAGE: {*hf_condlr.__all__},
+    f"{PACKAGE}.robustness.attacks": {*hf_condlr.robustness.attacks.__all__},
+    f"{PACKAGE}.files": {"replacing"},
+    f"{PACKAGE}.tables": {"markdown_table"},
+}
+
+# From the ground up; inside a package imports are free as long as no files import each other.
 FLOORS = (
-    {"errors", "files", "precision", "devices"},
-    {"linalg", "divergence", "replicas"},
-    {"shards"},
-    {"config", "layers", "attacks", "product_clip"},
-    {"initialization", "calibration", "ranks", "targets", "checkpoints", "training_args"},
-    {"interference", "moments", "stacks", "optimizer_checks"},
-    {"sharing"},
-    {"fisher", "feasible", "manifold", "diagnostics", "metrics", "restoring", "adversarial", "baselines"},
-    {"starts", "model_card", "plots", "sharded_checkpoints"},
-    {"hub"},
-    {"saving"},
-    {"conversion", "evaluation"},
-    {"loading", "export"},
-    {"trainer", "cli"},
-    {"__init__"},
+    {"errors", "files", "tables"},
+    {"linalg"},
+    {"distributed", "config"},
+    {"layers"},
+    {"manifold", "robustness"},
+    {"checkpoints"},
+    {"conversion"},
+    {"training"},
+    {"cli"},
+    {PACKAGE},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def room_of(module):
-    """`hf_condlr.attacks.pgd` lies in the room `attacks`, `hf_condlr` itself in `__init__`."""
-    return f"{module}.__init__".split(".")[1]
+def module_name(path, root=ROOT):
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
 
 def imports(source, package=""):
@@ -50,20 +55,44 @@ def imports(source, package=""):
         yield from ((module, name) for module, name in found if module.split(".")[0] == PACKAGE)
 
 
-def back_stairs(source, *, room, package):
-    """Rooms that a module in `room` must not import from and does."""
-    rooms = {
-        name if module == PACKAGE and name in FLOOR else room_of(module) for module, name in imports(source, package)
+def imported_modules(source, package="", modules=MODULES):
+    """The modules of the package that a source imports."""
+    return {
+        f"{module}.{name}" if f"{module}.{name}" in modules else module for module, name in imports(source, package)
     }
-    is_subpackage = package != PACKAGE
-    return sorted(
-        other
-        for other in rooms
-        if not (is_subpackage and other == room) and not FLOOR.get(other, len(FLOORS)) < FLOOR[room]
-    )
 
 
-def private_imports(source, public):
+def room_of(module):
+    """`hf_condlr.layers.linear` lies in the room `layers`, `hf_condlr` itself in `hf_condlr`."""
+    return module.split(".")[1] if "." in module else PACKAGE
+
+
+def upward_imports(source, *, room, package):
+    """Rooms that a module in `room` must not import from and does."""
+    rooms = {room_of(module) for module in imported_modules(source, package)} - {room}
+    return sorted(other for other in rooms if not FLOOR.get(other, len(FLOORS)) < FLOOR[room])
+
+
+def circle(graph):
+    """Some circle of {module: modules that it imports}, or []."""
+    done = set()
+
+    def walk(module, way):
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, ())):
+            found = walk(other, [*way, module])
+            if found:
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def private_imports(source, public=PUBLIC):
     """Imports of a recipe that go past the names its public modules, {module: names}, export."""
     return sorted(
         f"{module}.{name}" if name else module
@@ -72,75 +101,74 @@ def private_imports(source, public):
     )
 
 
-MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
-RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
+def package_of(module):
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
-def relative(path):
-    return str(path.relative_to(ROOT))
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_from_lower_floors(module):
+    room = room_of(module)
+    assert room in FLOOR, f"{module} has no floor: give it one in FLOORS"
+    assert upward_imports(MODULES[module].read_text(encoding="utf-8"), room=room, package=package_of(module)) == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_module_imports_only_from_lower_floors(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    room = parts[1]
-    assert room in FLOOR, f"{relative(path)} has no floor: give it one in FLOORS"
-    assert back_stairs(path.read_text(encoding="utf-8"), room=room, package=".".join(parts[:-1])) == []
+def test_no_two_files_import_each_other():
+    graph = {
+        module: imported_modules(path.read_text(encoding="utf-8"), package_of(module)) - {module}
+        for module, path in MODULES.items()
+    }
+    assert circle(graph) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=relative)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe_imports_only_public_names(path):
-    public = {module: set(importlib.import_module(module).__all__) for module in PUBLIC_MODULES}
-    assert private_imports(path.read_text(encoding="utf-8"), public) == []
+    assert private_imports(path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from .linalg import retract_qr", []),
-        ("from . import errors, layers", []),
+        ("from ..linalg import retract_qr", []),
+        ("from .. import errors, layers", []),
         ("import torch; from peft import PeftConfig", []),
         ("from hf_condlr_extras import plots", []),
-        ("from .plots import plot_report", ["plots"]),
-        ("from .conversion import to_dense_model", ["conversion"]),
-        ("from . import trainer", ["trainer"]),
-        ("from . import CondLRConfig", ["__init__"]),
-        ("import hf_condlr", ["__init__"]),
-        ("import hf_condlr.trainer as t", ["trainer"]),
-        ("from hf_condlr import saving", ["saving"]),
-        ("from hf_condlr.model_card.card import write", ["model_card"]),
-        ("from .attic import box", ["attic"]),
-        ("def late():\n    if True:\n        from .cli import main", ["cli"]),
+        ("from .stack import Stack", []),
+        ("from ..plots import plot_report", ["plots"]),
+        ("from ..conversion import to_dense_model", ["conversion"]),
+        ("from .. import training", ["training"]),
+        ("from .. import CondLRConfig", ["hf_condlr"]),
+        ("import hf_condlr", ["hf_condlr"]),
+        ("import hf_condlr.training as t", ["training"]),
+        ("from hf_condlr.robustness.attacks.gradient import PGD", ["robustness"]),
+        ("def late():\n    if True:\n        from ..cli import main", ["cli"]),
     ],
 )
-def test_back_stairs_from_manifold(source, found):
-    assert back_stairs(source, room="manifold", package=PACKAGE) == found
+def test_upward_imports_from_manifold(source, found):
+    assert upward_imports(source, room="manifold", package=f"{PACKAGE}.manifold") == found
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("graph", "found"),
     [
-        ("from .base import Attack", []),
-        ("from ..linalg import condition_number", []),
-        ("from ..layers import LowRankLinear", ["layers"]),
-        ("from .. import PGD", ["__init__"]),
+        ({"a": {"b"}, "b": {"c"}, "d": {"b", "c"}}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c", "b"]),
     ],
 )
-def test_back_stairs_from_inside_attacks(source, found):
-    assert back_stairs(source, room="attacks", package=f"{PACKAGE}.attacks") == found
+def test_circle(graph, found):
+    assert circle(graph) == found
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
         ("from hf_condlr import CondLRConfig", []),
-        ("from hf_condlr.attacks import PGD", []),
+        ("from hf_condlr.robustness.attacks import PGD", []),
         ("import hf_condlr", []),
         ("from hf_condlr import linalg", ["hf_condlr.linalg"]),
         ("from hf_condlr import *", ["hf_condlr.*"]),
-        ("from hf_condlr.attacks.pgd import PGD", ["hf_condlr.attacks.pgd.PGD"]),
+        ("from hf_condlr.robustness.attacks.gradient import PGD", ["hf_condlr.robustness.attacks.gradient.PGD"]),
         ("def late():\n    import hf_condlr.manifold", ["hf_condlr.manifold"]),
     ],
 )
 def test_private_imports(source, found):
-    assert private_imports(source, {PACKAGE: {"CondLRConfig"}, f"{PACKAGE}.attacks": {"PGD"}}) == found
+    assert private_imports(source) == found

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from .models import VOCAB, build
+from tests.models import VOCAB, build
 
 LABELS = 3
 PAD, BOS, EOS = 0, 1, 2

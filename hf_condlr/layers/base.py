@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,18 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_condlr.distributed.rows import whole
 from hf_condlr.errors import ConfigError, ConversionError
-from hf_condlr.linalg import (
-    CENTERS,
-    FEASIBILITY_TOLERANCE,
-    Center,
-    condition_number,
-    is_conditionable,
-    random_factors,
-)
-from hf_condlr.shards import whole
+from hf_condlr.layers.weight_stand_in import FACTS, stand_in
+from hf_condlr.linalg import CENTERS, FEASIBILITY_TOLERANCE, Center, condition_number, is_conditionable, random_factors
 
 Factors = tuple[Tensor, Tensor, Tensor]
+
+
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
 
 
@@ -120,70 +115,7 @@ class LowRankLayer(nn.Module):
         return f"r={self.r}, bias={self.bias is not None}, tau={self.tau:g}, bound={self.bound:.4g}"
 
 
-def factored_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """{name: layer} of all layers that hold U, S, V; one in several places under its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-
-
-class FoldedLayer(nn.Sequential):
-    """`down` (Vᵀ) and `up` (U S with the bias), plain torch layers that any exporter knows."""
-
-    up: Any
-    weight_shape: tuple[int, ...]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, layer: LowRankLayer, down: Any, up: Any) -> FoldedLayer:
-        """Fill the two layers from the factors of `layer`."""
-        US = layer.U.double() @ layer.S.double() if layer.U.device.type != "mps" else layer.U @ layer.S
-        down.weight.copy_(layer.V.mT.reshape(down.weight.shape))
-        up.weight.copy_(US.reshape(up.weight.shape))
-        up.bias = layer.bias  # itself, as `to_dense` does
-        folded = cls(OrderedDict(down=down, up=up)).train(layer.training)
-        for name in ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
-            if hasattr(layer, name):  # models ask their layers for these
-                setattr(folded, name, getattr(layer, name))
-        for part in (down, up):
-            part.weight.requires_grad_(layer.U.requires_grad)
-        return folded
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's b."""
-        return self.up.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """As `LowRankLayer.weight`."""
-        return stand_in(self.up.weight, self.weight_shape)
-
-
-class WeightStandIn(Tensor):
-    """A tensor without values: it has a dtype, a device and a shape, and refuses to be computed with."""
-
-    _is_hf_initialized = True  # transformers draws weights that a checkpoint lacks by name: it has to pass over this
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(getattr(func, "__self__", None), "__name__", "") or getattr(func, "__name__", "")
-        if name in _FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise ConversionError(
-            "the weight of a factored layer exists only as U, S and V",
-            received=f"{name or func} on its `.weight`, which the model around it must compute with by itself",
-            remedy="Put the layer in exclude_modules, or compute with layer.matrix().",
-        )
-
-
-_FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta", "is_cuda", "is_cpu", "is_sparse"}
-_FACTS |= {"size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "get_device", "is_quantized"}
-
-
-def stand_in(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """One NaN, expanded: no memory. A plain tensor while a graph is traced, where subclasses get in the way."""
-    plain = like.detach().new_full((), math.nan).expand(shape)
-    return plain if torch.compiler.is_compiling() else plain.as_subclass(WeightStandIn)
+FACTS |= {"size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "get_device", "is_quantized"}
 
 
 def weight_matrix(dense: nn.Module) -> Tensor:  # (m, n)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.errors import ConversionError
-from hf_condlr.layers.base import Factorization, FoldedLayer, LowRankLayer, allocate, give_weight, weight_matrix
+from hf_condlr.layers.base import Factorization, LowRankLayer, allocate, give_weight, weight_matrix
+from hf_condlr.layers.folded import FoldedLayer
 from hf_condlr.linalg import Center, truncated_svd
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from networks import VGG16, LeNet5, WideResNet16x4
 from torch import nn
 
-from hf_condlr.attacks import FGSM, PGD, Attack
+from hf_condlr.robustness.attacks import FGSM, PGD, Attack
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
-from hf_condlr.baselines import CayleySGD, ProjectedSGD, attach_penalty, stiefel_groups
+from studies.paper.baselines import CayleySGD, ProjectedSGD, attach_penalty, stiefel_groups
 
 FULL_RANK = {"dense": SGD, "cayley": CayleySGD, "projected": ProjectedSGD}
 NAMES = "dense, unconstrained, svd_prune, cayley, projected, tau=NUMBER, tau=NUMBER:CENTER or penalty=BETA"

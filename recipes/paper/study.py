@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from training import Job, TrainingOptions, accuracy, measure, train
 
 from hf_condlr import RobustnessReport, evaluate_robustness
-from hf_condlr.attacks import PixelModel
+from hf_condlr.robustness.attacks import PixelModel
 
 logger = logging.getLogger("paper")
 

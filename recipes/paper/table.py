@@ -27,7 +27,7 @@ from resuming import write_text
 from study import Entry, Study, write_json
 from training import Job, TrainingOptions
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path += [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
 from command_line import parse, require
 
 logger = logging.getLogger("paper")

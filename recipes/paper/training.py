@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 from hf_condlr import condition_report
-from hf_condlr.attacks import PixelModel
+from hf_condlr.robustness.attacks import PixelModel
 
 logger = logging.getLogger("paper")
 MILESTONES, GAMMA = (70 / 120, 100 / 120), 0.3

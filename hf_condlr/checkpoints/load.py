@@ -1,0 +1,189 @@
+"""`from_pretrained` of a factored checkpoint: transformers' own extension point, which builds layers before weights.
+
+Importing this module registers the method "condlr" of `quantization_config`. A loaded model is like a converted one:
+nothing of transformers' quantization stays on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_condlr.checkpoints.manifest import METHOD, PARTS, Manifest, StoredLayer
+from hf_condlr.checkpoints.save import attach_saving
+from hf_condlr.checkpoints.verify import check_factors, read_headers, verify_files
+from hf_condlr.config import CondLRConfig
+from hf_condlr.errors import CheckpointError
+from hf_condlr.layers import LowRankConv2d, LowRankLinear, head_names, replace_modules, weight_matrix
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@register_quantization_config(METHOD)
+class FactoredCheckpointConfig(QuantizationConfigMixin):
+    """The manifest of a checkpoint, in the form that transformers hands from `config.json` to the quantizer."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' own are an enum of strings
+        self.manifest = Manifest.from_dict({"quant_method": METHOD} | values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `config.json`."""
+        return self.manifest.to_dict()
+
+
+@register_quantizer(METHOD)
+class FactoredCheckpointLoader(HfQuantizer):
+    """Builds the factored layers on the meta device; transformers then fills them like any others."""
+
+    requires_calibration = True  # there is nothing to quantize on the fly: such a config for a dense model is an error
+
+    def __init__(self, quantization_config: FactoredCheckpointConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.manifest = quantization_config.manifest
+        self._loaded: dict[str, tuple[str, StoredLayer, torch.dtype]] = {}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first look at the config, before the weight files are found: here they get their true name."""
+        config.transformers_weights = self.manifest.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or []]
+        verify_files(files, self.manifest)
+        tensors = read_headers(files)
+        _check_shapes(self.manifest, tensors)
+        places = _places(model, self.manifest)
+        replacements = {}
+        for stored_name, name in places.items():
+            stored = self.manifest.layers[stored_name]
+            dense = model.get_submodule(name)
+            layer = _empty_layer(dense, stored)
+            if not _fits(layer, stored_name, tensors):
+                if name in head_names(model):  # for other labels: left dense and drawn anew, as transformers reports
+                    continue
+                shape = tuple(weight_matrix(dense).shape)
+                raise CheckpointError(
+                    "a stored layer must have the shape of the layer it stands for",
+                    received=f"{_shapes(stored_name, stored, tensors)} for {name} of {shape}",
+                    remedy="Load it with the config.json it was saved with.",
+                )
+            replacements[dense] = layer
+            if stored.form == "factored":
+                self._loaded[name] = (stored_name, stored, tensors[f"{stored_name}.S"][1])
+        replace_modules(model, replacements)
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        """Check what was loaded, and leave an ordinary model."""
+        for name, (stored_name, stored, dtype) in self._loaded.items():
+            layer = model.get_submodule(name)
+            check_factors(stored_name, (layer.U, layer.S, layer.V), stored, dtype)
+            layer.bound = stored.bound
+        self.remove_quantization_config(model)
+        del model.config.transformers_weights
+        if self.manifest.config is not None:
+            object.__setattr__(model, "condlr_config", CondLRConfig.from_peft_type(**self.manifest.config))
+        attach_saving(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """A loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A loaded model trains on."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """All its parameters train."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """It compiles like a dense one."""
+        return True
+
+
+def _places(model: Any, manifest: Manifest) -> dict[str, str]:
+    """{name in the files: name of the module in this model}, by transformers' rules for renamed and prefixed keys."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    modules = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))}
+    prefix = model.base_model_prefix + "."
+    found = {}
+    for stored_name in manifest.layers:
+        renamed = rename_source_key(f"{stored_name}.U", renamings, [])[0].removesuffix(".U")
+        candidates = [n for base in (stored_name, renamed) for n in (base, base.removeprefix(prefix), prefix + base)]
+        place = next((name for name in candidates if name in modules), None)
+        if place is not None:
+            found[stored_name] = place
+    lost = [name for name in manifest.layers if name not in found]
+    inside = [name for name in lost if name.startswith(prefix)]  # the base model; a head may well have no place
+    if inside or not found:
+        raise CheckpointError(
+            f"the factored layers of a checkpoint must exist in the {type(model).__name__} that is loaded",
+            received=f"no place for {', '.join((inside or lost)[:5])}",
+            remedy=f"Load it with the class it was saved with, or the base model of it; this one has "
+            f"{', '.join(sorted(modules)[:5])}, ...",
+        )
+    return found
+
+
+def _empty_layer(dense: Any, stored: StoredLayer) -> nn.Module:
+    cls: Any = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
+    m, n = weight_matrix(dense).shape
+    layer = cls.empty_like(dense, min(stored.r, m, n), tau=stored.tau, center=stored.center)
+    layer.bias = dense.bias
+    layer.train(dense.training)
+    return layer.fold() if stored.form == "folded" else layer
+
+
+def _fits(layer: nn.Module, stored_name: str, tensors: Shapes) -> bool:
+    return all(
+        f"{stored_name}.{part}" in tensors and tensors[f"{stored_name}.{part}"][0] == tuple(parameter.shape)
+        for part, parameter in layer.named_parameters()
+    )
+
+
+def _check_shapes(manifest: Manifest, tensors: Shapes) -> None:
+    """What the manifest states of each layer must be in the files, and no factors besides."""
+    for name, stored in manifest.layers.items():
+        keys = [f"{name}.{part}" for part in PARTS[stored.form]]
+        if missing := [key for key in keys if key not in tensors]:
+            raise CheckpointError(
+                "every layer that config.json states must have its factors in the weight files",
+                received=f"no {', '.join(missing)}",
+                remedy="Load it with the config.json it was saved with.",
+            )
+        shapes = [tensors[key][0] for key in keys]
+        ranks = [shape[1] for shape in shapes] if stored.form == "factored" else [shapes[0][0], shapes[1][1]]
+        if set(ranks) != {stored.r}:
+            raise CheckpointError(
+                "the rank that config.json states must be that of the factors",
+                received=f"r={stored.r} for {name} with {_shapes(name, stored, tensors)}",
+                remedy="Load it with the config.json it was saved with.",
+            )
+    factors = {name.removesuffix(".S") for name in tensors if name.endswith(".S")}
+    if foreign := sorted(factors - set(manifest.layers)):
+        raise CheckpointError(
+            "the weight files must hold no factors that config.json does not state",
+            received=", ".join(foreign[:5]),
+            remedy="Load it with the config.json it was saved with.",
+        )
+
+
+def _shapes(name: str, stored: StoredLayer, tensors: Shapes) -> str:
+    parts = (f"{part} {tensors[key][0]}" for part in PARTS[stored.form] if (key := f"{name}.{part}") in tensors)
+    return ", ".join(parts)

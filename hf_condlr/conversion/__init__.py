@@ -1,0 +1,7 @@
+"""From dense to W = U S Vᵀ and back: targets, ranks, starts, the conversion, and what is made of a factored model."""
+
+from hf_condlr.conversion.convert import get_robust_lowrank_model
+from hf_condlr.conversion.fold import fold_model, to_dense_model
+from hf_condlr.conversion.onnx import export_onnx
+
+__all__ = ["export_onnx", "fold_model", "get_robust_lowrank_model", "to_dense_model"]

@@ -1,0 +1,89 @@
+"""The best factors that obey the bound: what `conditioned_start` does in place of clipping singular values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_condlr.conversion.factorizations import damped_fisher
+from hf_condlr.layers import Factors
+from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar, wide_device
+
+SWEEPS = 100
+
+
+CORE_STEPS = 5  # projected gradient steps of S in a sweep: r×r products, next to nothing
+
+
+ENOUGH = 1e-3  # the error falls by a smaller share than this in ten sweeps: the end
+
+
+def nearest_conditioned(
+    W: Tensor, factors: Factors, tau: float, *, center: Center = "nearest", C: Tensor | None, F: Tensor | None
+) -> Factors:
+    """Factors with κ(S) ≤ 1 + τ that lower f = ‖F̃^{1/2} (W − U S Vᵀ) C^{1/2}‖_F² from where clipping S leaves it.
+
+    Clipped alone, the singular values of a start that is aware of data are moved as if all directions counted alike.
+    Here S takes projected gradient steps, and U and V each go to the polar factor of U − ∇_U f/L, L the Lipschitz
+    constant of ∇f: the minimiser over orthonormal matrices of a quadratic that lies above f (a majorisation), so f
+    falls in every sweep. With M = UᵀF̃U and N = VᵀCV the gradients are
+
+        ∇_S f = M S N − UᵀF̃WCV,  ∇_U f = F̃U S N Sᵀ − F̃WCV Sᵀ,  ∇_V f = CV SᵀM S − C WᵀF̃U S  (each times 2).
+
+    Without C and F the clipped S is the optimum already (von Neumann's trace inequality), with the interval `nearest`.
+
+    Args:
+        W: The dense weight (m, n).
+        factors: U (m, r), S (r, r), V (n, r) of the start. Left alone where they obey the bound.
+        tau: κ(S) ≤ 1 + tau.
+        center: The interval of the clipping.
+        C: Second moments (n, n) of the inputs; None for the identity.
+        F: Those of the outputs' gradients (m, m), which are damped as in `fisher`; None for the identity.
+    """
+    U, S, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+    if condition_number(S) <= 1 + tau:
+        return factors
+    S = clamp_singular_values(S, tau, center=center)
+    if C is None and F is None:
+        return U.to(W), S.to(W), V.to(W)
+    wide = W.to(S)
+    left = _metric(None if F is None else damped_fisher(F), len(wide), S)
+    right = _metric(C, wide.shape[1], S)
+    target = left @ wide @ right  # F̃WC
+    largest_left, largest_right = _largest(left), _largest(right)
+    whole = (target * wide).sum()  # ‖F̃^{1/2} W C^{1/2}‖_F²
+    errors: list[float] = []
+    best = U, S, V
+    left_U, right_V, cross = left @ U, right @ V, target @ V
+    for _ in range(SWEEPS):
+        M, N, R = U.mT @ left_U, V.mT @ right_V, U.mT @ cross
+        errors.append((((M @ S @ N - 2 * R) * S).sum() / whole).item())  # f/‖·‖² − 1
+        if not errors[-1] <= min(errors):  # rounding has the last word; NaN compares false
+            U, S, V = best
+            break
+        best = U, S, V
+        if len(errors) > 10 and errors[-11] - errors[-1] < ENOUGH * (1 + errors[-1]):
+            break
+        L = _largest(M) * _largest(N)
+        for _ in range(CORE_STEPS):
+            S = clamp_singular_values(S - (M @ S @ N - R) / L, tau, center=center)
+        K = S @ N @ S.mT
+        U = retract_polar(U - (left_U @ K - cross @ S.mT) / (largest_left * _largest(K)))
+        left_U = left @ U
+        K = S.mT @ (U.mT @ left_U) @ S
+        V = retract_polar(V - (right_V @ K - target.mT @ U @ S) / (largest_right * _largest(K)))
+        right_V, cross = right @ V, target @ V
+    return U.to(W), clamp_singular_values(S, tau, center=center).to(W), V.to(W)
+
+
+def _metric(matrix: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """Of mean eigenvalue 1: gradients are so small that products of their squares would underflow."""
+    if matrix is None or not matrix.any():
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    return (matrix / matrix.diagonal().mean()).to(like)
+
+
+def _largest(symmetric: Tensor) -> Tensor:
+    """λ_max in float64, in which LAPACK converges where float32 now and then does not."""
+    wide = symmetric.to(wide_device(symmetric), torch.float64)
+    return torch.linalg.eigvalsh((wide + wide.mT) / 2)[-1].to(symmetric)

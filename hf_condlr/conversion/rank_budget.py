@@ -1,0 +1,162 @@
+"""Ranks from a budget: `compression_ratio` spread uniformly, or where truncation costs least.
+
+A layer (m, n) of rank r has r(m + n) + r² weights in training. It stays dense where that is not less than mn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_condlr.errors import ConfigError
+
+Shapes = dict[str, tuple[int, int]]
+
+
+Ranks = dict[str, int | None]  # None: the layer stays dense
+
+
+def break_even_rank(m: int, n: int) -> int:
+    """The largest r with r(m + n) + r² < mn; 0 where even rank 1 does not pay. About 0.41 n for a square layer."""
+    root = (math.isqrt((m + n) ** 2 + 4 * m * n) - (m + n)) // 2
+    while root > 0 and factored_size(m, n, root) >= m * n:
+        root -= 1
+    while factored_size(m, n, root + 1) < m * n:
+        root += 1
+    return root
+
+
+def factored_size(m: int, n: int, r: int) -> int:
+    """Weights of the three factors, r(m + n) + r²."""
+    return r * (m + n) + r * r
+
+
+def round_down(r: int, multiple: int) -> int:
+    """The largest multiple of `multiple` up to r, r itself where that is smaller than `multiple`."""
+    return r if r < multiple else r - r % multiple
+
+
+def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1) -> Ranks:
+    """The largest common rank ratio within the budget; single ranks are added while more than 1 % of it is unused.
+
+    With `multiple`, ranks are its multiples where they are not smaller than it, and grow by so many.
+
+    Raises:
+        ConfigError: Rank 1 everywhere exceeds the budget.
+    """
+    budget = _budget(shapes, compression_ratio)
+
+    def ranks_at(ratio: float) -> Ranks:
+        chosen = {name: round_down(max(1, round(ratio * min(shape))), multiple) for name, shape in shapes.items()}
+        return {name: r if r <= break_even_rank(*shapes[name]) else None for name, r in chosen.items()}
+
+    low, high = 0.0, 1.0
+    for _ in range(40):  # the size steps at ratios that are multiples of 1/(2 min(m, n))
+        middle = (low + high) / 2
+        low, high = (middle, high) if _size(shapes, ranks_at(middle)) <= budget else (low, middle)
+    ranks = ranks_at(low)
+    if _size(shapes, ranks) < 0.99 * budget:
+        gains = {name: {r: 1 / min(shapes[name]) for r in range(1, min(shapes[name]) + 1)} for name in shapes}
+        _spend(shapes, ranks, budget, {name: list(values.values()) for name, values in gains.items()}, multiple)
+    return ranks
+
+
+def allocate_by_energy(
+    shapes: Shapes,
+    energies: dict[str, Tensor],
+    compression_ratio: float,
+    multiple: int = 1,
+    *,
+    leave_dense: bool = True,
+) -> Ranks:
+    """Ranks that minimise Σ_layers Σ_{i>r} σ_i², the summed squared truncation error, within the budget.
+
+    For a multiplier λ every layer minimises its own tail + λ · size; the least λ whose ranks fit is optimal for the
+    size it has (Everett 1963). What is left of the budget goes to the single ranks that gain most for their size.
+
+    Args:
+        shapes: (m, n) of each layer.
+        energies: σ_i² of each layer in descending order, in the metric that the error is measured in.
+        compression_ratio: Share of Σ mn to remove.
+        multiple: Ranks are multiples of it where they are not smaller than it.
+        leave_dense: A layer may stay dense, at its full size and without a bound on κ; else only where no rank pays.
+
+    Raises:
+        ConfigError: Rank 1 everywhere exceeds the budget.
+    """
+    budget = _budget(shapes, compression_ratio)
+    options = {name: _options(shape, energies[name], multiple, leave_dense) for name, shape in shapes.items()}
+
+    def ranks_at(multiplier: float) -> Ranks:
+        chosen: Ranks = {}
+        for name, (ranks, sizes, tails) in options.items():
+            chosen[name] = ranks[int((tails + multiplier * sizes).argmin())]
+        return chosen
+
+    scale = max(float(energy.sum()) for energy in energies.values()) or 1.0
+    low, high = 0.0, scale  # high: every layer prefers rank 1
+    if _size(shapes, ranks_at(low)) <= budget:
+        return ranks_at(low)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _size(shapes, ranks_at(middle)) <= budget else (middle, high)
+    ranks = ranks_at(high)
+    _spend(shapes, ranks, budget, {name: energy.tolist() for name, energy in energies.items()}, multiple)
+    return ranks
+
+
+def _options(
+    shape: tuple[int, int], energy: Tensor, multiple: int, leave_dense: bool
+) -> tuple[list[int | None], Tensor, Tensor]:
+    """All that a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
+    m, n = shape
+    ranks = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
+    sizes = [factored_size(m, n, r) for r in ranks] + [m * n]
+    remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0
+    # Behind the last singular value, and for the dense layer, nothing is left.
+    tails = torch.cat((remaining, remaining.new_zeros(1)))[[*ranks, -1]]
+    first = slice(None) if leave_dense or not ranks else slice(len(ranks))
+    return [*ranks, None][first], torch.tensor(sizes, dtype=torch.float64)[first], tails[first]
+
+
+def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int) -> None:
+    """Add ranks in place, the largest gain per weight first, until none fits. gains[name][r] is of r → r + 1.
+
+    One by one up to `multiple`, then so many at a time.
+    """
+    left = budget - _size(shapes, ranks)
+    while True:
+        best, best_rank, best_value, best_cost = None, 0, -1.0, 0
+        for name, r in ranks.items():
+            if r is None:
+                continue
+            larger = r + (1 if r < multiple else multiple)
+            if larger > break_even_rank(*shapes[name]):
+                continue
+            cost = factored_size(*shapes[name], larger) - factored_size(*shapes[name], r)
+            gain = sum(gains[name][r:larger]) / cost
+            if cost <= left and gain > best_value:
+                best, best_rank, best_value, best_cost = name, larger, gain, cost
+        if best is None:
+            return
+        ranks[best] = best_rank
+        left -= best_cost
+
+
+def _budget(shapes: Shapes, compression_ratio: float) -> int:
+    total = sum(m * n for m, n in shapes.values())
+    budget = math.floor((1 - compression_ratio) * total)
+    least = sum(min(m * n, m + n + 1) for m, n in shapes.values())
+    if least > budget:
+        raise ConfigError(
+            f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}",
+            received=compression_ratio,
+            remedy="Lower it, or leave small layers out with exclude_modules.",
+        )
+    return budget
+
+
+def _size(shapes: Shapes, ranks: Ranks) -> int:
+    return sum(m * n if (r := ranks[name]) is None else factored_size(m, n, r) for name, (m, n) in shapes.items())

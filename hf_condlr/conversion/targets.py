@@ -1,0 +1,140 @@
+"""Which layers of a model a config means: PEFT's rules for names, the head, and what cannot be factored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_condlr.config import ALL_LINEAR, CondLRConfig
+from hf_condlr.errors import ConversionError
+from hf_condlr.layers import FoldedLayer
+from hf_condlr.layers.model import head_names
+
+Place = Literal["body", "head"]
+
+
+# Their children's weights go into fused kernels, past the children's forward.
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward, nn.Conv2d: nn.Conv2d.forward}
+
+
+def resolve_targets(model: nn.Module, config: CondLRConfig) -> tuple[dict[str, Place], dict[str, str]]:
+    """The layers to convert, {name: body or head}, and those that "all-linear" means but that cannot be, with reasons.
+
+    Raises:
+        ConversionError: A named layer cannot be converted, nothing matches, or there is no head to factor.
+    """
+    heads = head_names(model)
+    if config.head == "full_rank" and not heads:
+        raise ConversionError(
+            "head='full_rank' needs a head that can be found",
+            received=f"a {type(model).__name__} with no output embeddings and no classifier known to transformers",
+            remedy="Name the layer in target_modules and give it rank 1.0 in rank_pattern.",
+        )
+    targets: dict[str, Place] = {}
+    skipped: dict[str, str] = {}
+    tied, adapted = _names_of_tied_weights(model), _names_inside_adapters(model)
+    for name, module in model.named_modules():
+        named, swept = _wanted(name, module, config, is_head=name in heads)
+        if not named and not swept:
+            continue
+        reason = "part of a PEFT adapter" if name in adapted else _obstacle(model, name, module, tied)
+        if reason == "":
+            targets[name] = "head" if name in heads else "body"
+        elif reason is not None and named:
+            raise ConversionError(
+                "a named layer must be convertible", received=f"{name!r}: {reason}", remedy="Put it in exclude_modules."
+            )
+        elif reason is not None:
+            skipped[name] = reason
+    if not targets:
+        raise _no_match(model, config)
+    return targets, skipped
+
+
+def _wanted(name: str, module: nn.Module, config: CondLRConfig, *, is_head: bool) -> tuple[bool, bool]:
+    """Whether the config names the module, and whether "all-linear" sweeps over it."""
+    match = check_target_module_exists(config, name)
+    if isinstance(match, _ExcludedModule):
+        return False, False
+    if is_head and config.head == "full_rank":
+        return True, False
+    if config.target_modules != ALL_LINEAR:
+        return bool(match), False
+    is_linear = isinstance(module, (nn.Linear, Conv1D)) or _has_fused_experts(module)
+    return False, is_linear and not (is_head and config.head == "dense")
+
+
+def _has_fused_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) -> str | None:
+    """Why a matching module cannot be converted: "" it can, None it is no layer with a weight matrix at all."""
+    if _has_fused_experts(module):
+        return "its experts are fused into tensors of three dimensions, not linear layers"
+    known = next((cls for cls in FORWARDS if isinstance(module, cls)), None)
+    weight = module._parameters.get("weight")
+    if weight is None and known is not None:
+        return "its weight is computed from other parameters (parametrized or pruned)"
+    if known is None and not _has_weight_matrix(module):
+        return None
+    if known is None or weight is None:
+        return f"a {type(module).__name__} is neither Linear, Conv1D nor Conv2d"
+    # A forward of its own (quantized, masked, moved between devices, ...) does something else with the weight.
+    if type(module).forward is not FORWARDS[known] or "forward" in vars(module):
+        return f"a {type(module).__name__} with a forward of its own"
+    if not weight.is_floating_point():
+        return f"its weight is already quantized ({weight.dtype})"
+    if name in tied:
+        return "its weight is tied to another module"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"a convolution with groups={module.groups}"
+    if not name:
+        return "the model is this layer itself; convert it with LowRankLinear.from_dense"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, FoldedLayer):
+        return "part of a folded layer"
+    if isinstance(parent, READS_WEIGHTS):
+        return f"nn.{type(parent).__name__} multiplies by its weight itself"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "its hooks would be lost"
+    return ""
+
+
+def _has_weight_matrix(module: nn.Module) -> bool:
+    """Its own `weight`, or the packed `qweight` of a quantized layer."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return any(name in ("weight", "qweight") and tensor.dim() > 1 for name, tensor in tensors.items())
+
+
+def _names_of_tied_weights(model: nn.Module) -> set[str]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() > 1:
+                owners.setdefault(id(parameter), []).append(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
+def _names_inside_adapters(model: nn.Module) -> set[str]:
+    adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    inside = {child for adapter in adapters for child in adapter.modules() if child is not adapter}
+    return {name for name, module in model.named_modules() if module in inside}
+
+
+def _no_match(model: nn.Module, config: CondLRConfig) -> ConversionError:
+    given = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    values = {name: getattr(config, name) for name in given}
+    candidates = [name for name, module in model.named_modules() if isinstance(module, tuple(FORWARDS))]
+    shown = ", ".join(candidates[:40]) + (f" and {len(candidates) - 40} more" if len(candidates) > 40 else "")
+    return ConversionError(
+        "target_modules must match at least one layer",
+        received=", ".join(f"{name}={value!r}" for name, value in values.items() if value is not None),
+        remedy=f"Linear and Conv2d layers of this {type(model).__name__}: {shown or 'none'}.",
+    )

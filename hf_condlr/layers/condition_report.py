@@ -1,0 +1,204 @@
+"""`condition_report`: rank, κ, bound, orthonormality and size of every factored layer; a table, a dict, a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_condlr.distributed.linalg import orthonormality_error, orthonormalize
+from hf_condlr.distributed.rows import reshard
+from hf_condlr.errors import CondLRError, MissingExtraError
+from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.linalg import obeys_bound, singular_values
+
+
+@dataclass
+class LayerRecord:
+    """One factored layer."""
+
+    name: str
+    shape: tuple[int, int]
+    """(m, n) = (out, in) of the matrix W."""
+    r: int
+    condition_number: float
+    """σ_max/σ_min over the r singular values of W = U S Vᵀ; inf where one is 0 or the factors are not finite."""
+    bound: float
+    """The bound on κ in force; inf where none is: before the first step, without a manifold step, for tau = inf."""
+    orthonormality_error: float
+    """The larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F."""
+    singular_values: list[float]
+    """The r singular values of W, descending."""
+    parameters: int
+    """r(m + n) + r², and the bias."""
+    dense_parameters: int
+    """mn, and the bias."""
+
+
+@dataclass
+class ConditionReport:
+    """What `condition_report` returns; `str()` is a table."""
+
+    layers: list[LayerRecord]
+    parameters: int
+    """Of the whole model, as it is."""
+    dense_parameters: int
+    """Of the whole model, were its factored layers dense."""
+
+    @property
+    def max_condition_number(self) -> float:
+        """The largest κ of all layers."""
+        return max(layer.condition_number for layer in self.layers)
+
+    @property
+    def mean_condition_number(self) -> float:
+        """The mean κ of all layers."""
+        return sum(layer.condition_number for layer in self.layers) / len(self.layers)
+
+    @property
+    def max_orthonormality_error(self) -> float:
+        """The largest orthonormality error of all layers."""
+        return max(layer.orthonormality_error for layer in self.layers)
+
+    @property
+    def compression(self) -> float:
+        """Share of the whole model's parameters that factoring removed."""
+        return 1 - self.parameters / self.dense_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON values; an infinite or undefined number is None."""
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            layer["shape"] = list(layer["shape"])
+            layer["singular_values"] = [_finite(sigma) for sigma in layer["singular_values"]]
+            for name in ("condition_number", "bound", "orthonormality_error"):
+                layer[name] = _finite(layer[name])
+        return {
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+            "max_condition_number": _finite(self.max_condition_number),
+            "mean_condition_number": _finite(self.mean_condition_number),
+            "max_orthonormality_error": _finite(self.max_orthonormality_error),
+            "layers": layers,
+        }
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        header = f"{'layer':<{width}}  {'out×in':>11}  {'rank':>5}  {'κ':>9}  {'bound':>7}  {'‖UᵀU−I‖':>8}  "
+        header += f"{'parameters':>11}  {'of dense':>8}"
+        lines = [header, "-" * len(header)]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]}×{layer.shape[1]}"
+            share = layer.parameters / layer.dense_parameters
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>11}  {layer.r:>5}  "
+                f"{layer.condition_number:>9.4g}  {layer.bound:>7.4g}  {layer.orthonormality_error:>8.1e}  "
+                f"{layer.parameters:>11,}  {share:>8.1%}"
+            )
+        lines += [
+            "-" * len(header),
+            f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
+            f"mean {self.mean_condition_number:.4g}; whole model: {self.parameters:,} of {self.dense_parameters:,} "
+            f"parameters, {self.compression:.1%} removed",
+        ]
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the spectra and κ per layer into an image file (its ending chooses the format).
+
+        Raises:
+            MissingExtraError: matplotlib is not installed; an `ImportError`.
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import FuncFormatter, NullFormatter
+        except ImportError as error:
+            raise MissingExtraError(
+                "plot needs matplotlib", received="no such package", remedy="pip install 'hf_condlr[plot]'."
+            ) from error
+        figure = Figure(figsize=(11, max(3.2, 1.2 + 0.19 * len(self.layers))), layout="constrained")
+        spectra, bars = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        for i, layer in enumerate(self.layers):
+            sigma = torch.tensor(layer.singular_values)
+            position = torch.linspace(0, 1, len(sigma)) if len(sigma) > 1 else torch.zeros(1)
+            color = (0.15, 0.35 + 0.5 * i / max(1, len(self.layers) - 1), 0.65)
+            spectra.semilogy(position, sigma / sigma[0].clamp_min(1e-30), color=color, linewidth=1)
+        spectra.set(xlabel="index / rank", ylabel="σ / σ_max", title="Singular values of each layer")
+        names = [layer.name for layer in self.layers]
+        kappa = [min(layer.condition_number, 1e16) for layer in self.layers]
+        bars.barh(names, kappa, color="#3b6ea5", height=0.7)
+        bounds = [(layer.bound, i) for i, layer in enumerate(self.layers) if math.isfinite(layer.bound)]
+        if bounds:
+            bars.plot(*zip(*bounds, strict=True), "|", color="#c1432e", markersize=9, markeredgewidth=2, label="bound")
+            bars.legend(loc="lower right")
+        bars.set(xscale="log", xlabel="condition number κ", title="κ(W) of each layer")
+        bars.set_xlim(0.9, max(2.0, 1.3 * max(kappa), *(1.3 * bound for bound, _ in bounds)))
+        spectra.set_ylim(bottom=min(0.5, spectra.get_ylim()[0]), top=1.1)
+        plain = FuncFormatter(lambda value, _: f"{value:g}")  # 1.5, not 1.5 × 10⁰
+        for axis in (bars.xaxis, spectra.yaxis):
+            low, high = axis.get_view_interval()
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+        bars.invert_yaxis()
+        bars.tick_params(axis="y", labelsize=7)
+        figure.savefig(path, dpi=150)
+        return Path(path)
+
+
+@torch.no_grad()
+def condition_report(model: nn.Module) -> ConditionReport:
+    """Measure every factored layer of `model`, in float64.
+
+    κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
+    step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Of a sharded model every process must
+    ask; bases are not gathered for it.
+
+    Raises:
+        CondLRError: The model has no factored layers.
+    """
+    reshard(model)
+    records = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRankLayer):
+            records.append(_record(name, layer))
+    if not records:
+        raise CondLRError(
+            "the model must have factored layers",
+            received="none",
+            remedy="Call get_robust_lowrank_model(model, config) first.",
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
+    return ConditionReport(records, parameters, dense)
+
+
+def _record(name: str, layer: LowRankLayer) -> LayerRecord:
+    core = orthonormalize(layer.U, layer.S, layer.V)[1].cpu()
+    if torch.isfinite(core).all():
+        sigma = singular_values(core)
+        kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
+    else:
+        sigma, kappa = torch.full((layer.r,), math.nan), math.inf
+    errors = torch.stack([orthonormality_error(p) for p in (layer.U, layer.V)]).nan_to_num(math.inf, math.inf)
+    m, n = layer.U.shape[0], layer.V.shape[0]
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    return LayerRecord(
+        name=name,
+        shape=(m, n),
+        r=layer.r,
+        condition_number=kappa,
+        # Nothing holds a layer to its bound that was trained without the manifold step.
+        bound=layer.bound if obeys_bound(kappa, layer.bound) else math.inf,
+        orthonormality_error=errors.max().item(),
+        singular_values=sigma.tolist(),
+        parameters=layer.r * (m + n) + layer.r**2 + bias,
+        dense_parameters=m * n + bias,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

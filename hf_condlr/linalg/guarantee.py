@@ -1,0 +1,21 @@
+"""What the manifold step guarantees after every step, in numbers that each check of it uses."""
+
+from __future__ import annotations
+
+import math
+
+ORTHONORMALITY_TOLERANCE = 1e-5
+"""‖UᵀU − I‖_F ≤ this · √r in float32, likewise V."""
+
+KAPPA_TOLERANCE = 1e-4
+"""κ(S) ≤ (1 + τ)(1 + this) in float32."""
+
+
+def obeys_bound(kappa: float, bound: float) -> bool:
+    """Whether κ(S) ≤ `bound` up to rounding; False for NaN."""
+    return kappa <= bound * (1 + KAPPA_TOLERANCE)
+
+
+def is_orthonormal(error: float, r: int) -> bool:
+    """Whether ‖UᵀU − I‖_F = `error` of an (m, r) basis is within rounding of 0; False for NaN."""
+    return error <= ORTHONORMALITY_TOLERANCE * math.sqrt(r)

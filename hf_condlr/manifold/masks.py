@@ -1,0 +1,51 @@
+"""Choices along a stack (L, m, r) of matrices, without a wait for the device where the host runs ahead of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_condlr.linalg import per_matrix
+
+
+def runs_ahead(X: Tensor) -> bool:
+    """Whether the host queues work for the device of X, so that reading a value back makes it wait for all of it."""
+    return X.device.type == "cuda"
+
+
+def finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
+    """Whether every entry is finite, from the extremes: NaN is one of them; 30 times cheaper than `isfinite(X)`."""
+    if not X.numel():  # no rows on this process
+        return torch.ones(len(X), dtype=torch.bool, device=X.device)
+    flat = X.flatten(1)
+    return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
+
+
+def squarable(G: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
+    """Whether every entry is finite and so small that optimizers can sum its squares: up to 2.6e15 in float32."""
+    if not G.numel():
+        return finite(G)
+    flat = G.flatten(1)
+    return torch.maximum(flat.amax(1), -flat.amin(1)) <= torch.finfo(G.dtype).max ** 0.4
+
+
+def moved(displacement: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
+    """Whether some entry is not zero."""
+    if not displacement.numel():
+        return torch.zeros(len(displacement), dtype=torch.bool, device=displacement.device)
+    return (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
+
+
+def count(flags: Tensor, like: Tensor) -> Tensor:  # (L,) bool -> (L,)
+    """Numbers of the dtype that matrices are summed in, to be summed with them."""
+    return flags.to(like.dtype)
+
+
+def surely_all(mask: Tensor) -> bool:
+    """Whether a mask is all true, as far as can be told without a wait for the device."""
+    return not runs_ahead(mask) and bool(mask.all())
+
+
+def select(mask: Tensor, X: Tensor, otherwise: Tensor | float) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
+    """`torch.where` along the stack, if possible without a copy in the usual case that the mask is all true."""
+    return X if surely_all(mask) else torch.where(per_matrix(mask), X, otherwise)

@@ -1,0 +1,1 @@
+"""Adversarial attacks, evaluation and metrics for any classifier of transformers, factored or not."""

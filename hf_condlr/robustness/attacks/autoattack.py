@@ -1,0 +1,181 @@
+"""`AutoAttack` (Croce and Hein 2020, arXiv 2003.01690), as the optional package `pyautoattack` has it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.errors import MissingExtraError
+from hf_condlr.robustness.attacks.base import (
+    Attack,
+    attacked,
+    logits_of,
+    require,
+    require_choice,
+    require_inputs,
+    require_radius,
+)
+from hf_condlr.robustness.attacks.gradient import at_least_float32, norms
+from hf_condlr.robustness.attacks.losses import classes, is_correct
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+FEW_CLASSES = ("apgd-ce", "fab", "square")
+
+
+LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
+
+
+"""{attack: how many classes it needs}: the DLR loss takes the third largest logit, the targeted one the fourth."""
+
+
+@dataclass(frozen=True)
+class AutoAttack(Attack):
+    """Each attack of a fixed set on the samples that the ones before it left: the common yardstick of robustness.
+
+    Standard: APGD-CE and targeted APGD-DLR (100 steps), targeted FAB (100 steps), Square (5000 queries), against
+    min(9, C − 1) target classes. With 2 or 3 classes, for which the targeted DLR loss is not defined: APGD-CE and FAB
+    with five restarts each, and Square. A sample that none of them fooled comes back as it was.
+
+    Needs `pip install 'hf_condlr[autoattack]'`. That package's logger, `auto-attack`, warns of randomised models,
+    probabilities in place of logits, zero gradients, and a Square attack that was stronger than the gradient attacks.
+
+    Args:
+        epsilon: Radius, in pixels of [0, 1].
+        norm: `linf` or `l2`.
+        attacks: Those to run, in order, of `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t` and `square`; None: the
+            standard ones. Accuracy under a choice of one's own must not be called AutoAttack's.
+        bounds: (0, 1), which pyautoattack takes for granted.
+        seed: Of its random numbers.
+    """
+
+    epsilon: float
+    norm: Literal["linf", "l2"] = "linf"
+    attacks: tuple[str, ...] | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_radius(self.epsilon)
+        require_choice("norm", self.norm, ("linf", "l2"))
+        remedy = "Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std)."
+        require(tuple(self.bounds) == (0, 1), "bounds must be (0, 1) for AutoAttack", self.bounds, remedy)
+        if self.attacks is not None:
+            require(len(self.attacks), "attacks must name at least one", "none", "None chooses the standard ones.")
+            for attack in self.attacks:
+                require_choice("each of attacks", attack, tuple(LEAST_CLASSES))
+            object.__setattr__(self, "attacks", tuple(self.attacks))  # YAML gives a list
+
+    @property
+    def name(self) -> str:
+        """`autoattack-linf` or `autoattack-l2`, with the attacks where they were chosen."""
+        return f"autoattack-{self.norm}" + ("" if self.attacks is None else f"({', '.join(self.attacks)})")
+
+    @property
+    def threat(self) -> str:
+        """The norm."""
+        return self.norm
+
+    def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images (B, C, H, W), in at least float32; the model is left as it was found.
+
+        Raises:
+            AttackError: The inputs are no images, or too small for Square; the attacks need more classes; or a
+                gradient is not finite: pyautoattack would stand still in ℓ∞, and count NaN as a success in ℓ2.
+            MissingExtraError: pyautoattack is not installed; an `ImportError`.
+        """
+        build = load()
+        require_inputs(inputs, self.bounds)
+        require(inputs.dim() == 4, "inputs must be images (B, C, H, W)", tuple(inputs.shape), "Reshape them.")
+        x0, labels = at_least_float32(inputs).clone(), classes(labels).long()
+        x = x0.float().contiguous()  # its views fail on memory in channels-last order
+
+        def logits(x: Tensor) -> Tensor:  # (k, C, H, W) -> (k, classes), a copy, since Square writes into it
+            if x.requires_grad:
+                x = x.view_as(x)
+                x.register_hook(require_finite)
+            return logits_of(model(x)).float().clone()
+
+        with attacked(model), contained(model):
+            with torch.no_grad():
+                clean = logits(x)
+            going = is_correct(clean, labels).nonzero()[:, 0]
+            if self.epsilon > 0 and len(going):
+                attack = build(logits, **self._options(clean, inputs), norm={"linf": "Linf", "l2": "L2"}[self.norm])
+                self._tune(attack, clean.shape[1])
+                found, _ = attack.run_standard_evaluation(x[going], labels[going], batch_size=len(going))
+                changed = (found != x[going]).flatten(1).any(1)  # else as they were, in float64 too
+                x0 = x0.index_copy(0, going[changed], found[changed].to(x0))
+        return x0
+
+    def _options(self, clean: Tensor, inputs: Tensor) -> dict[str, Any]:
+        """For pyautoattack's constructor; refuses what would fail in the middle of it."""
+        count, height = clean.shape[1], inputs.shape[2]
+        names = self.attacks or (STANDARD if count >= LEAST_CLASSES["apgd-t"] else FEW_CLASSES)
+        least = max(LEAST_CLASSES[name] for name in names)
+        remedy = f"Choose others with attacks=, such as {', '.join(FEW_CLASSES)}."
+        require(count >= least, f"{', '.join(names)} must be given at least {least} classes", count, remedy)
+        small = self.norm == "l2" and "square" in names and height < 5
+        require(not small, "its Square attack in ℓ2 must be given images of at least 5 rows", height, remedy)
+        options = {"attacks": list(names), "version": "custom", "device": inputs.device}
+        return {**options, "eps": float(self.epsilon), "seed": self.seed}
+
+    def _tune(self, attack: Any, count: int) -> None:
+        """As its own standard version, whose nine target classes fail with fewer."""
+        attack.verbose = False
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, count - 1)
+        attack.apgd.n_restarts = attack.fab.n_restarts = 5 if tuple(attack.attacks_to_run) == FEW_CLASSES else 1
+
+    def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
+        """‖x' − x‖ in the attack's norm."""
+        return norms(adversarial - inputs, self.norm)
+
+
+def load() -> Callable[..., Any]:
+    """pyautoattack's class.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        from pyautoattack import AutoAttack as build
+    except ImportError as error:
+        raise MissingExtraError(
+            "AutoAttack needs pyautoattack",
+            received="no such package",
+            remedy="pip install 'hf_condlr[autoattack]'.",
+        ) from error
+    return build
+
+
+def require_finite(gradient: Tensor) -> None:
+    """A hook on the inputs."""
+    remedy = "Mend the gradient, or take Square, which needs none."
+    require(gradient.isfinite().all(), "the model must have finite gradients", "infinite or NaN", remedy)
+
+
+@contextmanager
+def contained(model: nn.Module) -> Iterator[None]:
+    """Takes back what pyautoattack would leave behind, beyond what `attacked` does.
+
+    FAB adds to the gradients of the parameters, its check for dynamic models removes a debugger's trace function, and
+    every attack seeds the current CUDA device, wherever the model is.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trace = sys.gettrace()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        sys.settrace(trace)
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,157 @@
+"""`Attack`, what all attacks have in common, and the care that a model is treated with while it is attacked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.errors import AttackError
+
+Inputs = Any
+
+
+"""A batch as the attacked model takes it: a tensor of pixels, a dictionary of token tensors, or a list of texts."""
+
+
+class Attack(ABC):
+    """A callable on (model, inputs, labels) that returns inputs of the same kind, made to be misclassified.
+
+    Subclasses are frozen dataclasses of their parameters. `epsilon` is the adversary's budget: a radius in pixels of
+    [0, 1], a share of a token's norm, a share of words, a severity. The model maps inputs to logits (B, classes) and
+    is left exactly as it was found: training flags, gradients, parameters, random states.
+    """
+
+    epsilon: float
+    takes: ClassVar[Literal["pixels", "tokens", "texts"]] = "pixels"
+    """Kind of inputs; what takes tokens takes texts too, and tokenises them."""
+    adversarial: ClassVar[bool] = True
+    """False for corruptions: they are drawn without regard to the model, and may mend an error."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As `make_attack` takes it: `pgd-linf`."""
+
+    @property
+    @abstractmethod
+    def threat(self) -> str:
+        """What the adversary may change: `linf`, `l2`, `embedding`, ... Worst cases are taken within one of these."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Inputs:
+        """Adversarial inputs for a batch and its labels (B,)."""
+
+    def distance(self, model: nn.Module, inputs: Inputs, adversarial: Inputs) -> Tensor | None:
+        """How far each sample was moved (B,), in units of `epsilon`, which it must not exceed; None: not measured."""
+        return None
+
+    @property
+    def within_bounds(self) -> bool:
+        """Whether it promises to keep to the bounds of the inputs."""
+        return bool(getattr(self, "clip", True))
+
+    def with_epsilon(self, epsilon: float) -> Self:
+        """The same attack with another budget."""
+        return replace(self, epsilon=epsilon)  # type: ignore[type-var]
+
+    def reseeded(self, index: int) -> Self:
+        """The same attack with random numbers of its own, for batch `index` of a data set."""
+        seed = getattr(self, "seed", None)
+        return self if seed is None else replace(self, seed=seed + 1_000_003 * index)  # type: ignore[type-var]
+
+    def settings(self) -> dict[str, Any]:
+        """Every parameter, as JSON values."""
+        values = asdict(self)  # type: ignore[call-overload]
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"attack": self.name, "threat": self.threat, **values}
+
+
+@contextmanager
+def attacked(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), gradients on, autocast off; training flags and random states as before afterwards.
+
+    Attack arithmetic is in float32 whatever autocast says outside: a gradient's sign in half precision is often noise.
+    """
+    training = [module for module in model.modules() if module.training]
+    wrapped = [module for module in model.modules() if {"forward", "_original_forward"} <= set(module.__dict__)]
+    forwards = [module.forward for module in wrapped]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    model.eval()
+    for module in wrapped:  # accelerate writes autocast into a prepared model's forward, which no context ends
+        module.forward = cast(Any, module)._original_forward
+    try:
+        with (
+            torch.random.fork_rng(devices),  # a model may draw random numbers even in evaluation mode
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            module.forward = forward
+        for module in training:
+            module.training = True
+
+
+def logits_of(output: Any) -> Tensor:  # -> (B, classes)
+    """Float32 (or float64) logits from whatever a model returns: a tensor, a transformers output, a tuple."""
+    if not isinstance(output, Tensor):
+        output = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output[0])
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def count(inputs: Inputs) -> int:
+    """Samples in a batch."""
+    return len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+
+
+def take(inputs: Inputs, index: Tensor) -> Inputs:
+    """The samples `index` (k,) of a batch."""
+    if isinstance(inputs, Mapping):
+        return {name: value[index.to(value.device)] for name, value in inputs.items()}
+    if isinstance(inputs, Tensor):
+        return inputs[index.to(inputs.device)]
+    return [inputs[i] for i in index.tolist()]
+
+
+def require(condition: object, rule: str, received: object, remedy: str) -> None:
+    """An `AttackError` unless the condition holds."""
+    if not condition:
+        raise AttackError(rule, received=received, remedy=remedy)
+
+
+def require_radius(epsilon: float) -> None:
+    """ε must be finite and ≥ 0."""
+    require(0 <= epsilon < float("inf"), "epsilon must be finite and ≥ 0", epsilon, "For pixels, 8/255, say.")
+
+
+def require_bounds(bounds: tuple[float, float]) -> None:
+    """(least, largest) admissible input value."""
+    require(bounds[0] < bounds[1], "bounds must be (least, largest)", bounds, "(0, 1) for pixels.")
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """One of a few names."""
+    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    require(value in choices, f"{name} must be {listed}", repr(value), "Choose one.")
+
+
+def require_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
+    """Floating point values within bounds, at least one sample."""
+    require(inputs.is_floating_point(), "inputs must be floating point", inputs.dtype, "Divide 8-bit pixels by 255.")
+    require(len(inputs), "inputs must hold at least one sample", "none", "Skip empty batches.")
+    low, high = inputs.min().item(), inputs.max().item()
+    require(
+        bounds[0] <= low and high <= bounds[1],
+        f"inputs must lie within bounds={bounds}",
+        f"values from {low:.3g} to {high:.3g}",
+        "Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std).",
+    )

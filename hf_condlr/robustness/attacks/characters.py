@@ -1,0 +1,199 @@
+"""`CharacterAttack`: typing errors in the words that matter most, after DeepWordBug (Gao et al. 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.robustness.attacks.ascent import score_and_gradient
+from hf_condlr.robustness.attacks.base import Attack, attacked, require, require_radius
+from hf_condlr.robustness.attacks.losses import scores
+from hf_condlr.robustness.attacks.text import Text, TextModel, require_text_model, require_texts
+from hf_condlr.robustness.attacks.token_ball import TokenBall
+from hf_condlr.robustness.attacks.words import Place, Words, typos
+
+LEAST_BATCH = 32
+
+
+"""So many texts are judged at once, or as many as the attacked batch has if those are more."""
+
+
+@dataclass(frozen=True)
+class CharacterAttack(Attack):
+    """Typing errors in at most max(1, ⌊ε · words⌋) words of a text, in none at ε = 0.
+
+    Words, as spaces part them, are ranked once, by the norm of the margin's gradient at the embeddings of their
+    tokens. (Slow tokenizers do not tell which tokens are a word's. There, words are ranked by the margin of the text
+    without them, a query for each.) Then each word in turn is given the best of a few typos, see `typos`, if it raises
+    the margin max_{j≠y} z_j − z_y, until the text is misclassified or so many words are changed. A word that no typo
+    helps stays, and so does one of fewer than two letters. Of pairs both texts are attacked; their words count
+    together.
+
+    There is no guarantee that the meaning stays: "bad" and "bed" are a typo apart. And the search is greedy: other
+    typos may do more harm.
+
+    Args:
+        epsilon: Share of a text's words that may be changed, in [0, 1].
+        edits: Typos in one word at most, each the best on top of the last.
+        candidates: Typos that each is chosen from.
+        seed: Of these. They follow from it and the text alone, not from the batch that the text is in.
+    """
+
+    epsilon: float = 0.2
+    edits: int = 1
+    candidates: int = 16
+    seed: int = 0
+    takes: ClassVar[Literal["pixels", "tokens", "texts"]] = "texts"
+
+    def __post_init__(self) -> None:
+        require_radius(self.epsilon)
+        require(self.epsilon <= 1, "epsilon must be a share of words, in [0, 1]", self.epsilon, "0.1 means 10 %.")
+        received = f"edits={self.edits}, candidates={self.candidates}"
+        require(min(self.edits, self.candidates) >= 1, "edits and candidates must be ≥ 1", received, "Raise them.")
+
+    @property
+    def name(self) -> str:
+        """`characters`."""
+        return "characters"
+
+    @property
+    def threat(self) -> str:
+        """What is changed."""
+        return "characters"
+
+    def reseeded(self, index: int) -> Self:
+        """The same attack: every text has random numbers of its own."""
+        return self
+
+    def __call__(self, model: nn.Module, inputs: Sequence[Text], labels: Tensor) -> list[Text]:
+        """The texts, or pairs, with typos; the model, a `TextModel`, is left as it was found."""
+        model = require_text_model(model)
+        require(
+            not isinstance(inputs, (Mapping, Tensor)),
+            "typos are made in texts",
+            "a batch of token tensors",
+            "Pass the list of texts, or of pairs, that they were made from.",
+        )
+        require_texts(inputs)
+        drafts = [Draft(Words(text), self) for text in inputs]
+        judge = Judge(model, labels, size=max(len(drafts), LEAST_BATCH))
+        with attacked(model):
+            rank = rank_by_gradient if getattr(model.tokenizer, "is_fast", True) else rank_by_deletion
+            rank(drafts, judge)
+            searches = [draft.search() for draft in drafts]
+            answers: dict[int, list[float] | None] = dict.fromkeys(range(len(drafts)))
+            while answers:
+                asked = {i: texts for i, answer in answers.items() if (texts := resume(searches[i], answer))}
+                answers = {**judge.margins(asked)}
+        return [draft.words.text(draft.changes) for draft in drafts]
+
+    def budget(self, words: int) -> int:
+        """How many words of so many may be changed: one at least, or short texts would be safe at any small ε."""
+        return max(1, math.floor(self.epsilon * words + 1e-9)) if self.epsilon > 0 else 0
+
+    def distance(self, model: nn.Module, inputs: Sequence[Text], adversarial: Sequence[Text]) -> Tensor:  # -> (B,)
+        """Share of words changed, where a single one, free at every ε > 0, counts as ε at most.
+
+        It is inf for a text that differs in more than its words.
+        """
+        shares = []
+        for before, after in zip(map(Words, inputs), map(Words, adversarial), strict=True):
+            changed = before.changed(after)
+            share = math.inf if changed is None else len(changed) / max(len(before.places), 1)
+            free = changed is not None and len(changed) == 1 and self.epsilon > 0
+            shares.append(min(share, self.epsilon) if free else share)
+        return torch.tensor(shares)
+
+
+@dataclass
+class Draft:
+    """A text that is being worked on."""
+
+    words: Words
+    attack: CharacterAttack
+    margin: float = math.inf
+    """max_{j≠y} z_j − z_y as the text stands, inf once it is misclassified."""
+    order: list[Place] = field(default_factory=list)
+    """Words to try."""
+    changes: dict[Place, str] = field(default_factory=dict)
+
+    def search(self) -> Generator[list[Text], list[float] | None, None]:
+        """Yields texts to choose from, and is sent their margins."""
+        budget = self.attack.budget(len(self.words.places))
+        random = Random(f"{self.attack.seed} {self.words.text()!r}")
+        for place in self.order:
+            for _ in range(self.attack.edits):
+                if self.margin == math.inf or len(self.changes.keys() | {place}) > budget:
+                    return
+                word = self.changes.get(place, self.words[place])
+                found = [typo for typo in typos(word, self.attack.candidates, random) if typo != self.words[place]]
+                margins = yield [self.words.text({**self.changes, place: typo}) for typo in found]
+                if not margins or max(margins) <= self.margin:
+                    break
+                self.margin = max(margins)
+                self.changes[place] = found[margins.index(self.margin)]
+
+
+def resume(search: Generator[list[Text], list[float] | None, None], margins: list[float] | None) -> list[Text] | None:
+    """What a search asks next, None at its end; `margins` answers what it asked last, None begins it."""
+    try:
+        return search.send(margins)
+    except StopIteration:
+        return None
+
+
+@dataclass
+class Judge:
+    """The model's opinion of many texts, `size` at once."""
+
+    model: TextModel
+    labels: Tensor
+    size: int
+
+    @torch.no_grad()
+    def margins(self, asked: Mapping[int, Sequence[Text]]) -> dict[int, list[float]]:
+        """{sample: texts} ↦ {sample: margins}, inf for the misclassified."""
+        rows = [(sample, text) for sample, texts in asked.items() for text in texts]
+        values = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda row: len("".join(rows[row][1])))  # of like length: little padding
+        for chunk in (order[start : start + self.size] for start in range(0, len(order), self.size)):
+            logits = self.model([rows[row][1] for row in chunk])
+            labels = self.labels[[rows[row][0] for row in chunk]].to(logits.device)
+            for row, value in zip(chunk, scores(logits, labels, "margin").tolist(), strict=True):
+                values[row] = value
+        remaining = iter(values)
+        return {sample: [next(remaining) for _ in texts] for sample, texts in asked.items()}
+
+
+def rank_by_gradient(drafts: Sequence[Draft], judge: Judge) -> None:
+    """Words by ‖∇margin‖₂ at the embeddings of their tokens; words beyond the longest input have none and are left."""
+    encoded = judge.model.encode([draft.words.text() for draft in drafts])
+    ball = TokenBall(judge.model, encoded, 0.0)
+    margins, gradient = score_and_gradient(ball.logits, ball.zero(), judge.labels.to(ball.radius.device), "margin")
+    squares = gradient.square().sum(-1).tolist()
+    for draft, margin, encoding, row in zip(drafts, margins.tolist(), encoded.encodings, squares, strict=True):
+        weight: dict[Place, float] = {}
+        for part, (start, end), square in zip(encoding.sequence_ids, encoding.offsets, row, strict=True):
+            if part is not None and start < end:
+                place = draft.words.place(part, end - 1)  # a token may begin with the space before its word
+                weight[place] = weight.get(place, 0.0) + square
+        draft.margin = margin
+        draft.order = sorted(weight.keys() & set(draft.words.editable), key=lambda place: (-weight[place], place))
+
+
+def rank_by_deletion(drafts: Sequence[Draft], judge: Judge) -> None:
+    """Words by the margin of the text without them."""
+    texts = {
+        i: [draft.words.text(), *(draft.words.text({place: ""}) for place in draft.words.editable)]
+        for i, draft in enumerate(drafts)
+    }
+    for i, (margin, *without) in judge.margins(texts).items():
+        drafts[i].margin = margin
+        weight = dict(zip(drafts[i].words.editable, without, strict=True))
+        drafts[i].order = sorted(weight, key=lambda place: (-weight[place], place))

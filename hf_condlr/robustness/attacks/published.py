@@ -1,0 +1,162 @@
+"""The attacks that RobustDLRT (arXiv 2505.08022) reports, by its formulas: for comparison with its tables only.
+
+Both move normalised inputs z = (x − mean)/std, leave the range of pixels, and measure ε as ‖δ_z‖_∞. They take and
+return pixels like every attack: ∇_z = std·∇_x and δ_x = std·δ_z, with the std of the attacked `PixelModel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_condlr.robustness.attacks.ascent import require_iterations, score_and_gradient
+from hf_condlr.robustness.attacks.base import (
+    Attack,
+    attacked,
+    logits_of,
+    require,
+    require_bounds,
+    require_inputs,
+    require_radius,
+)
+from hf_condlr.robustness.attacks.gradient import at_least_float32, norms, per_sample
+from hf_condlr.robustness.attacks.losses import classes, is_correct
+from hf_condlr.robustness.attacks.pixels import PixelModel
+
+
+class NormalizedAttack(Attack):
+    """What both have in common: ε in normalised units, and bounds that are left as published, or kept.
+
+    ℓ∞ in these units is a box whose sides are proportional to each channel's std: a threat of its own.
+    """
+
+    bounds: tuple[float, float]
+    clip: bool
+
+    def __post_init__(self) -> None:
+        require_radius(self.epsilon)
+        require_bounds(self.bounds)
+
+    @property
+    def threat(self) -> str:
+        """ℓ∞ of normalised inputs, without or with bounds."""
+        return "normalised-linf" if self.clip else "normalised-linf-unclipped"
+
+    def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
+        """‖z' − z‖_∞."""
+        return norms((adversarial - inputs) / std_of(model, inputs), "linf")
+
+
+@dataclass(frozen=True)
+class L2FGSM(NormalizedAttack):
+    """z' = z + ε g/‖g‖_∞, g = ∇_z CE(model, y): RobustDLRT's "ℓ2-FGSM" (arXiv 2505.08022).
+
+    One step along the gradient itself, as in ℓ2, whose largest entry is ε, as in ℓ∞. It reaches neither ball's
+    border, so it is far weaker than PGD at the same ε.
+
+    Args:
+        epsilon: The largest entry of the step, in normalised units: ε·std of a channel in pixels.
+        bounds: Least and largest admissible input value; the inputs lie within.
+        clip: True keeps the result within `bounds`; the published formula does not.
+    """
+
+    epsilon: float
+    bounds: tuple[float, float] = (0.0, 1.0)
+    clip: bool = False
+
+    @property
+    def name(self) -> str:
+        """`l2-fgsm`, as published, or `l2-fgsm-clipped`."""
+        return "l2-fgsm-clipped" if self.clip else "l2-fgsm"
+
+    def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial inputs (B, C, H, W), in at least float32; the model is left as it was found."""
+        require_inputs(inputs, self.bounds)
+        with attacked(model):
+            x, std = at_least_float32(inputs), std_of(model, inputs)
+            _, gradient = score_and_gradient(model, x, labels, "ce")
+            x = x + std * self.epsilon * linf_unit(std * gradient)
+            return x.clamp(*self.bounds) if self.clip else x
+
+
+@dataclass(frozen=True)
+class Jitter(NormalizedAttack):
+    """The loss of Schwinn et al. (arXiv 2105.10304) climbed in steps of ε g/‖g‖_∞, as in RobustDLRT.
+
+    p = softmax(scale·ẑ/‖ẑ‖_∞) + noise·N(0, 1) of the logits ẑ, L = ‖p − onehot(y)‖², divided by ‖δ‖_∞ where the
+    sample is misclassified and δ ≠ 0; δ ← clip(δ + ε g/‖g‖_∞, −ε, ε) with g = ∂L/∂δ, from δ = 0 and in normalised
+    units. The norms are differentiated too: a constant factor would drop out of g/‖g‖_∞. The last iterate is the
+    result, as published, not the worst one.
+
+    Args:
+        epsilon: ‖δ_z‖_∞ at most, and the largest entry of each step, in normalised units.
+        steps: Iterations.
+        scale: Of the logits, whatever their size.
+        noise: Standard deviation of what is added to the probabilities.
+        bounds: Least and largest admissible input value; the inputs lie within.
+        clip: True keeps every iterate within `bounds`; the published attack does not.
+        seed: Of the noise.
+    """
+
+    epsilon: float
+    steps: int = 5
+    scale: float = 10.0
+    noise: float = 0.1
+    bounds: tuple[float, float] = (0.0, 1.0)
+    clip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_iterations(self.steps, 1)
+        received = f"scale={self.scale}, noise={self.noise}"
+        require(self.scale > 0 and self.noise >= 0, "scale must be > 0 and noise ≥ 0", received, "10 and 0.1, say.")
+
+    @property
+    def name(self) -> str:
+        """`jitter`, as published, or `jitter-clipped`."""
+        return "jitter-clipped" if self.clip else "jitter"
+
+    def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial inputs (B, C, H, W), in at least float32; the model is left as it was found."""
+        require_inputs(inputs, self.bounds)
+        generator = torch.Generator().manual_seed(self.seed)
+        with attacked(model):
+            x0, std = at_least_float32(inputs), std_of(model, inputs)
+            delta = torch.zeros_like(x0)
+            for _ in range(self.steps):
+                delta.requires_grad_(True)
+                loss = self._losses(logits_of(model(x0 + std * delta)), labels, delta, generator)
+                (gradient,) = torch.autograd.grad(loss.sum(), delta)
+                delta = (delta.detach() + self.epsilon * linf_unit(gradient)).clamp(-self.epsilon, self.epsilon)
+                if self.clip:
+                    delta = ((x0 + std * delta).clamp(*self.bounds) - x0) / std
+            x = x0 + std * delta
+            return x.clamp(*self.bounds) if self.clip else x  # again: δ·std rounds beyond the bounds
+
+    def _losses(self, logits: Tensor, labels: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:  # -> (B,)
+        largest = logits.abs().amax(1, keepdim=True).clamp_min(1e-12)
+        probabilities = (self.scale * logits / largest).softmax(1)
+        noise = torch.randn(logits.shape, generator=generator).to(probabilities)
+        target = F.one_hot(classes(labels), logits.shape[1])
+        losses = (probabilities + self.noise * noise - target).square().sum(1)
+        size = norms(delta, "linf")
+        divided = ~is_correct(logits, labels) & (size > 0)
+        return losses / torch.where(divided, size, 1.0)
+
+
+def std_of(model: nn.Module, like: Tensor) -> Tensor:  # -> (C, 1, 1) or (1, 1, 1)
+    """The std of the `PixelModel` that the attacked model is, or holds; 1 where there is none."""
+    for module in model.modules():
+        if isinstance(module, PixelModel):
+            return module.std.to(like.device)
+    return torch.ones(1, 1, 1, device=like.device)
+
+
+def linf_unit(x: Tensor) -> Tensor:  # (B, ...) -> (B, ...), each sample of ℓ∞ norm 1, or 0
+    """x/‖x‖_∞ for each sample."""
+    largest = per_sample(norms(x, "linf"), x)
+    return x / torch.where(largest > 0, largest, 1.0)

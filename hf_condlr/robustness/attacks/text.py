@@ -1,0 +1,208 @@
+"""`TextModel`: a transformers classifier as a map from texts, or tokens with perturbed embeddings, to logits.
+
+A perturbation is added by a forward hook on the input embedding. `inputs_embeds` would not do: without token ids,
+models that pool the last token take padding for it (GPT-2, Llama), and encoder-decoders refuse it (BART, T5).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.robustness.attacks.base import Inputs, count, logits_of, require
+from hf_condlr.robustness.attacks.lookup import input_embedding, perturbed
+
+Text = str | tuple[str, str]
+
+
+"""A text, or a pair such as (premise, hypothesis)."""
+
+
+SPECIAL = ("pad", "bos", "eos", "cls", "sep")
+
+
+class TextModel(nn.Module):
+    """A batch of B texts ↦ float32 logits (B, classes).
+
+    A batch is a list of strings or of pairs of strings, or a mapping of token tensors as a tokenizer gives them:
+    `input_ids` (B, T), `attention_mask` (B, T), perhaps `token_type_ids`. It may have one more entry, `perturbation`
+    (B, T, d) in float32, which is added to the output of the input embedding for this call, in float32 also where the
+    model is in half precision. The decoder of an encoder-decoder reads the tokens as they are.
+
+    Args:
+        model: A sequence classifier of transformers.
+        tokenizer: Of the model. Without one, batches must be token tensors, and special tokens are known only as far
+            as the model's config names them (BERT's does not name [CLS] and [SEP]).
+        max_length: Texts are cut to so many tokens; None, or more than they allow, for what model and tokenizer allow.
+
+    Raises:
+        AttackError: There is no input embedding, or tokenizer and model disagree on the padding token.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, max_length: int | None = None) -> None:
+        super().__init__()
+        input_embedding(model)
+        require(max_length is None or max_length >= 1, "max_length must be ≥ 1", max_length, "None takes the longest.")
+        self.model, self.tokenizer = model, tokenizer
+        config: Any = getattr(model, "config", None)
+        self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        limits = (max_length, getattr(tokenizer, "model_max_length", None), positions(model))
+        self.max_length = min((limit for limit in limits if limit and limit < 1e9), default=None)  # 1e30: no limit
+        known = {getattr(tokenizer, "pad_token_id", None), self._id("pad")} - {None}
+        require(
+            len(known) < 2,
+            "tokenizer and model must agree on the padding token",
+            f"pad_token_id of {' and '.join(map(str, sorted(known)))}",
+            "Set model.config.pad_token_id = tokenizer.pad_token_id, or load the tokenizer of this model.",
+        )
+
+    def forward(self, inputs: Inputs) -> Tensor:  # -> (B, classes)
+        """Logits, in float32 whatever the model's dtype."""
+        tokens = self.tokens(inputs)
+        delta = tokens.pop("perturbation", None)
+        hook = nullcontext() if delta is None else perturbed(self._embedding, tokens["input_ids"], delta)
+        with hook:
+            logits = logits_of(self.model(**tokens, **self.options))
+        require(
+            logits.dim() == 2 and len(logits) == count(tokens) and logits.shape[1] > 1,
+            "the model must give logits (batch, classes), of two classes at least",
+            f"{tuple(logits.shape)} for a batch of {count(tokens)}",
+            "Use a model for sequence classification: AutoModelForSequenceClassification.",
+        )
+        return logits
+
+    def encode(self, texts: Sequence[Text]) -> Any:
+        """A `BatchEncoding` of the texts, padded and cut to `max_length`, on the model's device.
+
+        Raises:
+            AttackError: No texts, something that is not a text, no tokenizer, or no padding token for several texts.
+        """
+        require_texts(texts)
+        received = f"{len(texts)} texts and tokenizer=None"
+        require(self.tokenizer is not None, "texts need a tokenizer", received, "TextModel(model, tokenizer).")
+        require(
+            self.tokenizer.pad_token_id is not None or len(texts) == 1,
+            "a batch of several texts needs a padding token",
+            "a tokenizer without one",
+            "Set tokenizer.pad_token = tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id.",
+        )
+        single = isinstance(texts[0], str)
+        columns = [list(texts)] if single else [list(column) for column in zip(*texts, strict=True)]
+        encoded = self.tokenizer(
+            *columns,
+            padding=len(texts) > 1,
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return encoded.to(self.device)
+
+    def tokens(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The batch as token tensors on the model's device: texts are encoded, a mapping is checked."""
+        tokens = dict(inputs if isinstance(inputs, Mapping) else self.encode(inputs))
+        tokens = {name: value.to(self.device) for name, value in tokens.items()}
+        require_ids(tokens, vocabulary=self.vocabulary)
+        require(
+            count(tokens) == 1 or self.config is None or self._id("pad") is not None,
+            "a batch of several samples needs a model that knows its padding token",
+            f"{count(tokens)} samples and model.config.pad_token_id=None",
+            "Set model.config.pad_token_id = tokenizer.pad_token_id; for GPT-2 and Llama, which have none, first "
+            "tokenizer.pad_token = tokenizer.eos_token.",
+        )
+        return tokens
+
+    @torch.no_grad()
+    def embed(self, inputs: Inputs) -> Tensor:  # -> (B, T, d)
+        """Float32 output of the input embedding for every token, without the batch's perturbation."""
+        return self._embedding(self.tokens(inputs)["input_ids"]).float()
+
+    def editable(self, inputs: Inputs) -> Tensor:  # -> (B, T) bool
+        """Tokens that carry the text: neither special nor padding. The unknown token stands for a word of the text."""
+        tokens = self.tokens(inputs)
+        ids = tokens["input_ids"]
+        mask = ~torch.isin(ids, torch.tensor(sorted(self._special_ids()), dtype=ids.dtype, device=ids.device))
+        return mask & tokens["attention_mask"].bool() if "attention_mask" in tokens else mask
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model has embeddings for."""
+        return len(self._embedding.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the embedding."""
+        return self._embedding.weight.device
+
+    @property
+    def _embedding(self) -> Any:
+        return input_embedding(self.model)  # not an attribute: a module listed twice would be saved twice
+
+    def _id(self, name: str) -> Any:
+        return getattr(self.config, f"{name}_token_id", None)
+
+    def _special_ids(self) -> set[int]:
+        """GPT-2's unknown token is also the end of a text, and therefore special."""
+        named: set[int] = set()
+        for known in [self._id(name) for name in SPECIAL] + [
+            getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL
+        ]:
+            named |= set(known) if isinstance(known, (list, tuple)) else {known} - {None}
+        if self.tokenizer is None:
+            return named
+        return named | (set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id})
+
+
+def positions(model: nn.Module) -> int | None:
+    """Most tokens that the model has positions for; RoBERTa and its kin count from padding_idx + 1."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def require_text_model(model: nn.Module) -> TextModel:
+    """The model, which attacks on texts ask for tokens and embeddings."""
+    remedy = "Wrap the classifier: TextModel(model, tokenizer)."
+    require(isinstance(model, TextModel), "attacks on texts need a TextModel", type(model).__name__, remedy)
+    return model  # type: ignore[return-value]
+
+
+def require_texts(texts: Sequence[Text]) -> None:
+    """Strings only, or pairs of strings only, at least one."""
+    require(len(texts), "a batch must hold at least one text", "none", "Skip empty batches.")
+    shapes = {
+        tuple(isinstance(part, str) for part in text) if isinstance(text, (tuple, list)) else isinstance(text, str)
+        for text in texts
+    }
+    require(
+        shapes in ({True}, {(True, True)}),
+        "a batch must be a list of strings, or a list of pairs of strings",
+        " and ".join(sorted({type(text).__name__ for text in texts})),
+        "Take a column of the data set; a batch of token tensors is a dictionary.",
+    )
+
+
+def require_ids(tokens: Mapping[str, Tensor], *, vocabulary: int) -> None:
+    """`input_ids` (B, T), at least one, all in the vocabulary."""
+    require("input_ids" in tokens, "token tensors must have input_ids", sorted(tokens), "Pass a tokenizer's output.")
+    ids = tokens["input_ids"]
+    require(
+        ids.dim() == 2 and ids.numel() and not ids.is_floating_point(),
+        "input_ids must be integers (batch, tokens), at least one",
+        f"{ids.dtype} of shape {tuple(ids.shape)}",
+        "Skip empty batches, and texts without any token.",
+    )
+    low, high = torch.stack(ids.aminmax()).tolist()
+    require(
+        low >= 0 and high < vocabulary,
+        f"token ids must lie in the model's vocabulary of {vocabulary}",
+        f"ids from {low} to {high}",
+        "Encode with the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer)).",
+    )

@@ -1,0 +1,95 @@
+"""`Transfer`: an attack without access to the attacked model, crafted on another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.robustness.attacks.base import Attack, Inputs, attacked, logits_of, require
+from hf_condlr.robustness.attacks.gradient import per_sample
+from hf_condlr.robustness.attacks.losses import is_correct
+
+
+@dataclass(frozen=True)
+class Transfer(Attack):
+    """x' = attack(source, x, y), where the attacked model classifies x correctly; else x.
+
+    A model that resists white-box attacks but not this one has a masked gradient: it does not resist.
+
+    An attack that may go on after a success is made to (`early_stop=False`): an example barely beyond the source's
+    border is rarely beyond another model's.
+
+    Args:
+        attack: On pixels or texts; a perturbation of embeddings means nothing to another model.
+        source: The model that examples are crafted on. It takes the same inputs as the attacked one, with its own
+            normalisation inside, and gives logits of the same classes.
+    """
+
+    attack: Attack
+    source: nn.Module
+
+    def __post_init__(self) -> None:
+        rule = "attack must change pixels or texts"
+        require(self.attack.takes != "tokens", rule, self.attack.name, "Embeddings of another model have no meaning.")
+        require(self.attack.adversarial, "attack must be adversarial", self.attack.name, "It needs no source: run it.")
+        if getattr(self.attack, "early_stop", False):
+            object.__setattr__(self, "attack", replace(self.attack, early_stop=False))  # type: ignore[type-var]
+
+    @property
+    def name(self) -> str:
+        """`transfer-` and the attack's name."""
+        return f"transfer-{self.attack.name}"
+
+    @property
+    def threat(self) -> str:
+        """The attack's."""
+        return self.attack.threat
+
+    @property
+    def epsilon(self) -> float:  # type: ignore[override]
+        """The attack's."""
+        return self.attack.epsilon
+
+    @property
+    def takes(self) -> str:  # type: ignore[override]
+        """The attack's."""
+        return self.attack.takes
+
+    @property
+    def within_bounds(self) -> bool:
+        """The attack's."""
+        return self.attack.within_bounds
+
+    def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Inputs:
+        """Adversarial inputs of the same kind; both models are left as they were found."""
+        adversarial = self.attack(self.source, inputs, labels)
+        with attacked(model), torch.no_grad():  # an attack never mends an error
+            correct = is_correct(logits_of(model(inputs)), labels)
+        if isinstance(inputs, Tensor):
+            return torch.where(per_sample(correct, inputs), adversarial, inputs.to(adversarial))
+        return [new if kept else old for new, old, kept in zip(adversarial, inputs, correct.tolist(), strict=True)]
+
+    def distance(self, model: nn.Module, inputs: Inputs, adversarial: Inputs) -> Tensor | None:
+        """The attack's, on the source: units of normalised inputs are those of the source."""
+        return self.attack.distance(self.source, inputs, adversarial)
+
+    def with_epsilon(self, epsilon: float) -> Self:
+        """The same source and attack with another budget."""
+        return replace(self, attack=self.attack.with_epsilon(epsilon))
+
+    def reseeded(self, index: int) -> Self:
+        """With the attack's random numbers for batch `index`."""
+        return replace(self, attack=self.attack.reseeded(index))
+
+    def settings(self) -> dict[str, Any]:
+        """The attack's, and the source by its name on the Hub, its folder, or its class."""
+        return {**self.attack.settings(), "attack": self.name, "source": name_of(self.source)}
+
+
+def name_of(model: nn.Module) -> str:
+    """Where a transformers model was loaded from, also inside a wrapper such as `PixelModel`; else its class."""
+    inner = getattr(model, "model", model)
+    return getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__

@@ -1,0 +1,112 @@
+"""`compare`: several models on the same samples, with differences that are paired sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_condlr.errors import EvaluationError
+from hf_condlr.robustness.evaluation.curves import draw
+from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport, columns
+
+
+@dataclass
+class RobustnessComparison:
+    """What `compare` returns; `str()` is a table, the first model is what the others are compared with."""
+
+    reports: list[RobustnessReport]
+
+    @property
+    def cases(self) -> list[tuple[str, float]]:
+        """Every (threat, ε)."""
+        return [(case.threat, case.epsilon) for case in self.reports[0].worst_cases]
+
+    def difference(self, report: RobustnessReport, case: tuple[str, float] | None) -> tuple[float, float]:
+        """Accuracy of `report` less that of the first, and its standard error, from the paired outcomes.
+
+        With d_i ∈ {−1, 0, 1} the difference at sample i: mean(d) ± √(var(d)/n). `case` None: without an attack.
+        """
+        ours, theirs = _outcomes(report, case), _outcomes(self.reports[0], case)
+        d = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+        mean = sum(d) / len(d)
+        return mean, math.sqrt(sum((x - mean) ** 2 for x in d)) / len(d)
+
+    def __str__(self) -> str:
+        first = self.reports[0]
+        heads = ("clean", *(f"{threat} {epsilon:.4g}" for threat, epsilon in self.cases))
+        rows: list[tuple[str, ...]] = [("model", *heads)]
+        for report in self.reports:
+            values = [f"{sum(_outcomes(report, case)) / report.samples:.1%}" for case in (None, *self.cases)]
+            rows.append((report.model, *values))
+            if report is not first:
+                pairs = [self.difference(report, case) for case in (None, *self.cases)]
+                rows.append((f"  less {first.model}", *(f"{100 * d:+.1f} ± {100 * se:.1f}" for d, se in pairs)))
+        note = f"{first.samples:,} samples; worst case over the attacks of each threat and ε; ± one standard error"
+        doubts = [f"{r.model}: {len(r.failed_checks)} checks failed" for r in self.reports if r.failed_checks]
+        return "\n".join([*columns(rows, texts=1), note, *doubts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON values: differences to the first model, and every report."""
+        return {
+            "differences": [
+                {
+                    "model": report.model,
+                    "threat": case[0] if case else None,
+                    "epsilon": case[1] if case else 0.0,
+                    "difference": mean,
+                    "standard_error": error,
+                }
+                for report in self.reports[1:]
+                for case in (None, *self.cases)
+                for mean, error in [self.difference(report, case)]
+            ],
+            "reports": [report.to_dict() for report in self.reports],
+        }
+
+    def plot(self, path: str | Path) -> Path:
+        """Worst-case accuracy over ε, a panel for each threat, a line for each model."""
+        return draw(self.reports, path)
+
+
+def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
+    """Put reports of several models on the same samples and under the same attacks side by side.
+
+    Raises:
+        EvaluationError: There are none, two share a name, or they were not measured on the same samples, or not by the
+            same attacks.
+    """
+    if not reports:
+        raise EvaluationError("there must be reports to compare", received="none", remedy="Evaluate two models.")
+    digests = {report.settings.get("samples_digest"): report.model for report in reports}
+    if len(digests) > 1:
+        raise EvaluationError(
+            "reports must be of the same samples to be compared",
+            received=f"different ones for {', '.join(digests.values())}",
+            remedy="Evaluate all models with the same data, max_samples and seed.",
+        )
+    names = [report.model for report in reports]
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            "reports must have names of their own to be compared",
+            received=", ".join(names),
+            remedy="Give evaluate_robustness a name for each model.",
+        )
+    asked = [[attack.settings for attack in report.attacks] for report in reports]
+    different = [report.model for report, attacks in zip(reports, asked, strict=True) if attacks != asked[0]]
+    if different:
+        raise EvaluationError(
+            "reports must be of the same attacks to be compared",
+            received=f"others than for {reports[0].model} for {', '.join(different)}",
+            remedy="Evaluate all models with the same attacks.",
+        )
+    return RobustnessComparison(list(reports))
+
+
+def _outcomes(report: RobustnessReport, case: tuple[str, float] | None) -> list[bool]:
+    if case is None:
+        return report.correct
+    found: list[AttackResult] = [c for c in report.worst_cases if (c.threat, c.epsilon) == case]
+    return found[0].survived

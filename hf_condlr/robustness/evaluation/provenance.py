@@ -1,0 +1,48 @@
+"""What an evaluation was made with: everything that may move a figure, and a key that names the same evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.robustness.attacks.base import Attack
+
+
+def parameters_digest(model: nn.Module) -> str:
+    """SHA-256 of names, shapes, types and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose version may move a figure."""
+    found = {"python": platform.python_version()}
+    for package in ("hf_condlr", "torch", "transformers", "datasets", "accelerate", "numpy", "pyautoattack"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def evaluation_key(settings: dict[str, Any], attacks: Sequence[Attack], examples: bool) -> str:
+    """Names an evaluation: only the same one is gone on with."""
+    sources = [parameters_digest(source) for attack in attacks if (source := getattr(attack, "source", None))]
+    text = json.dumps([settings, [attack.settings() for attack in attacks], sources, examples], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def normalisation(model: nn.Module) -> dict[str, Any]:
+    """Mean and standard deviation that pixels are normalised with."""
+    values = {key: getattr(model, key, None) for key in ("mean", "std")}
+    return {key: value.flatten().tolist() for key, value in values.items() if isinstance(value, Tensor)}

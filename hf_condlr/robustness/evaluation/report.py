@@ -1,0 +1,232 @@
+"""`RobustnessReport`: accuracy under each attack and under all of them; a table, a dictionary, JSON, a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from hf_condlr.files import replacing
+from hf_condlr.robustness.evaluation.checks import Check
+
+
+@dataclass
+class AttackResult:
+    """One attack with one budget; or, as worst case, all attacks of one threat and budget together."""
+
+    name: str
+    threat: str
+    """What the adversary may change: `linf`, `l2`, `embedding`, `characters`, ..."""
+    epsilon: float
+    survived: list[bool]
+    """Of each sample: classified correctly under it, and for an adversary's attack without it too."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Every parameter of the attack."""
+    rounded_accuracy: float | None = None
+    """Robust accuracy once pixels are rounded to 8 bits; samples that this mends are attacked beyond the border."""
+    largest_distance: float | None = None
+    """Of all samples, in units of epsilon."""
+    seconds: float = 0.0
+    """Spent on it, by all processes together."""
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of all samples that survived."""
+        return sum(self.survived) / len(self.survived)
+
+    @property
+    def standard_error(self) -> float:
+        """√(p(1 − p)/n) of the robust accuracy, from the choice of the samples alone."""
+        return standard_error(self.robust_accuracy, len(self.survived))
+
+
+@dataclass
+class RobustnessReport:
+    """What `evaluate_robustness` returns; `str()` is a table."""
+
+    model: str
+    labels: list[int]
+    correct: list[bool]
+    """Of each sample: classified correctly without an attack."""
+    attacks: list[AttackResult]
+    checks: list[Check] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the evaluation: data, seed, batch size, digests of the model and of the choice of samples."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """How many were evaluated: the denominator of every accuracy."""
+        return len(self.correct)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of samples classified correctly without an attack."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def robust_accuracy(self) -> float:
+        """The headline: share of samples that survive every attack of the evaluation, each sample's worst case."""
+        return sum(map(all, self._survived(self.attacks))) / self.samples
+
+    @property
+    def worst_cases(self) -> list[AttackResult]:
+        """Each threat and budget, with every sample's worst case over the attacks of it."""
+        groups: dict[tuple[str, float], list[AttackResult]] = {}
+        for attack in self.attacks:
+            groups.setdefault((attack.threat, attack.epsilon), []).append(attack)
+        return [
+            AttackResult("worst case", threat, epsilon, [all(values) for values in self._survived(group)])
+            for (threat, epsilon), group in groups.items()
+        ]
+
+    def _survived(self, attacks: list[AttackResult]) -> list[tuple[bool, ...]]:
+        return list(zip(self.correct, *(attack.survived for attack in attacks), strict=True))
+
+    def curve(self, threat: str) -> tuple[list[float], list[float]]:
+        """Budgets from 0, and the worst-case accuracy at each."""
+        points = sorted((case.epsilon, case.robust_accuracy) for case in self.worst_cases if case.threat == threat)
+        return [0.0, *(epsilon for epsilon, _ in points)], [self.clean_accuracy, *(value for _, value in points)]
+
+    def area(self, threat: str) -> float:
+        """Expected robustness: ∫ accuracy dε / ε_max of the worst case over [0, ε_max], by the trapezoidal rule."""
+        x, y = self.curve(threat)
+        pieces = ((x[i + 1] - x[i]) * (y[i] + y[i + 1]) / 2 for i in range(len(x) - 1))
+        return sum(pieces) / x[-1] if x[-1] > 0 else y[0]
+
+    @property
+    def threats(self) -> list[str]:
+        """Of the attacks, in their order."""
+        return list(dict.fromkeys(attack.threat for attack in self.attacks))
+
+    @property
+    def failed_checks(self) -> list[Check]:
+        """Reasons to doubt the numbers."""
+        return [check for check in self.checks if check.passed is False]
+
+    # ------------------------------------------------------------------------------------------------ outputs
+
+    def __str__(self) -> str:
+        rows = [("attack", "threat", "ε", "robust accuracy", "8-bit")]
+        for attack in self.attacks:
+            rounded = "" if attack.rounded_accuracy is None else f"{attack.rounded_accuracy:.1%}"
+            rows.append((attack.name, attack.threat, f"{attack.epsilon:.4g}", percent(attack), rounded))
+        for case in self.worst_cases:
+            if sum((a.threat, a.epsilon) == (case.threat, case.epsilon) for a in self.attacks) > 1:
+                rows.append((case.name, case.threat, f"{case.epsilon:.4g}", percent(case), ""))
+        clean = AttackResult("clean", "", 0, self.correct)
+        lines = [f"{self.model}: {self.samples:,} samples, clean {percent(clean)}", *columns(rows, texts=2)]
+        lines.append(f"robust accuracy, each sample's worst case over all attacks: {self.robust_accuracy:.1%}")
+        if self.checks:
+            passed = sum(check.passed is True for check in self.checks)
+            unmeasured = sum(check.passed is None for check in self.checks)
+            lines.append(f"checks: {passed} passed, {len(self.failed_checks)} failed, {unmeasured} not applicable")
+            lines += [f"  {check}" for check in self.failed_checks]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON values: every figure, each sample's outcome (1: survived), parameters, checks and versions."""
+        attacks = [
+            asdict(attack)
+            | {"survived": bits(attack.survived)}
+            | {"robust_accuracy": attack.robust_accuracy, "standard_error": attack.standard_error}
+            for attack in self.attacks
+        ]
+        return {
+            "model": self.model,
+            "samples": self.samples,
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "worst_cases": [
+                {"threat": case.threat, "epsilon": case.epsilon, "robust_accuracy": case.robust_accuracy}
+                for case in self.worst_cases
+            ],
+            "areas": {threat: self.area(threat) for threat in self.threats},
+            "attacks": attacks,
+            "checks": [asdict(check) for check in self.checks],
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            "correct": bits(self.correct),
+            "labels": self.labels,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From `to_dict`."""
+        attacks = []
+        for stored in values["attacks"]:
+            known = {k: v for k, v in stored.items() if k not in ("robust_accuracy", "standard_error")}
+            attacks.append(AttackResult(**known | {"survived": flags(stored["survived"])}))
+        return cls(
+            model=values["model"],
+            labels=values["labels"],
+            correct=flags(values["correct"]),
+            attacks=attacks,
+            checks=[Check(**check) for check in values["checks"]],
+            settings=values["settings"],
+            versions=values["versions"],
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_dict` as JSON, in one step."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def card_entries(self) -> list[dict[str, Any]]:
+        """What `write_model_card` takes as `robustness`."""
+        shown = ("norm", "steps", "restarts", "queries", "kind")
+        return [
+            {"attack": attack.name, "epsilon": attack.epsilon}
+            | {name: attack.settings[name] for name in shown if name in attack.settings}
+            | {"samples": self.samples, "accuracy": attack.robust_accuracy}
+            for attack in self.attacks
+        ]
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw worst-case accuracy over ε, a panel for each threat (the file's ending chooses the format).
+
+        Raises:
+            MissingExtraError: matplotlib is not installed; an `ImportError`.
+        """
+        from hf_condlr.robustness.evaluation.curves import draw
+
+        return draw([self], path)
+
+
+def standard_error(share: float, samples: int) -> float:
+    """√(p(1 − p)/n)."""
+    return math.sqrt(share * (1 - share) / samples)
+
+
+def percent(result: AttackResult) -> str:
+    """Accuracy ± its standard error."""
+    return f"{result.robust_accuracy:.1%} ± {result.standard_error:.1%}"
+
+
+def columns(rows: Sequence[tuple[str, ...]], texts: int) -> list[str]:
+    """Lines with their cells below one another, the first `texts` to the left, a rule below the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def bits(values: list[bool]) -> str:
+    """A character a sample keeps files small."""
+    return "".join("1" if value else "0" for value in values)
+
+
+def flags(text: str) -> list[bool]:
+    """The inverse of `bits`."""
+    return [character == "1" for character in text]

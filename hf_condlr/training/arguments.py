@@ -1,0 +1,196 @@
+"""`CondLRTrainingArguments`: what robust low-rank training adds to transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_condlr.errors import ConfigError
+from hf_condlr.robustness.attacks.base import Attack
+from hf_condlr.robustness.attacks.registry import make_attacks, parse_epsilon
+
+
+@dataclass
+class AdversarialArguments:
+    """Adversarial training: what `AdversarialTraining` makes of the batches, in the Trainer or a loop of one's own."""
+
+    adversarial_attack: str = field(
+        default="none",
+        metadata={"help": "none, fgsm or pgd: on pixels, or for texts on the embeddings, where fgsm is FGM."},
+    )
+    adversarial_epsilon: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Radius at its largest, a number or a fraction such as 8/255: in pixels of [0, 1]; for texts a "
+            "share of each token's embedding norm."
+        },
+    )
+    adversarial_norm: str | None = field(
+        default=None, metadata={"help": "linf (for pixels the default) or l2; texts have no choice."}
+    )
+    adversarial_steps: int | None = field(default=None, metadata={"help": "Gradient steps of pgd; by default 7."})
+    adversarial_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of each batch that is replaced by adversarial samples, in (0, 1]."},
+    )
+    adversarial_schedule: str = field(
+        default="ramp",
+        metadata={
+            "help": "ramp: epsilon is 0 for the first quarter of the training and rises linearly until three quarters; "
+            "constant."
+        },
+    )
+    trades_beta: float = field(
+        default=0.0,
+        metadata={"help": "β of TRADES, loss(x) + β KL(p(x) ‖ p(x')); 0 trains on the loss of x'. Needs pgd."},
+    )
+    adversarial_image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean that images are normalised with, where no image processor says so."}
+    )
+    adversarial_image_std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation that images are normalised with; goes with the mean."}
+    )
+
+    def __post_init__(self) -> None:
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()  # type: ignore[misc]
+        attack, is_pgd = self.adversarial_attack, self.adversarial_attack == "pgd"
+        self._require(attack in ("none", "fgsm", "pgd"), "adversarial_attack", "be none, fgsm or pgd")
+        if attack == "none":
+            for option in AdversarialArguments.__dataclass_fields__.values():
+                is_default = getattr(self, option.name) == option.default
+                self._require(is_default, option.name, "be left alone without an attack", "Set adversarial_attack.")
+            return
+        given = self.adversarial_epsilon is not None
+        self._require(given, "adversarial_epsilon", f"be given with {attack}", "8/255 for pixels, 0.1 for texts, say.")
+        self.adversarial_epsilon = parse_epsilon(self.adversarial_epsilon)  # type: ignore[arg-type]
+        self._require(0 < self.adversarial_epsilon < math.inf, "adversarial_epsilon", "be > 0 and finite")
+        self._require(self.adversarial_norm in (None, "linf", "l2"), "adversarial_norm", "be linf or l2")
+        self._require(is_pgd or self.adversarial_norm != "l2", "adversarial_norm", "be linf with fgsm", "Use pgd.")
+        steps = self.adversarial_steps
+        self._require(steps is None or steps >= 1, "adversarial_steps", "be ≥ 1")
+        self._require(is_pgd or steps is None, "adversarial_steps", "be left alone with fgsm, which is one", "Use pgd.")
+        self._require(0 < self.adversarial_share <= 1, "adversarial_share", "lie in (0, 1]")
+        self._require(self.adversarial_schedule in ("ramp", "constant"), "adversarial_schedule", "be ramp or constant")
+        self._require(0 <= self.trades_beta < math.inf, "trades_beta", "be ≥ 0 and finite")
+        if self.trades_beta:
+            at_x = "At x itself, where fgsm starts, the divergence has no gradient."
+            self._require(is_pgd, "trades_beta", "be 0 with fgsm", at_x)
+            whole = self.adversarial_share == 1
+            self._require(whole, "adversarial_share", "be 1 with TRADES, which sees every sample twice")
+        mean, std = self.adversarial_image_mean, self.adversarial_image_std
+        self._require((mean is None) == (std is None), "adversarial_image_std", "be given with the mean, or neither")
+        self._require(std is None or min(std, default=0) > 0, "adversarial_image_std", "be > 0")
+
+    def _require(self, valid: bool, name: str, rule: str, remedy: str = "See its help.") -> None:
+        if not valid:
+            raise ConfigError(f"{name} must {rule}", received=getattr(self, name), remedy=remedy)
+
+
+@dataclass
+class CondLRArguments(AdversarialArguments):
+    """What robust low-rank training adds to `TrainingArguments`."""
+
+    conditioning_warmup_ratio: float = field(
+        default=0.3,
+        metadata={"help": "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."},
+    )
+    factor_learning_rate: float = field(
+        default=1.0, metadata={"help": "Multiplier of the learning rate for the orthonormal factors U and V."}
+    )
+    core_learning_rate: float = field(
+        default=1.0, metadata={"help": "Multiplier of the learning rate for the cores S."}
+    )
+    metric_scaling: bool | None = field(
+        default=None,
+        metadata={"help": "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for others."},
+    )
+    projection_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Retract U and V and condition S after every k-th optimizer step, and before each evaluation, "
+            "saving and the end of the training; between these κ is not bounded."
+        },
+    )
+    drift_check_interval: int = field(
+        default=100,
+        metadata={
+            "help": "Of several processes, compare the factors after the first optimizer step and after every k-th, "
+            "bit for bit, and stop all of them where they differ; 0 never."
+        },
+    )
+    share_step: bool = field(
+        default=False,
+        metadata={
+            "help": "Of several processes, let each retract and condition a part of the factors and pass them on, "
+            "instead of all of them all; the results are the same."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ T² KL(teacher ‖ student); needs a teacher."},
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature T that divides both logits in the distillation term."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.conditioning_warmup_ratio <= 1, "conditioning_warmup_ratio", "lie in [0, 1]")
+        self._require(self.factor_learning_rate >= 0, "factor_learning_rate", "be ≥ 0")
+        self._require(self.core_learning_rate >= 0, "core_learning_rate", "be ≥ 0")
+        self._require(self.projection_interval >= 1, "projection_interval", "be an integer ≥ 1")
+        self._require(self.drift_check_interval >= 0, "drift_check_interval", "be an integer ≥ 0")
+        self._require(0 <= self.distillation_weight <= 1, "distillation_weight", "lie in [0, 1]")
+        self._require(self.distillation_temperature > 0, "distillation_temperature", "be > 0")
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            self._require(not getattr(self, name, False), name, "be off: rounding breaks the bound")
+
+
+@dataclass
+class CondLRTrainingArguments(CondLRArguments, TrainingArguments):
+    """`TrainingArguments` and `CondLRArguments`."""
+
+
+@dataclass
+class CondLRSeq2SeqTrainingArguments(CondLRArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and `CondLRArguments`."""
+
+
+@dataclass
+class RobustnessArguments:
+    """Attacks that each `evaluate()` of `CondLRTrainer(..., robustness=RobustnessArguments(...))` ends with."""
+
+    attacks: list[str] = field(
+        default_factory=lambda: ["pgd-linf"],
+        metadata={"help": "Names of attacks, as hf_condlr.attacks.ATTACKS has them: pgd-linf, pgd-embedding, ..."},
+    )
+    epsilons: list[str] = field(
+        default_factory=lambda: ["8/255"],
+        metadata={"help": "Budgets of each attack, numbers or fractions: 8/255 for pixels, 0.1 for embeddings, say."},
+    )
+    steps: int | None = field(default=None, metadata={"help": "Gradient steps, of the attacks that have them."})
+    restarts: int | None = field(default=None, metadata={"help": "Restarts, of the attacks that have them."})
+    max_samples: int | None = field(default=256, metadata={"help": "Attack so many samples, always the same ones."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Samples attacked at once; that of the evaluation if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be ≥ 1", received=value, remedy="See its help.")
+        self.build()
+
+    def build(self) -> list[Attack]:
+        """The attacks, each with every budget.
+
+        Raises:
+            AttackError: An unknown name, a value that an attack does not take, or an option that none of them has.
+        """
+        options: dict[str, Any] = {"steps": self.steps, "restarts": self.restarts}
+        return make_attacks(self.attacks, self.epsilons, **options)
