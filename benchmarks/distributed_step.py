@@ -1,9 +1,8 @@
-"""What several processes add to the manifold step: its sharing out, the drift check, and the gradients' all-reduce.
+"""What several processes add to the manifold step: the drift check and the gradients' all-reduce.
 
 Compared on factor shapes of real models, interleaved in one run, on processes of one thread each:
 
 - `step`: every process retracts and conditions everything; the optimizer's own work (SGD) is in it;
-- `shared step`: `share_step=True`;
 - `drift check`: one comparison of all factors, which happens every `drift_check_interval` steps;
 - `all-reduce`: of the gradients of U, S, V, as DDP does it once a step whatever the manifold step does.
 
@@ -26,7 +25,6 @@ import torch
 from manifold_step import SHAPES, Case
 from manifold_step import Options as StepOptions
 from record import environment, markdown, write_record
-from speed_parts import ratios, spread
 from torch import distributed as dist
 from transformers import HfArgumentParser
 
@@ -60,15 +58,10 @@ class Calls:
     def each(self) -> dict[str, Callable[[], None]]:
         """{name: call}."""
         return {
-            "step": lambda: self.step(shared=False),
-            "shared step": lambda: self.step(shared=True),
+            "step": self.case.optimizer.step,
             "drift check": self.check,
             "all-reduce": lambda: dist.all_reduce(self.gradients),
         }
-
-    def step(self, *, shared: bool) -> None:
-        self.handle.share_step = shared
-        self.case.optimizer.step()
 
     def check(self) -> None:
         self.handle.drift_check_interval = 1
@@ -114,12 +107,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for label, result in results.items():
         times, written = result["seconds"], result["bytes_written"]
         cells = [f"{1e3 * statistics.median(times[call]):,.1f}" for call in times]
-        shared = spread(ratios(times["shared step"], times["step"]))
         sizes = [f"{result['bytes_of_factors'] / 1e6:.1f}"]
-        sizes += [f"{written[call] / 1e6:.3f}" for call in ("shared step", "drift check", "all-reduce")]
-        lines.append([label, *cells, shared, *sizes])
-    header = ["model", "step, ms", "shared, ms", "drift check, ms", "all-reduce, ms", "shared over not"]
-    header += ["factors, MB", "sent by the shared step, MB", "by the check, MB", "by the all-reduce, MB"]
+        sizes += [f"{written[call] / 1e6:.3f}" for call in ("drift check", "all-reduce")]
+        lines.append([label, *cells, *sizes])
+    header = ["model", "step, ms", "drift check, ms", "all-reduce, ms"]
+    header += ["factors, MB", "sent by the check, MB", "by the all-reduce, MB"]
     return markdown(header, lines)
 
 

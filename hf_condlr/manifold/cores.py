@@ -68,11 +68,6 @@ class CoreStack(Stack):
             self.usable = sums[0] == 0
             self._write_gradients(select(self.usable, G, 0.0))
 
-    def receive(self, factors: list[Tensor], usable: Tensor, vanished: Tensor, step: int) -> None:
-        """As `Stack.receive`, and which cores would have become zero."""
-        super().receive(factors, usable, vanished, step)
-        self.vanished_at = torch.where(vanished & (self.vanished_at == 0), step, self.vanished_at)
-
     def condition_update(self, progress: float, previous: float, step: int) -> Work:
         """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; the last projection had p = `previous` at least.
 

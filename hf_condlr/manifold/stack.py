@@ -74,11 +74,6 @@ class Stack:
         self.old = self.start  # no copy is kept over forward and backward
         return new
 
-    def receive(self, factors: list[Tensor], usable: Tensor, vanished: Tensor, step: int) -> None:
-        """Take over what another process made of the same whole factors in step number `step`."""
-        torch._foreach_copy_([p.detach() for p in self.parameters], factors)
-        self.usable = usable.clone()
-
     def record(self, step: int) -> None:
         """Note which factors step number `step` held; `held` reads it."""
         self.held_at = torch.where(self.usable.logical_not() & (self.held_at == 0), step, self.held_at)

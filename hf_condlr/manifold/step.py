@@ -38,7 +38,6 @@ from hf_condlr.manifold.optimizers import (
     refuse,
     shown,
 )
-from hf_condlr.manifold.shared_step import project_shared
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,6 @@ def attach_manifold_step(
     metric_scaling: bool | None = None,
     projection_interval: int = 1,
     drift_check_interval: int = 100,
-    share_step: bool = False,
 ) -> ManifoldStep:
     """Keep the constraint of every factored layer of `model` under `optimizer`, from its next step on. Call it once.
 
@@ -77,8 +75,6 @@ def attach_manifold_step(
         drift_check_interval: Of several processes that hold copies of the factors, compare them after the first step
             and after every so many, bit for bit. The same on every process. 0 never: for processes that train models
             of their own, whose warm-up then starts from their own κ_0 instead of process 0's.
-        share_step: Of several processes that hold copies of the factors, let each retract and condition a part of them
-            and hand it round: the same step bit for bit. The same on every process.
 
     Returns:
         A handle: `step_count`, `bounds()`, `settle()`, `check()`, `state_dict()`, `load_state_dict()`, `remove()`.
@@ -95,7 +91,6 @@ def attach_manifold_step(
         metric_scaling=metric_scaling,
         projection_interval=projection_interval,
         drift_check_interval=drift_check_interval,
-        share_step=share_step,
     )
 
 
@@ -111,8 +106,7 @@ class ManifoldStep:
         metric_scaling: bool | None = None,
         projection_interval: int = 1,
         drift_check_interval: int = 100,
-        share_step: bool = False,
-    ) -> None:
+        ) -> None:
         check_count("warmup_steps", warmup_steps, 0, "0 conditions at once.")
         check_count("projection_interval", projection_interval, 1, "1 projects after every step.")
         check_count("drift_check_interval", drift_check_interval, 0, "0 never compares.")
@@ -126,7 +120,7 @@ class ManifoldStep:
         self.warmup_steps = warmup_steps
         self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
         self.projection_interval = projection_interval
-        self.drift_check_interval, self.share_step = drift_check_interval, share_step
+        self.drift_check_interval = drift_check_interval
         self.step_count = 0
         check_optimizer(self.optimizer, self.layers)
         _check_attached(self.optimizer, self.layers)
@@ -310,7 +304,7 @@ class ManifoldStep:
             return
         reshard(self._model)
         check_dtypes({f"{name}.{k}": getattr(layer, k) for name, layer in self.layers.items() for k in "USV"})
-        copies = is_replicated() and (self.drift_check_interval or self.share_step)  # else each may train its own model
+        copies = is_replicated() and self.drift_check_interval  # else each may train its own model
         if copies and not self.step_count:  # DDP may have handed out its weights since κ_0 was measured
             self.initial_condition = of_first_process(self.initial_condition, next(iter(self.layers.values())).S.device)
         with full_precision():
@@ -386,10 +380,7 @@ class ManifoldStep:
             return stack.condition_update(progress, previous, self.step_count)
 
         with full_precision():
-            if self.share_step and is_replicated():
-                project_shared(self._stacks, work_on, step=self.step_count)
-            else:
-                run((stack.rows, stack.entries, work_on(stack)) for stack in self._stacks)
+            run((stack.rows, stack.entries, work_on(stack)) for stack in self._stacks)
         for stack in self._stacks:
             stack.record(self.step_count)
             stack.end_interval()

@@ -122,13 +122,6 @@ class CondLRArguments(AdversarialArguments):
             "bit for bit, and stop all of them where they differ; 0 never."
         },
     )
-    share_step: bool = field(
-        default=False,
-        metadata={
-            "help": "Of several processes, let each retract and condition a part of the factors and pass them on, "
-            "instead of all of them all; the results are the same."
-        },
-    )
     distillation_weight: float = field(
         default=0.0,
         metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ T² KL(teacher ‖ student); needs a teacher."},

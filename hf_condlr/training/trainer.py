@@ -73,7 +73,6 @@ class CondLRTrainerMixin(
                 metric_scaling=self.args.metric_scaling,
                 projection_interval=self.args.projection_interval,
                 drift_check_interval=self.args.drift_check_interval,
-                share_step=self.args.share_step,
             )
         return optimizer
 

@@ -12,7 +12,6 @@ from transformers import TrainerCallback, set_seed
 
 from hf_condlr import CondLRTrainer, attach_manifold_step
 from hf_condlr.errors import CondLRError
-from hf_condlr.manifold.cores import CoreStack
 from tests.manifold.test_step import make_model
 from tests.training.test_trainer import arguments, convert, dense_vit, image_data
 
@@ -69,25 +68,7 @@ def error_of(call):
         call()
     except CondLRError as error:
         return f"{type(error).__name__}: {error}"
-    except RuntimeError as error:
-        return f"RuntimeError: {error}"
     return "nothing"
-
-
-def fail_on_process_1(**options):
-    """A step in which process 1 cannot condition its share of the cores."""
-    condition = CoreStack.condition_update
-
-    def broken(self, *args):
-        if dist.get_rank() == 1:
-            raise RuntimeError("out of luck")
-        return condition(self, *args)
-
-    CoreStack.condition_update = broken
-    try:
-        loop(1, **options)
-    finally:
-        CoreStack.condition_update = condition
 
 
 def vanish(model, step):
@@ -119,15 +100,12 @@ def loops():
     plain = loop()
     return {
         "difference between processes": largest_difference(plain),
-        "shared equals not shared": equal(plain, loop(share_step=True, drift_check_interval=1)),
-        "interval, shared": equal(loop(projection_interval=3), loop(projection_interval=3, share_step=True)),
         "ZeRO-1 equals not sharded": equal(plain, loop(make_optimizer=zero)),
         "different seeds": largest_difference(loop(seed=dist.get_rank())),
         "drift": error_of(lambda: loop(disturb=flip_one_bit, drift_check_interval=4)),
         "drift unseen": error_of(lambda: loop(disturb=flip_one_bit, drift_check_interval=0)),
         "models of their own": alone(),
-        "failure": error_of(lambda: fail_on_process_1(share_step=True)),
-        "vanished": error_of(lambda: loop(disturb=vanish, make_optimizer=torch.optim.SGD, share_step=True)),
+        "vanished": error_of(lambda: loop(disturb=vanish, make_optimizer=torch.optim.SGD)),
     }
 
 
@@ -162,7 +140,7 @@ class WriteOnOneProcess(TrainerCallback):
 def trainings(folder):
     """Whole, resumed from one process's checkpoint, and with a drift; weights are left in `folder`."""
     half = BATCH // 2
-    whole = trainer(folder / "two", batch_size=half // 2, gradient_accumulation_steps=2, share_step=True)
+    whole = trainer(folder / "two", batch_size=half // 2, gradient_accumulation_steps=2)
     whole.train()
     resumed = trainer(folder / "resumed", batch_size=half)
     resumed.train(resume_from_checkpoint=str(folder / "one" / f"checkpoint-{RESUMED_AT}"))

@@ -13,7 +13,6 @@ import torch
 from hf_condlr import CondLRTrainingArguments, attach_manifold_step
 from hf_condlr.distributed.replicas import checksum, is_due
 from hf_condlr.errors import ConfigError, OptimizerError
-from hf_condlr.manifold.shared_step import owners
 from tests.distributed import distributed_processes
 from tests.distributed.distributed_processes import BATCH, RESUMED_AT, STEPS
 from tests.manifold.test_step import make_model
@@ -58,14 +57,13 @@ def test_factors_are_equal_on_both_processes(found):
         assert process["different seeds"] == 0
 
 
-@pytest.mark.parametrize("what", ["shared equals not shared", "interval, shared", "ZeRO-1 equals not sharded"])
-def test_who_computes_makes_no_difference(found, what):
+def test_zero_1_is_the_same_training(found):
     """Bit for bit, in float32."""
-    assert all(process[what] is True for process in found)
+    assert all(process["ZeRO-1 equals not sharded"] is True for process in found)
 
 
 def test_two_processes_that_accumulate_train_as_one(folder):
-    """2 processes × 2 parts × 4 samples, a shared step, against 16 (measured: 9e-16)."""
+    """2 processes × 2 parts × 4 samples against 16 (measured: 9e-16)."""
     assert difference(folder, "two") < TOLERANCE
 
 
@@ -97,11 +95,6 @@ def test_without_checks_processes_may_go_apart(found):
     assert all(process["models of their own"] > 0.1 for process in found)
 
 
-def test_a_failure_in_a_shared_step_is_told_to_all(found):
-    assert "received a failure on process 1. See the error that it raised." in found[0]["failure"]
-    assert found[1]["failure"] == "RuntimeError: out of luck"
-
-
 def test_a_vanished_core_is_told_to_all(found):
     for process in found:
         assert "a core S must not vanish" in process["vanished"] and "b" in process["vanished"]
@@ -128,10 +121,3 @@ def test_the_interval_of_checks_counts():
 def test_when_a_check_is_due():
     assert [step for step in range(1, 11) if is_due(step, 4)] == [1, 4, 8]
     assert not any(is_due(step, 0) for step in range(1, 11))
-
-
-def test_stacks_are_shared_out_evenly():
-    costs = [5.0, 1.0, 4.0, 3.0, 3.0]
-    assert owners(costs, 2) == [0, 1, 1, 1, 0]
-    assert owners(costs, 1) == [0] * 5
-    assert owners([1.0], 3) == [0]
