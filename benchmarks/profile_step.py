@@ -2,7 +2,7 @@
 
 Taken with `torch.profiler` from ranges of `record_function`; on CUDA each range waits for the device at both ends, so
 that its time is the device's too. The manifold step is what runs between two hooks around its own, and within it every
-function of `hf_condlr.linalg` named `trusted…` or `clamp…` is a range, and the bases' projection: projection, Cholesky,
+function of `hf_condlr.linalg` whose name begins as one of `PARTS` is a range: projection, Cholesky retraction,
 conditioning. The rest of it is copies (the operators of `COPIES`) and all else: checks for finite values, and Python.
 
 The floor is the bare matrix products: two projections, a Gram matrix and the product with its inverse factor for each U
@@ -35,9 +35,8 @@ from transformers.utils import logging
 
 import hf_condlr.linalg
 from hf_condlr import LowRankLinear, attach_manifold_step
-from hf_condlr.manifold.bases import BasisStack
 
-PARTS = {"_project": "projection", "trusted": "Cholesky of the retraction", "clamp": "conditioning"}
+PARTS = {"project": "projection", "retract_cholesky": "Cholesky retraction", "clamp": "conditioning"}
 MANIFOLD = "manifold step"
 FLOOR = "floor: the bare products"
 COPIES = {"aten::stack", "aten::cat", "aten::copy_", "aten::_foreach_copy_", "aten::clone", "aten::_to_copy"}
@@ -70,7 +69,7 @@ def named(name: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def linalg_ranges(device: torch.device) -> Iterator[None]:
-    """What `PARTS` names is a range: functions of hf_condlr.linalg, wherever imported, and the bases' projection."""
+    """What `PARTS` names is a range: functions of hf_condlr.linalg, wherever imported."""
 
     def as_range(function: Callable, part: str) -> Callable:
         @wraps(function)
@@ -88,8 +87,6 @@ def linalg_ranges(device: torch.device) -> Iterator[None]:
                 # Not in linalg itself, whose functions call one another: a range would be in a range.
                 if module is not hf_condlr.linalg and callable(value) and value in functions:
                     stack.enter_context(mock.patch.object(module, name, as_range(value, functions[value])))
-        part = PARTS["_project"]
-        stack.enter_context(mock.patch.object(BasisStack, "_project", as_range(BasisStack._project, part)))
         yield
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
 from hf_condlr.checkpoints.card import write_model_card
-from hf_condlr.distributed.rows import is_sharded
+from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import factored_layers
 

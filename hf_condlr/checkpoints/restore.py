@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_condlr.checkpoints.verify import check_factors, read_headers, verify_files, weight_files
-from hf_condlr.distributed.rows import reshard, write_whole
+from hf_condlr.distributed.shards import reshard, write_full
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import factored_layers
 
@@ -64,7 +64,7 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
         factors = (tensors[f"{name}.U"], tensors[f"{name}.S"], tensors[f"{name}.V"])
         check_factors(name, factors, stated[name], stored[f"{name}.S"][1])
     for name, tensor in tensors.items():
-        write_whole(places[name], tensor)
+        write_full(places[name], tensor)
     for name, layer in layers.items():
         layer.refresh_bound()
         if stated:

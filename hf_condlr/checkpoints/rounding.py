@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from hf_condlr.distributed.linalg import gram_times
-from hf_condlr.distributed.rows import whole
+from hf_condlr.distributed.sharded_linalg import gram_times
+from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.layers import Factors
 from hf_condlr.linalg import singular_values
 
@@ -27,7 +27,7 @@ def measure(factors: Factors, dtype: torch.dtype) -> tuple[bool, float]:
     r, u = S.shape[0], (torch.finfo(dtype).eps + torch.finfo(S.dtype).eps) / 2
     error = max(_orthonormality_estimate(U), _orthonormality_estimate(V))
     orthonormal = error <= (1e-4 + 2 * u) * math.sqrt(r) + u * u * r
-    S = whole(S).double()
+    S = full_tensor(S).double()
     if not torch.isfinite(S).all():
         return orthonormal, math.inf
     sigma, slack = singular_values(S), u * torch.linalg.vector_norm(S)

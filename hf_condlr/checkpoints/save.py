@@ -27,7 +27,7 @@ from hf_condlr.checkpoints.manifest import (
     stored_layers,
 )
 from hf_condlr.checkpoints.publish import STAGING, publish
-from hf_condlr.distributed.rows import is_sharded
+from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import compressed_layers
 

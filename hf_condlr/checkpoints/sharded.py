@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_condlr.checkpoints.manifest import StoredLayer
 from hf_condlr.checkpoints.verify import check_factors
-from hf_condlr.distributed.rows import reshard
+from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import factored_layers
 from hf_condlr.manifold.step import ManifoldStep

@@ -14,8 +14,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_condlr.checkpoints.manifest import INDEX_SUFFIX, MANIFEST, Manifest, StoredLayer
 from hf_condlr.checkpoints.rounding import KAPPA_TOLERANCE, measure
-from hf_condlr.distributed.linalg import is_finite, orthonormality_error
-from hf_condlr.distributed.rows import whole
+from hf_condlr.distributed.sharded_linalg import is_finite, orthonormality_error
+from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import Factors
 from hf_condlr.linalg import condition_number
@@ -44,7 +44,7 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
         error = max(orthonormality_error(U).item(), orthonormality_error(V).item())
         raise _broken(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
     if not least <= stored.bound * KAPPA_TOLERANCE:
-        kappa = condition_number(whole(S)).item()
+        kappa = condition_number(full_tensor(S)).item()
         raise _broken(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
 
 

@@ -1,1 +1,1 @@
-"""Factors on several processes: rows of which each holds some, sums over them, and copies that must stay equal."""
+"""Factors on several processes: rows held by each process, sums over the processes, and copies that must stay equal."""

@@ -1,26 +1,75 @@
-"""Sums over processes of what each computes from its own rows."""
+"""Sums over processes of what each of them computes from its own rows.
+
+A computation that needs such sums is written as a generator, `Work`. It yields a list of its own terms and receives the
+list of their sums over all processes:
+
+    gram, flags = yield [X.mT @ X, flags]
+
+`run` drives many of them at once, so that one all-reduce serves all terms that are due.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from hf_condlr.distributed.rows import Rows, local
+from hf_condlr.distributed.shards import Rows, local
 
-# A piece of work that yields lists of its own rows' tensors, and on going on finds in them the sums over all processes.
-Work = Generator[list[Tensor], None, None]
+T = TypeVar("T")
+
+Work = Generator[list[Tensor], list[Tensor], T]
+
+BUCKET = 2**25  # entries of the r×r blocks that are summed, and held in memory, at the same time
 
 
-BUCKET = 2**25  # entries of the blocks that are summed, and held, at a time
+class Task(NamedTuple):
+    """Work on the rows of some matrices."""
+
+    rows: Rows
+    work: Work[None]
+    entries: int
+    """Entries of the r×r blocks that the work sums, for the size of a bucket."""
+
+
+def run(tasks: Iterable[Task]) -> None:
+    """Finish all tasks: local ones one after the other, sharded ones together.
+
+    Args:
+        tasks: The same tasks in the same order on every process.
+    """
+    sharded = []
+    for task in tasks:
+        if task.rows.group is None:
+            finish(task.work, task.rows)
+        else:
+            sharded.append(task)
+    for bucket in _buckets(sharded):
+        _run_together(bucket)
+
+
+def finish(work: Work[T], rows: Rows) -> T:
+    """Run one computation to its end and return its result; every process that holds rows must call it."""
+    try:
+        terms = next(work)
+        while True:
+            terms = work.send(sum_over_processes(rows, *terms))
+    except StopIteration as end:
+        return end.value
+
+
+def sum_over_processes(rows: Rows, *terms: Tensor) -> list[Tensor]:
+    """The sums of all processes' terms; the terms themselves where this process holds all rows."""
+    return list(terms) if rows.group is None else _sums([(rows, terms)])[0]
 
 
 def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
-    """Whether a flag is raised on one of the processes that hold rows of `tensors`; all of them must ask."""
+    """Whether `flag` is true on one of the processes that share the rows of `tensors`; all of them must call it."""
     for p in tensors:
         if isinstance(p, DTensor):
             flags = torch.tensor(float(flag), device=local(p).device)
@@ -30,55 +79,41 @@ def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
     return flag
 
 
-def run(works: Iterable[tuple[Rows, int, Work]]) -> None:
-    """Do each piece of work: alone, one after the other; sharded ones at once, with one all-reduce for all of a round.
-
-    Args:
-        works: Rows, number of entries of its r×r blocks, and the work. The same ones, in the same order, everywhere.
-    """
-    sharded = []
-    for rows, entries, work in works:
-        if rows.group is None:
-            for _ in work:  # what it yields are the sums already
-                pass
-        else:
-            sharded.append((rows, entries, work))
-    for bucket in _buckets(sharded):
-        while bucket:
-            requests = [(rows, work, request) for rows, work in bucket if (request := next(work, None)) is not None]
-            _sum_all([(rows.group, request) for rows, _, request in requests])
-            bucket = [(rows, work) for rows, work, _ in requests]
-
-
-def _buckets(works: list[tuple[Rows, int, Work]]) -> Iterator[list[tuple[Rows, Work]]]:
-    bucket: list[tuple[Rows, Work]] = []
+def _buckets(tasks: list[Task]) -> Iterator[list[Task]]:
+    bucket: list[Task] = []
     filled = 0
-    for rows, entries, work in works:
-        if bucket and filled + entries > BUCKET:
+    for task in tasks:
+        if bucket and filled + task.entries > BUCKET:
             yield bucket
             bucket, filled = [], 0
-        bucket.append((rows, work))
-        filled += entries
+        bucket.append(task)
+        filled += task.entries
     yield bucket
 
 
-def _sum_all(requests: list[tuple[Any, list[Tensor]]]) -> None:
-    """Put the sums over the processes in place of the tensors of each list; one all-reduce for a group and a dtype."""
-    parts: dict[tuple, list[tuple[list[Tensor], int]]] = {}
-    for group, tensors in requests:
-        for i, X in enumerate(tensors):
-            parts.setdefault((group, X.dtype, X.device), []).append((tensors, i))
-    for (group, _, _), places in parts.items():
-        flat = torch.cat([tensors[i].reshape(-1) for tensors, i in places])
+def _run_together(tasks: list[Task]) -> None:
+    """Advance all tasks from sum to sum until each has finished."""
+    received: list[list[Tensor] | None] = [None] * len(tasks)
+    while tasks:
+        requests = []
+        for task, sums in zip(tasks, received, strict=True):
+            with suppress(StopIteration):
+                requests.append((task, next(task.work) if sums is None else task.work.send(sums)))
+        tasks = [task for task, _ in requests]
+        received = list(_sums([(task.rows, terms) for task, terms in requests]))
+
+
+def _sums(requests: list[tuple[Rows, Sequence[Tensor]]]) -> list[list[Tensor]]:
+    """The sums over the processes of each request's terms, with one all-reduce for each group, dtype and device."""
+    results = [list(terms) for _, terms in requests]
+    places: dict[tuple, list[tuple[int, int]]] = {}
+    for i, (rows, terms) in enumerate(requests):
+        for j, term in enumerate(terms):
+            places.setdefault((rows.group, term.dtype, term.device), []).append((i, j))
+    for (group, _, _), alike in places.items():
+        terms = [results[i][j] for i, j in alike]
+        flat = torch.cat([term.reshape(-1) for term in terms])
         dist.all_reduce(flat, group=group)
-        sums = flat.split([tensors[i].numel() for tensors, i in places])
-        for (tensors, i), total in zip(places, sums, strict=True):
-            tensors[i] = total.view(tensors[i].shape)
-
-
-def sum_over_processes(rows: Rows, *own: Tensor) -> list[Tensor]:
-    """The sums over all processes of what each of them has; every process must ask."""
-    tensors = list(own)
-    if rows.group is not None:  # else it is the sum
-        _sum_all([(rows.group, tensors)])
-    return tensors
+        for (i, j), term, total in zip(alike, terms, flat.split([term.numel() for term in terms]), strict=True):
+            results[i][j] = total.view(term.shape)
+    return results

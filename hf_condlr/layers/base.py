@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.distributed.rows import whole
+from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.errors import ConfigError, ConversionError
 from hf_condlr.layers.weight_stand_in import FACTS, stand_in
-from hf_condlr.linalg import CENTERS, FEASIBILITY_TOLERANCE, Center, condition_number, is_conditionable, random_factors
+from hf_condlr.linalg import CENTERS, ROUNDING_TOLERANCE, Center, condition_number, is_conditionable, random_factors
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -92,8 +92,8 @@ class LowRankLayer(nn.Module):
     def refresh_bound(self) -> None:
         """`bound` from S itself: 1 + tau where it obeys that, inf where it does not. Gathers a sharded S."""
         target = 1 + self.tau
-        tolerance = 1 + FEASIBILITY_TOLERANCE.get(self.S.dtype, torch.finfo(self.S.dtype).eps)
-        S = whole(self.S)
+        tolerance = 1 + ROUNDING_TOLERANCE.get(self.S.dtype, torch.finfo(self.S.dtype).eps)
+        S = full_tensor(self.S)
         feasible = bool(is_conditionable(S)) and bool(condition_number(S) <= target * tolerance)
         self.bound = target if feasible else math.inf
 

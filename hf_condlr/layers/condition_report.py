@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_condlr.distributed.linalg import orthonormality_error, orthonormalize
-from hf_condlr.distributed.rows import reshard
+from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonormalize
+from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import CondLRError, MissingExtraError
 from hf_condlr.layers.base import LowRankLayer
 from hf_condlr.linalg import obeys_bound, singular_values

@@ -6,10 +6,9 @@ float32 and returns the dtype it was given. Source: Savostianova et al., NeurIPS
 
 from hf_condlr.linalg.conditioning import (
     CENTERS,
-    FEASIBILITY_TOLERANCE,
+    ROUNDING_TOLERANCE,
     Center,
     clamp_singular_values,
-    clipping_interval,
     is_conditionable,
 )
 from hf_condlr.linalg.guarantee import KAPPA_TOLERANCE, ORTHONORMALITY_TOLERANCE, is_orthonormal, obeys_bound
@@ -17,39 +16,32 @@ from hf_condlr.linalg.newton_schulz import LARGEST_BOUND, clip_core_by_products
 from hf_condlr.linalg.precision import full_precision, per_matrix, wide_device
 from hf_condlr.linalg.stiefel import (
     inverse_cholesky,
-    joined_qr,
     orthonormality_error,
-    orthonormalize,
     project_horizontal,
     project_tangent,
     random_factors,
     retract_cholesky,
     retract_polar,
     retract_qr,
-    scaled_qr,
-    trusted_inverse_cholesky,
 )
 from hf_condlr.linalg.svd import condition_number, robust_svd, singular_values, truncated_svd
 
 __all__ = [
     "CENTERS",
-    "FEASIBILITY_TOLERANCE",
     "KAPPA_TOLERANCE",
     "LARGEST_BOUND",
     "ORTHONORMALITY_TOLERANCE",
+    "ROUNDING_TOLERANCE",
     "Center",
     "clamp_singular_values",
     "clip_core_by_products",
-    "clipping_interval",
     "condition_number",
     "full_precision",
     "inverse_cholesky",
     "is_conditionable",
     "is_orthonormal",
-    "joined_qr",
     "obeys_bound",
     "orthonormality_error",
-    "orthonormalize",
     "per_matrix",
     "project_horizontal",
     "project_tangent",
@@ -58,9 +50,7 @@ __all__ = [
     "retract_polar",
     "retract_qr",
     "robust_svd",
-    "scaled_qr",
     "singular_values",
     "truncated_svd",
-    "trusted_inverse_cholesky",
     "wide_device",
 ]

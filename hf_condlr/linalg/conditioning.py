@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from hf_condlr.linalg.svd import LinAlgError, robust_svd
 Center = Literal["nearest", "rms", "mean"]
 
 
-CENTERS: tuple[Center, ...] = ("nearest", "rms", "mean")
+CENTERS: tuple[Center, ...] = get_args(Center)
 
 
-# κ(S) is called feasible up to this relative excess over 1 + τ: what rounding S to its dtype can move, with a margin.
-FEASIBILITY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+ROUNDING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+"""Relative excess of κ(S) over 1 + τ that rounding S to its dtype can cause, with a margin; S counts as feasible."""
 
 
 def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "nearest") -> Tensor:  # (*, r, r)
@@ -40,7 +40,7 @@ def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "n
     Returns:
         Cores with κ ≤ 1 + τ after rounding to their dtype: the interval is narrowed by what rounding can move, a
         relative 2 eps (1+τ). Only where that would ask for less than κ = 1 (τ of the order of eps) an excess
-        remains, at most `FEASIBILITY_TOLERANCE`, in half precision eps.
+        remains, at most `ROUNDING_TOLERANCE`, in half precision eps.
 
     Raises:
         ConditioningError: A core is zero or not finite.
@@ -85,11 +85,12 @@ def _clamp(X: Tensor, bound: Tensor, center: Center, dtype: torch.dtype) -> tupl
     Returns the clipped cores, and which were feasible as given.
     """
     r = X.shape[-1]
-    tolerance = FEASIBILITY_TOLERANCE.get(dtype, 1e-6)
+    tolerance = ROUNDING_TOLERANCE.get(dtype, 1e-6)
     try:
         eigenvalues, Q = torch.linalg.eigh(X.mT @ X)
         # Squaring makes the relative error of σ_min about r eps κ²: trusted where that stays below the tolerance.
         accurate = eigenvalues[:, 0] * tolerance > 10 * r * torch.finfo(X.dtype).eps * eigenvalues[:, -1]
+        accurate = accurate & torch.isfinite(Q).all(-1).all(-1)
     except LinAlgError:
         eigenvalues, Q = X.new_ones(X.shape[:-1]), X
         accurate = torch.zeros(len(X), dtype=torch.bool, device=X.device)

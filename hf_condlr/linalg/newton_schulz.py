@@ -20,7 +20,7 @@ LARGEST_CONDITION = 1e6  # cores up to this κ are clipped; the number of iterat
 LARGEST_BOUND = 1e4  # for larger ones float64 Gram matrices do not certify the guarantee: they square κ
 
 
-FEASIBILITY_TOLERANCE = 1e-5  # relative; the bounds of `extreme_singular_values` are within ln(r) / 2^20 of each other
+ESTIMATE_TOLERANCE = 1e-5  # relative excess of κ over its bound that the error of `extreme_singular_values` can feign
 
 
 CERTIFICATE_TOLERANCE = 2e-5  # what is certified is κ ≤ bound (1 + this)
@@ -54,7 +54,7 @@ def clip_by_products(S: Tensor, bound: Tensor, center: Center, margin: float = 0
     """
     identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     largest, smallest = extreme_singular_values(S)
-    feasible = largest <= bound * (1 + FEASIBILITY_TOLERANCE) * smallest
+    feasible = largest <= bound * (1 + ESTIMATE_TOLERANCE) * smallest
     S_ = S / per_matrix(largest)
     polar = newton_schulz(S_, (smallest / largest).clamp(1 / LARGEST_CONDITION, 1), _iterations(1 / LARGEST_CONDITION))
     H = polar.mT @ S_

@@ -1,4 +1,7 @@
-"""Bases U and V of equal shape: projected gradients, and retraction of what the optimizer moved."""
+"""Bases U and V of equal shape: their gradients are projected before the optimizer's step, they are retracted after it.
+
+Formulas are written for U. Every product over rows is a sum over the processes that share them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.distributed.collectives import Work
-from hf_condlr.distributed.rows import local
-from hf_condlr.linalg import joined_qr, per_matrix, scaled_qr, trusted_inverse_cholesky
+from hf_condlr.distributed.sharded_linalg import qr_of_rows
+from hf_condlr.distributed.shards import local
+from hf_condlr.linalg import per_matrix, project_horizontal, project_tangent, retract_cholesky
 from hf_condlr.manifold import masks
-from hf_condlr.manifold.masks import count, finite, moved, select, squarable
+from hf_condlr.manifold.masks import as_number, finite, moved, select, squarable
 from hf_condlr.manifold.stack import Stack
 
 
@@ -17,10 +21,10 @@ class BasisStack(Stack):
     """Bases U or V, (L, m, r), that have a gradient in this step.
 
     Args:
-        names: Of the factors, "layer.U" or "layer.V".
+        names: Names of the factors, "layer.U" or "layer.V".
         parameters: The factors.
-        cores: Each one's S.
-        full_tangent: S is frozen, so that U's rotation within its span matters and is kept.
+        cores: S of each factor's layer.
+        full_tangent: S is frozen, so that it cannot absorb U's rotation within its span: keep that rotation.
     """
 
     def __init__(
@@ -29,63 +33,54 @@ class BasisStack(Stack):
         super().__init__(names, parameters)
         self.cores, self.full_tangent = cores, full_tangent
 
-    def _project(self, G: Tensor, product: Tensor) -> Tensor:  # (L, m, r), (L, r, r) -> (L, m, r)
-        """(I − UUᵀ)G, or G − U sym(UᵀG), by the product UᵀG of all rows; U of the last projection."""
-        if self.full_tangent:
-            product = (product + product.mT) / 2
-        return G - self.start @ product
-
-    def project_gradients(self, metric_scaling: bool) -> Work:
+    def project_gradients(self, metric_scaling: bool) -> Work[None]:
         """G ← (I − UUᵀ)G with U of the last projection; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
-        G, flags = self._gradients()
-        sums = [self.start.mT @ G, flags]
+        G, unusable = self._gradients()
+        terms = [self.start.mT @ G, unusable]
         if metric_scaling:
-            sums.append(torch.stack(torch._foreach_norm([local(S) for S in self.cores])).square().to(G.dtype))
-        yield sums
-        self.usable = sums[1] == 0
-        G = select(self.usable, self._project(G, sums[0]), 0.0)
+            terms.append(torch.stack(torch._foreach_norm([local(S) for S in self.cores])).square().to(G.dtype))
+        product, unusable, *squares = yield terms
+        self.usable = unusable == 0
+        G = select(self.usable, self._tangent_part(G, product), 0.0)
         if metric_scaling:
-            c_squared = sums[2] / self.start.shape[-1]
+            c_squared = squares[0] / self.start.shape[-1]
             G = G / per_matrix(torch.where(c_squared > 0, c_squared, 1.0))
-            # A tiny S can overflow what was finite; if here only, `_update` tells the others.
+            # A tiny S can overflow what was finite. If that happens on one process only, `_update` tells the others.
             self.usable = self.usable & squarable(G)
             G = select(self.usable, G, 0.0)
         self._write_gradients(G)
 
-    def retract_update(self) -> Work:
-        """U ← R(U + Δ), Δ the tangent part of the displacement since the last projection.
+    def retract_update(self, step: int) -> Work[None]:
+        """U ← R(U + Δ) with Δ the tangent part of the displacement since the last projection.
 
-        X = U + Δ has XᵀX = LLᵀ and R(X) = X L⁻ᵀ (Cholesky-QR). For horizontal Δ, XᵀX = I + ΔᵀΔ, and it takes a step of
-        several times the size of U to make that so ill-conditioned that Householder's QR has to take over. What did
-        not move stays bitwise.
+        R is Cholesky-QR, and Householder QR where a step of several times the size of U makes that inaccurate. What
+        did not move stays bitwise.
         """
-        new, sums = self._update()
-        yield sums
-        displacement = self._accept(new, *sums).sub_(self.start)
+        new, unusable = self._update()
+        (unusable,) = yield [unusable]
+        displacement = self._accept(new, unusable).sub_(self.start)
         sound = finite(displacement)
         displacement = select(sound, displacement, 0.0)
-        sums = [
+        product, moves, unsound = yield [
             self.start.mT @ displacement,
-            count(moved(displacement), displacement),
-            count(sound.logical_not(), displacement),
+            as_number(moved(displacement), displacement),
+            as_number(sound.logical_not(), displacement),
         ]
-        yield sums
-        product, moves, unsound = sums
         # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
-        X = self._project(displacement, product).add_(self.start)
-        sums = [X.mT @ X]
-        yield sums
-        inverse, sound = trusted_inverse_cholesky(*sums)
-        retracted = X @ inverse.mT
-        # To see whether it is needed the host waits for the device. Without it the factor is held.
+        X = self._tangent_part(displacement, product).add_(self.start)
+        (gram,) = yield [X.mT @ X]
+        retracted, sound = retract_cholesky(X, gram)
+        # To see whether Householder QR is needed the host waits for the device. Where it must not, the factor is held.
         if not (self.ours and masks.runs_ahead(X)) and not sound.all():
             rest = sound.logical_not()
-            Q, R, scale = scaled_qr(X[rest])
-            sums = [self.rows.beside(R), self.rows.beside(scale)]
-            yield sums
-            blocks, R, _ = joined_qr(sums[0], sums[1], self.rows.heights(R.shape[-1]))
-            retracted[rest] = Q @ blocks[self.rows.index]
+            retracted[rest], R, _ = yield from qr_of_rows(X[rest], self.rows)
             sound[rest] = finite(R)
         sound = sound & (unsound == 0)
         self._write(select(sound & (moves > 0), retracted, self.start))
         self.usable = self.usable & sound
+        self._record(step)
+
+    def _tangent_part(self, X: Tensor, product: Tensor) -> Tensor:  # (L, m, r), (L, r, r) -> (L, m, r)
+        """The projection at U of the last projection, given UᵀX of all rows."""
+        project = project_tangent if self.full_tangent else project_horizontal
+        return project(self.start, X, product)

@@ -1,15 +1,15 @@
-"""What others do to factors and tolerances between the steps of an optimizer, noticed without a look at a value."""
+"""Changes that others make to factors and tolerances between the steps, detected without reading a value."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from hf_condlr.distributed.rows import version
+from hf_condlr.distributed.shards import version
 from hf_condlr.layers import LowRankLayer
 
 
-class Watch:
-    """Compares the factors with what the manifold step knew of them: torch counts what is written into a tensor.
+class ChangeDetector:
+    """Compares torch's counts of how often each factor was written, and the tolerances, with those at `remember`.
 
     Args:
         layers: The factored layers.
@@ -20,28 +20,28 @@ class Watch:
         self.remember()
 
     def remember(self) -> None:
-        """The factors obey the constraint as they are."""
-        self._versions, self._tolerances = self._count(), self._read_tolerances()
+        """Take the present state as the one to compare with: the factors obey the constraint."""
+        self._versions, self._tolerances = self._read_versions(), self._read_tolerances()
 
-    def distrust(self) -> None:
-        """Whatever they are, they are to be looked at."""
+    def mark_changed(self) -> None:
+        """Mark every factor as possibly changed."""
         self._versions = [-1] * len(self._versions)
 
-    def is_written(self) -> bool:
-        """Whether a factor was written, and no step has been since."""
-        return self._versions != self._count()
+    def factors_changed(self) -> bool:
+        """Whether a factor was written since `remember`."""
+        return self._versions != self._read_versions()
 
-    def is_retuned(self) -> bool:
-        """Whether a tolerance or a center is another one."""
+    def tolerances_changed(self) -> bool:
+        """Whether a layer has another `tau` or `center` than at `remember`."""
         return self._tolerances != self._read_tolerances()
 
-    def is_written_beside(self, moving: list[nn.Parameter]) -> bool:
-        """Whether a factor was written that is none of the `moving` ones."""
+    def other_factors_changed(self, moving: list[nn.Parameter]) -> bool:
+        """Whether a factor that is not among the `moving` ones was written since `remember`."""
         known = {id(p) for p in moving}
-        rows = zip(self._factors(), self._versions, self._count(), strict=True)
+        rows = zip(self._factors(), self._versions, self._read_versions(), strict=True)
         return any(before != now and id(p) not in known for p, before, now in rows)
 
-    def _count(self) -> list[int]:
+    def _read_versions(self) -> list[int]:
         return [version(p) for p in self._factors()]
 
     def _factors(self) -> list[nn.Parameter]:

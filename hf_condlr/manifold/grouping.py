@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from hf_condlr.distributed.rows import layout
+from hf_condlr.distributed.shards import layout
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.manifold.bases import BasisStack
 from hf_condlr.manifold.cores import CoreStack
 from hf_condlr.manifold.stack import has_gradient
 
-# Entries of one stack at most: four temporaries of its size are alive at once, beside one copy of all factors. A GPU
-# wants few launches, a CPU stacks that fit its cache.
 STACK_LIMIT = {"cpu": 2**18, "others": 2**22}
+"""Most entries of one stack: four temporaries of its size are alive at once, beside one copy of all factors. A GPU is
+fastest with few launches, a CPU with stacks that fit its cache."""
 
 
-def moving_factors(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> tuple:
-    """What stacks depend on: which factors have a gradient, which S train, or move with their bound. To compare."""
+def grouping_key(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> tuple:
+    """What stacks depend on, to be compared: the factors, which of them have a gradient or train, the tolerances."""
     return tuple(
         (
             *((id(p), p.dtype, p.device, has_gradient(p)) for p in (x.U, x.S, x.V)),
@@ -39,23 +39,29 @@ def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
 
 
 def core_stacks(
-    layers: dict[str, LowRankLayer], initial_condition: dict[str, float], *, all_cores: bool = False
+    layers: dict[str, LowRankLayer], endpoints: dict[str, tuple[float, float]], *, all_cores: bool = False
 ) -> list[CoreStack]:
-    """The trainable S, or all of them, stacked by shape, dtype, device and what `CoreStack` asks of its members."""
+    """The trainable S, or all of them, stacked by shape, dtype, device and what a `CoreStack` must have in common.
+
+    Args:
+        layers: The factored layers.
+        endpoints: {layer: (κ_0, 1 + τ)}, see `BoundSchedule.endpoints`.
+        all_cores: Take frozen cores, too.
+    """
     rows = (
-        (name, S, (initial_condition[name], 1 + layer.tau), (layer.center, math.isinf(layer.tau), has_gradient(S)))
+        (name, S, endpoints[name], (layer.center, math.isinf(layer.tau), has_gradient(S)))
         for name, layer in layers.items()
         for S in (layer.S,)
         if all_cores or S.requires_grad
     )
     stacks: list[CoreStack] = []
-    for names, ps, schedule, keys in _grouped(rows):
-        stacks.append(CoreStack(names, ps, schedule, keys[0][0], sum(len(stack.layers) for stack in stacks)))
+    for names, ps, pairs, keys in _grouped(rows):
+        stacks.append(CoreStack(names, ps, pairs, keys[0][0], sum(len(stack.layers) for stack in stacks)))
     return stacks
 
 
 def _grouped(rows: Iterable[tuple]) -> Iterator[tuple[list, ...]]:
-    """Rows (name, parameter, ..., key) with equal shape, dtype, device, sharding and key, transposed to lists.
+    """Rows (name, parameter, ..., key) of equal shape, dtype, device, sharding and key, as lists of columns.
 
     Groups of more than `STACK_LIMIT` entries are split.
     """

@@ -1,4 +1,4 @@
-"""Choices along a stack (L, m, r) of matrices, without a wait for the device where the host runs ahead of it."""
+"""Choices along a stack (L, m, r) of matrices that do not wait for the device where the host runs ahead of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hf_condlr.linalg import per_matrix
 
 
 def runs_ahead(X: Tensor) -> bool:
-    """Whether the host queues work for the device of X, so that reading a value back makes it wait for all of it."""
+    """Whether the host queues work for the device of X: reading a value back makes it wait for all of that work."""
     return X.device.type == "cuda"
 
 
 def finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
-    """Whether every entry is finite, from the extremes: NaN is one of them; 30 times cheaper than `isfinite(X)`."""
+    """Whether every entry is finite, from the extremes, which propagate NaN: 30 times cheaper than `isfinite(X)`."""
     if not X.numel():  # no rows on this process
         return torch.ones(len(X), dtype=torch.bool, device=X.device)
     flat = X.flatten(1)
@@ -22,7 +22,7 @@ def finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
 
 
 def squarable(G: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
-    """Whether every entry is finite and so small that optimizers can sum its squares: up to 2.6e15 in float32."""
+    """Whether every entry is finite and small enough for an optimizer to sum its squares: 2.6e15 in float32."""
     if not G.numel():
         return finite(G)
     flat = G.flatten(1)
@@ -36,16 +36,16 @@ def moved(displacement: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
     return (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
 
 
-def count(flags: Tensor, like: Tensor) -> Tensor:  # (L,) bool -> (L,)
-    """Numbers of the dtype that matrices are summed in, to be summed with them."""
+def as_number(flags: Tensor, like: Tensor) -> Tensor:  # (L,) bool -> (L,)
+    """Flags as 0 and 1 in the dtype of `like`, to be summed over processes together with it."""
     return flags.to(like.dtype)
 
 
 def surely_all(mask: Tensor) -> bool:
-    """Whether a mask is all true, as far as can be told without a wait for the device."""
+    """Whether a mask is true everywhere; False where finding out would make the host wait for the device."""
     return not runs_ahead(mask) and bool(mask.all())
 
 
 def select(mask: Tensor, X: Tensor, otherwise: Tensor | float) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
-    """`torch.where` along the stack, if possible without a copy in the usual case that the mask is all true."""
+    """`torch.where` along the stack, without a copy in the usual case that the mask is true everywhere."""
     return X if surely_all(mask) else torch.where(per_matrix(mask), X, otherwise)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.checkpoints.manifest import STEM
 from hf_condlr.checkpoints.restore import last_whole_checkpoint, restore_weights
-from hf_condlr.distributed.rows import is_sharded
+from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.layers import factored_layers
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.distributed.collectives import anywhere
-from hf_condlr.distributed.rows import local
-from hf_condlr.errors import OptimizerError
-from hf_condlr.manifold.optimizers import shown
+from hf_condlr.distributed.shards import local
+from hf_condlr.errors import OptimizerError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +64,13 @@ class FiniteTrainingMixin:
                 "step %d is left out: gradients that are not finite in %s. Later ones are counted in the log as "
                 "steps_left_out; look at the samples of that batch, or lower the learning rate.",
                 step,
-                shown(names),
+                listed(names),
             )
         if self._in_a_row >= PATIENCE:
             raise OptimizerError(
                 f"one of {PATIENCE} steps must have finite gradients",
-                received=f"none up to step {step}, this time in {shown(names)}"
-                + (f"; parameters that are not finite: {shown(bad)}" if (bad := self._broken_parameters()) else ""),
+                received=f"none up to step {step}, this time in {listed(names)}"
+                + (f"; parameters that are not finite: {listed(bad)}" if (bad := self._broken_parameters()) else ""),
                 remedy="Lower the learning rate, and go on from the last checkpoint with resume_from_checkpoint=True: "
                 "it is whole.",
             )
@@ -85,7 +84,7 @@ class FiniteTrainingMixin:
         """Trainer's, of finite parameters."""
         broken = self._broken_parameters()
         if anywhere(bool(broken), self.model.parameters()):
-            names = shown(broken) or "the rows of another process"
+            names = listed(broken) or "the rows of another process"
             raise OptimizerError(
                 "a checkpoint must hold finite parameters",
                 received=f"NaN or inf in {names} at step {self.state.global_step}",

@@ -79,7 +79,9 @@ class CondLRTrainerMixin(
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's scheduler; the number of steps also says how long the conditioning warms up."""
         if self.manifold_step is not None and not self.manifold_step.step_count:  # a bound once reached stays
-            self.manifold_step.warmup_steps = math.ceil(self.args.conditioning_warmup_ratio * num_training_steps)
+            self.manifold_step.schedule.warmup_steps = math.ceil(
+                self.args.conditioning_warmup_ratio * num_training_steps
+            )
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def _split_groups(self, optimizer: torch.optim.Optimizer, given: bool) -> None:
@@ -156,12 +158,12 @@ class CondLRTrainerMixin(
         """As `FactoredTrainerMixin.train`; says so when it ends before the conditioning warm-up does."""
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         step = self.manifold_step
-        if step is not None and step.step_count < step.warmup_steps:
+        if step is not None and step.step_count < step.schedule.warmup_steps:
             finite = [bound for bound in step.bounds().values() if math.isfinite(bound)]
             logger.warning(
                 "training ended at step %d of a conditioning warm-up of %d: κ is bounded by %.4g, not yet by 1 + tau",
                 step.step_count,
-                step.warmup_steps,
+                step.schedule.warmup_steps,
                 max(finite, default=math.inf),
             )
         return output

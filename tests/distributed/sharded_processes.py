@@ -35,12 +35,12 @@ from hf_condlr import (
     load_sharded,
     save_sharded,
 )
+from hf_condlr.distributed import sharded_linalg
 from hf_condlr.distributed.collectives import anywhere
-from hf_condlr.distributed.rows import local, reshard
+from hf_condlr.distributed.shards import local, reshard
 from hf_condlr.errors import CondLRError
 from hf_condlr.layers import factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
-from hf_condlr.manifold import bases
 from tests.training.test_trainer import arguments, convert, dense_vit, image_data
 
 ROWS = 12  # of a batch, of all processes together
@@ -174,7 +174,8 @@ def huge_steps(folder):
     """Steps that leave nothing of the factors: the guarantee, and whether QR by rows was needed."""
     worst = [0.0, 0.0]
     joins = []
-    bases.joined_qr, joined_qr = lambda *args: joins.append(1) or joined_qr(*args), bases.joined_qr
+    joined_qr = sharded_linalg.joined_qr
+    sharded_linalg.joined_qr = lambda *args: joins.append(1) or joined_qr(*args)
     for lr in (10.0, 1e20):
         for make in (torch.optim.SGD, torch.optim.AdamW):
             model = shard(make_model())
@@ -186,7 +187,7 @@ def huge_steps(folder):
                     p.grad = distribute_tensor(torch.randn(p.shape), p.device_mesh, p.placements)
                 optimizer.step()
                 worst = [max(pair) for pair in zip(worst, violations(model, handle), strict=True)]
-    bases.joined_qr = joined_qr
+    sharded_linalg.joined_qr = joined_qr
     return {"orthonormality": worst[0], "kappa": worst[1], "joined": len(joins)}
 
 

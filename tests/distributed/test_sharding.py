@@ -17,9 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.errors import OptimizerError
-from hf_condlr.linalg import joined_qr, retract_qr, scaled_qr
 from hf_condlr.training.engines import check_engine
-from tests.linalg.reference import array, orthonormality_error
 from tests.paths import ROOT
 
 SIZES = (2, 3)
@@ -180,21 +178,6 @@ def test_other_shardings_are_refused(results):
 
 
 # ------------------------------------------------------------------------------------------------ on one process
-
-
-@pytest.mark.parametrize("heights", [[7, 7, 6], [19, 1, 0], [4, 4, 4, 4, 4], [20]])
-@pytest.mark.parametrize("rank", [6, 2])
-def test_qr_of_rows_is_that_of_the_whole(heights, rank):
-    """Also where some have fewer rows than columns, or none, or X is singular and Q not unique."""
-    X = 1e20 * torch.randn(2, 20, rank, dtype=torch.float64) @ torch.randn(2, rank, 6, dtype=torch.float64)
-    parts = [scaled_qr(part) for part in X.split(heights, dim=1)]
-    counts = [Q.shape[-1] for Q, _, _ in parts]
-    blocks, R, scale = joined_qr(torch.stack([p[1] for p in parts]), torch.stack([p[2] for p in parts]), counts)
-    Q = torch.cat([part[0] @ block for part, block in zip(parts, blocks, strict=True)], dim=1)
-    assert max(orthonormality_error(array(q)) for q in Q) <= 1e-13
-    torch.testing.assert_close(scale * Q @ R, X)
-    if rank == 6:
-        torch.testing.assert_close(Q, retract_qr(X))
 
 
 def partitioned(cls):

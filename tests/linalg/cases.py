@@ -72,3 +72,8 @@ WELL_POSED = ("random", "repeated", "huge", "tiny", "orthogonal", "huge orthogon
 def core_without_svd():  # -> (192, 192) float32
     """A core on which LAPACK's gesdd does not converge in float32; it converges transposed and in float64."""
     return load_file(ROOT / "tests" / "data" / "svd_does_not_converge.safetensors")["S"]
+
+
+def matrix_with_nan_svd():  # -> (352, 352) float32
+    """A finite matrix of which LAPACK's gesdd returns NaN in float32 on some CPUs, without an error."""
+    return load_file(ROOT / "tests" / "data" / "svd_returns_nan.safetensors")["X"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_condlr.linalg import retract_cholesky
+from hf_condlr.linalg import retract_cholesky, retract_qr
 from studies.paper.baselines.stiefel import StiefelSGD, require
 
 
@@ -71,4 +71,7 @@ class CayleySGD(StiefelSGD):
         Y = X + step * M
         for _ in range(group["iterations"]):
             Y = X + step / 2 * W(X + Y)
-        return (retract_cholesky(Y) if bool(torch.isfinite(Y).all()) else Y), M
+        if not torch.isfinite(Y).all():
+            return Y, M
+        Q, trusted = retract_cholesky(Y)
+        return (Q if trusted else retract_qr(Y)), M

@@ -1,8 +1,7 @@
-"""Factors of which every process holds some rows, as FSDP2's `fully_shard` leaves them: what they are, and their sums.
+"""Parameters of which every process holds some rows, as FSDP2's `fully_shard` leaves them: which rows, which values.
 
-A basis (m, r) is never gathered. Whatever the manifold step asks of it is a sum over rows, UᵀG = Σ_j U_jᵀ G_j, of r×r
-blocks, after which every process goes on alone with the same numbers, and so decides alike. QR by rows (TSQR) is from
-Demmel, Grigori, Hoemmen, Langou, *Communication-optimal parallel and sequential QR and LU factorizations*, 2012.
+Every function also takes ordinary tensors, of which this process holds all rows. A basis (m, r) is never gathered: what
+the manifold step needs of it are sums over rows, UᵀG = Σ_j U_jᵀ G_j, see `hf_condlr.distributed.collectives`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,21 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from hf_condlr.errors import OptimizerError
+from hf_condlr.errors import OptimizerError, require
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [first, first + count) of `total`, on process `index` of `size` in `group`; all where that is None."""
+    """The rows of a matrix that this process holds.
+
+    Attributes:
+        group: The process group among which the rows are divided; None if this process holds all of them.
+        index: This process's number in the group.
+        size: Number of processes in the group.
+        first: First row held.
+        count: Number of rows held; may be 0.
+        total: Number of rows of the full matrix.
+    """
 
     group: Any
     index: int
@@ -31,16 +39,16 @@ class Rows:
     total: int
 
     def spread(self, own: Tensor) -> Tensor:  # (*, count, r) -> (*, total, r)
-        """The own rows at their place among zeros: the sum over the processes is the whole matrix, to the bit."""
+        """Own rows in their place among zeros: the sum over the processes is the full matrix, bit for bit."""
         if self.group is None:
             return own
-        whole = own.new_full((*own.shape[:-2], self.total, own.shape[-1]), -0.0)  # x + (-0.0) = x, for x = -0.0 too
-        whole[..., self.first : self.first + self.count, :] = own
-        return whole
+        spread = own.new_full((*own.shape[:-2], self.total, own.shape[-1]), -0.0)  # x + (-0.0) = x, for x = -0.0 too
+        spread[..., self.first : self.first + self.count, :] = own
+        return spread
 
-    def own(self, whole: Tensor) -> Tensor:  # (*, total, r) -> (*, count, r)
+    def own(self, full: Tensor) -> Tensor:  # (*, total, r) -> (*, count, r)
         """The rows of this process."""
-        return whole if self.group is None else whole[..., self.first : self.first + self.count, :]
+        return full if self.group is None else full[..., self.first : self.first + self.count, :]
 
     def heights(self, r: int) -> list[int]:
         """min(count, r) of every process."""
@@ -48,17 +56,17 @@ class Rows:
         return [max(0, min(chunk, self.total - j * chunk, r)) for j in range(self.size)]
 
     def beside(self, block: Tensor) -> Tensor:  # (*) -> (size, *)
-        """The block at this process's place among zeros: the sum is the stack of all processes' blocks."""
+        """The block in this process's place among zeros: the sum over the processes is the stack of all blocks."""
         blocks = block.new_full((self.size, *block.shape), -0.0)
         blocks[self.index] = block
         return blocks
 
 
 def rows_of(p: Tensor) -> Rows:  # (m, r)
-    """Which rows of a factor this process holds.
+    """The rows of a parameter that this process holds.
 
     Raises:
-        OptimizerError: It is sharded in another way than by rows over one dimension of the device mesh.
+        OptimizerError: The parameter is not sharded by rows over one dimension of the device mesh.
     """
     if not isinstance(p, DTensor):
         return Rows(None, 0, 1, 0, p.shape[0], p.shape[0])
@@ -82,66 +90,67 @@ def rows_of(p: Tensor) -> Rows:  # (m, r)
 
 
 def layout(p: Tensor) -> Any:
-    """What factors have in common whose rows lie alike; to compare."""
+    """Mesh and placements of a sharded parameter, None for an ordinary one. Equal layouts divide rows alike."""
     return (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some parameter of the model is sharded."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def local(p: Tensor) -> Tensor:  # (m, r) -> (count, r)
-    """The own rows of a factor, detached; writing into them writes into it."""
+    """The rows that this process holds, detached; writing into them writes into the parameter."""
     values: Any = p.detach()
     return values.to_local() if isinstance(values, DTensor) else values
 
 
-def version(p: Tensor) -> int:
-    """How often its own rows were written: torch counts."""
-    return (p if layout(p) is None else local(p))._version
-
-
 def local_gradient(p: Tensor) -> Tensor:  # (m, r) -> (count, r)
-    """The own rows of its gradient.
+    """The rows of the gradient that this process holds.
 
     Raises:
-        OptimizerError: The gradient is not sharded as the factor is: it is not summed over the processes yet, say.
+        OptimizerError: The gradient is not sharded as the parameter is, for example not yet summed over the processes.
     """
     gradient: Any = p.grad
     if type(p) is nn.Parameter and type(gradient) is Tensor:
         return gradient
-    if layout(p) != layout(gradient):
-        raise OptimizerError(
-            "a gradient must be sharded as its factor is",
-            received=f"{layout(gradient)} for {layout(p)}",
-            remedy="Let fully_shard reduce gradients: set_requires_gradient_sync(True) before the last backward.",
-        )
+    require(
+        layout(p) == layout(gradient),
+        "a gradient must be sharded as its factor is",
+        received=f"{layout(gradient)} for {layout(p)}",
+        remedy="Let fully_shard reduce gradients: set_requires_gradient_sync(True) before the last backward.",
+        error=OptimizerError,
+    )
     return local(gradient)
 
 
-def whole(p: Tensor) -> Tensor:  # (m, r)
-    """All rows of a core, detached, gathered where they are sharded: every process must ask."""
+def full_tensor(p: Tensor) -> Tensor:  # (m, *)
+    """All rows, detached. Gathers a sharded parameter: every process must call it."""
     p = p.detach()
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
+def version(p: Tensor) -> int:
+    """How often this process's rows were written, by torch's own count."""
+    return (p if layout(p) is None else local(p))._version
+
+
 def reshard(model: nn.Module) -> None:
-    """Let layers hold their shards again: after a forward without backward some hold whole copies, in low precision."""
+    """Make all FSDP2 modules hold their shards: after a forward without backward some hold gathered parameters."""
     if dist.is_available() and dist.is_initialized():
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameter is."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
 @torch.no_grad()
-def write(p: Tensor, own: Tensor) -> None:  # (m, r), (count, r)
-    """Set a factor's own rows."""
+def write_local(p: Tensor, own: Tensor) -> None:  # (m, r), (count, r)
+    """Set the rows that this process holds."""
     local(p).copy_(own)
 
 
 @torch.no_grad()
-def write_whole(p: Tensor, values: Tensor) -> None:  # (m, *), (m, *)
-    """Set a parameter from all its rows, which this process has."""
+def write_full(p: Tensor, values: Tensor) -> None:  # (m, *), (m, *)
+    """Set a parameter from the values of all its rows; each process takes its own."""
     rows = rows_of(p) if p.ndim else None
     local(p).copy_(values if rows is None else values[rows.first : rows.first + rows.count])
