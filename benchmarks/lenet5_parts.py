@@ -23,7 +23,7 @@ from methods import condition_numbers
 from networks import LeNet5
 from training import accuracy, one_epoch
 
-from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
+from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model, is_factored
 from hf_condlr.robustness.attacks import PGD, PixelModel
 
 logger = logging.getLogger("lenet5_mnist")
@@ -127,7 +127,7 @@ def summary(pixel_model: PixelModel, losses: list[float | None], seconds: float,
         "condition_numbers": condition_numbers(model),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if hasattr(model, "condlr_config"):
+    if is_factored(model):
         error = condition_report(model).max_orthonormality_error
         row["orthonormality_error"] = error if math.isfinite(error) else None  # of factors that trained freely
     return row

@@ -15,7 +15,7 @@ from record import method_label
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_condlr import condition_report
+from hf_condlr import condition_report, is_factored
 from hf_condlr.robustness.attacks import PixelModel, TextModel
 
 
@@ -45,7 +45,7 @@ class Trained:
 
 def largest_kappa(model: Any) -> float | None:
     """Of the factored layers, over their r singular values; in a dense model of all its layers; None if infinite."""
-    if hasattr(model, "condlr_config"):
+    if is_factored(model):
         kappa = condition_report(model).max_condition_number
     else:
         weights = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

@@ -7,7 +7,7 @@ from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
 from hf_condlr.conversion.onnx import export_onnx
-from hf_condlr.layers import LowRankConv2d, LowRankLinear, condition_report
+from hf_condlr.layers import LowRankConv2d, LowRankLinear, condition_report, is_factored
 from hf_condlr.manifold.step import attach_manifold_step
 from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
 from hf_condlr.robustness.metrics import AttackSuccessRate, RobustAccuracy
@@ -54,6 +54,7 @@ __all__ = [
     "export_onnx",
     "fold_model",
     "get_robust_lowrank_model",
+    "is_factored",
     "load_sharded",
     "load_split",
     "save_sharded",

@@ -21,7 +21,7 @@ from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
 from hf_condlr.conversion.onnx import export_onnx
 from hf_condlr.errors import CondLRError, ConfigError
-from hf_condlr.layers import condition_report
+from hf_condlr.layers import condition_report, conversion_record
 from hf_condlr.robustness.attacks import ATTACKS, make_attacks
 from hf_condlr.robustness.evaluation import evaluate_robustness, load_split
 
@@ -162,7 +162,7 @@ def _convert(args: argparse.Namespace) -> None:
         [given["target_modules"]] = given["target_modules"]
     config: Any = CondLRConfig.from_pretrained(args.config) if args.config else CondLRConfig(**given)
     model = get_robust_lowrank_model(_load(args.model), config)
-    _say(str(model.condlr_conversion))
+    _say(str(conversion_record(model).report))
     _save(model, args)
 
 

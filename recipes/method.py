@@ -11,7 +11,7 @@ from command_line import require
 from datasets import Dataset
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from hf_condlr import AdversarialArguments, CondLRConfig, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr import AdversarialArguments, CondLRConfig, CondLRTrainingArguments, get_robust_lowrank_model, is_factored
 
 logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")
@@ -136,7 +136,7 @@ def factored(
     Raises:
         ValueError: A factored model and method dense.
     """
-    if hasattr(model, "condlr_config"):
+    if is_factored(model):
         remedy = "Choose lowrank or condlr, or make it dense: condlr densify."
         require(args.method != "dense", "method dense needs a dense model", args.model_name_or_path, remedy)
         logger.warning("%s is factored already: rank, targets and tau stay those of it", args.model_name_or_path)

@@ -12,7 +12,7 @@ from labelled_data import LabelledDataArguments
 from restart import steps_done
 from transformers import EvalPrediction, Trainer
 
-from hf_condlr import CondLRTrainingArguments, RobustnessReport, condition_report, evaluate_robustness
+from hf_condlr import CondLRTrainingArguments, RobustnessReport, condition_report, evaluate_robustness, is_factored
 from hf_condlr.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def require_whole_for_attacks(trainer: Trainer, data_args: LabelledDataArguments
 
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """From the checkpoint to the end; metrics and state are written."""
-    if trainer.is_world_process_zero() and hasattr(trainer.model, "condlr_conversion"):
-        print(trainer.model.condlr_conversion)
+    if trainer.is_world_process_zero() and is_factored(trainer.model) and trainer.model.condlr.report:
+        print(trainer.model.condlr.report)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     done = steps_done(checkpoint)
     if trainer.state.global_step > done:  # else all was trained, and its metrics lie there
@@ -125,7 +125,7 @@ def finish(
     if report is not None and trainer.is_world_process_zero():
         print(report)
         report.save(folder / "robustness.json")
-    if report is not None and hasattr(trainer.model, "condlr_config"):
+    if report is not None and is_factored(trainer.model):
         card["robustness"] = report.card_entries()
     if args.push_to_hub:
         trainer.push_to_hub(**card)
@@ -141,7 +141,7 @@ def save(trainer: Trainer, folder: Path) -> None:
     Every process must call it, for all of them measure and gather a sharded model; the first one writes.
     """
     model, first = trainer.accelerator.unwrap_model(trainer.model), trainer.is_world_process_zero()
-    factored = hasattr(model, "condlr_config")
+    factored = is_factored(model)
     if factored:
         report = condition_report(model)
         if first:

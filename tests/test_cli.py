@@ -156,7 +156,7 @@ def test_push(factored, tmp_path):
     [
         (("convert", "{dense}", "{out}"), "exactly one of r, rank_ratio, compression_ratio must be given"),
         (("convert", "{dense}", "{out}", "--r", 99), r"received r=99"),
-        (("convert", "{dense}", "{out}", "--config", "{dense}"), "adapter_config.json"),
+        (("convert", "{dense}", "{out}", "--config", "{dense}"), "condlr_config.json"),
         (("convert", "{dense}", "{out}", "--config", "c", "--r", 2), "--config holds all settings; received r"),
         (("report", "{dense}"), "the model must have factored layers"),
         (("fold", "{dense}", "{out}"), "the model must have factored layers"),

@@ -8,12 +8,14 @@ from dataclasses import fields
 
 import peft
 import pytest
+import torch
 from peft import PeftConfig
 
 from hf_condlr import CondLRConfig
 from hf_condlr.errors import ConfigError
+from tests.models import bert
 
-FILE = "adapter_config.json"
+FILE = "condlr_config.json"
 
 
 def strict_json(text):
@@ -230,6 +232,7 @@ INVALID = [  # keyword arguments, what the message says of the rule, and of the 
     ({"r": 2, "exclude_modules": ["q", 1]}, "exclude_modules", "1"),
     ({"r": 2, "modules_to_save": "classifier"}, "modules_to_save", "'classifier'"),  # read letter by letter otherwise
     ({"r": 2, "modules_to_save": [1]}, "modules_to_save", "1"),
+    ({"r": 2, "modules_to_save": ["q("]}, "modules_to_save must hold valid regexes", r"'q\('"),
     ({"r": 2, "layers_to_transform": 1}, "layers_to_transform needs target_modules as a list", "'all-linear'"),
     ({"r": 2, "target_modules": ".*query", "layers_to_transform": [1]}, "layers_to_transform needs", "query"),
     ({"r": 2, "target_modules": ["q"], "layers_to_transform": "0"}, "layers_to_transform", "'0'"),
@@ -326,10 +329,10 @@ def test_a_wrong_value_in_the_file_is_an_error(tmp_path):
         CondLRConfig.from_pretrained(write(tmp_path, tau=-1))
 
 
-def test_a_file_of_another_method_is_an_error_that_says_so(tmp_path):
+def test_an_adapter_of_peft_beside_it_does_not_disturb(tmp_path):
     peft.LoraConfig(r=4, target_modules=["query"]).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"peft_type must be CONDLR; received 'LORA'"):
-        CondLRConfig.from_pretrained(tmp_path)
+    config = CondLRConfig(r=2)
+    assert save_and_load(config, tmp_path) == config
 
 
 def test_a_file_of_another_method_with_known_fields_only_is_an_error(tmp_path):
@@ -338,8 +341,22 @@ def test_a_file_of_another_method_with_known_fields_only_is_an_error(tmp_path):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+    with pytest.raises(ConfigError, match=r"must have a condlr_config\.json; received .*nothing"):
         CondLRConfig.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_model_saved_beside_the_config_loads_as_any_other(tmp_path):
+    """transformers takes a folder with `adapter_config.json` for an adapter of PEFT."""
+    CondLRConfig(r=2).save_pretrained(tmp_path)
+    model = bert()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+
+
+def test_peft_names_the_function_that_uses_the_config():
+    with pytest.raises(ConfigError, match=r"no PEFT adapter; .*get_robust_lowrank_model"):
+        peft.get_peft_model(bert(), CondLRConfig(r=2))
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])

@@ -23,7 +23,15 @@ from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.checkpoints.verify import check_factors, read_headers, verify_files
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import LowRankConv2d, LowRankLinear, head_names, replace_modules, weight_matrix
+from hf_condlr.layers import (
+    ConversionRecord,
+    LowRankConv2d,
+    LowRankLinear,
+    head_names,
+    replace_modules,
+    set_conversion_record,
+    weight_matrix,
+)
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -92,8 +100,8 @@ class FactoredCheckpointLoader(HfQuantizer):
             layer.bound = stored.bound
         self.remove_quantization_config(model)
         del model.config.transformers_weights
-        if self.manifest.config is not None:
-            object.__setattr__(model, "condlr_config", CondLRConfig.from_peft_type(**self.manifest.config))
+        config = self.manifest.config
+        set_conversion_record(model, ConversionRecord(CondLRConfig.from_peft_type(**config) if config else None))
         attach_saving(model)
         return model
 

@@ -23,6 +23,7 @@ from hf_condlr.checkpoints.manifest import (
     Manifest,
     StoredLayer,
 )
+from hf_condlr.layers import conversion_record
 
 STAGING = ".condlr-"
 
@@ -35,7 +36,7 @@ def publish(model: PreTrainedModel, staging: Path, folder: Path, layers: dict[st
     shards = sorted(p for p in staging.glob(f"*{SUFFIX}"))
     config = json.loads((staging / CONFIG_NAME).read_text(encoding="utf-8"))
     config["transformers_weights"] = NOTICE
-    condlr_config = getattr(model, "condlr_config", None)
+    condlr_config = conversion_record(model).config
     manifest = Manifest(
         weights="",
         layers=layers,

@@ -1,80 +1,139 @@
-"""Second moments C = E[x xᵀ] of the inputs of layers over calibration data, for the starts that are aware of it."""
+"""What a model gets of a calibration batch, and which tokens of it count."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_condlr.errors import ConversionError
+from hf_condlr.errors import CondLRError, ConversionError, require
+
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
 
 
-def input_covariances(
-    model: nn.Module, names: Iterable[str], data: Iterable[Any], *, max_bytes: int = 4 * 2**30
-) -> dict[str, Tensor]:  # {name: (n, n)}
-    """C = E[x xᵀ], uncentred, of the inputs x of each named layer; tokens that the attention mask hides do not count.
+@dataclass
+class CalibrationBatch:
+    """The arguments that a model's forward gets of a batch, on the model's device, and its masks.
 
-    A convolution's x are its patches (c_in · k · k), unfolded batch by batch. The model runs in evaluation mode and
-    without gradients.
-
-    Args:
-        model: The dense model.
-        names: Linear, Conv1D or Conv2d layers of it.
-        data: Batches, such as a data loader's: dicts, of which the model gets what its forward accepts but the
-            labels; tuples, whose first element is the input; or tensors. They are moved to the model's device.
-        max_bytes: Memory for the matrices; where they need more, layers take turns and the data is gone over again.
-
-    Raises:
-        ConversionError: No batch, a layer that saw none, or an input that is not finite.
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments; labels are among them only for a decoder, which runs on them.
+        labels: The batch's labels, if there are any.
+        mask: Which tokens of the input count, (B, T).
+        decoder_mask: Which tokens of the decoder count, (B, T').
     """
-    return in_turns(model, names, data, _width, _one_pass, max_bytes)
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    decoder_mask: Tensor | None = None
 
 
-def in_turns(
-    model: nn.Module,
-    names: Iterable[str],
-    data: Iterable[Any],
-    width: Callable[[Any], int],
-    one_pass: Callable[[nn.Module, dict[str, Any], Iterable[Any]], dict[str, Tensor]],
-    max_bytes: int,
-) -> dict[str, Tensor]:
-    """A square matrix for each layer, as many in one pass over the data as fit into `max_bytes`."""
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    batches = repeatable(data)
-    matrices: dict[str, Tensor] = {}
-    for turn in _turns({name: width(layer) for name, layer in layers.items()}, max_bytes):
-        matrices.update(one_pass(model, {name: layers[name] for name in turn}, batches))
-    return matrices
-
-
-def repeatable(data: Iterable[Any]) -> Iterable[Any]:
-    """Data that can be gone over again: a loader or a sequence as it is, a generator as a list."""
+def reusable(data: Iterable[Any]) -> Iterable[Any]:
+    """Data that can be iterated over repeatedly: a loader or a sequence as it is, a generator as a list."""
     return data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
 
 
-def _turns(widths: dict[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in groups whose float32 matrices (width, width) fit into memory together."""
-    groups: list[list[str]] = []
-    left = 0
-    for name, width in widths.items():
-        need = 4 * width**2
-        if need > left or not groups:
-            groups.append([])
-            left = max_bytes
-        groups[-1].append(name)
-        left -= need
-    return groups
+def calibration_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[CalibrationBatch]:
+    """Iterate over the data with a progress bar; the model is in evaluation mode meanwhile."""
+    with _evaluation_mode(model):
+        for batch in tqdm(data, desc="calibration", disable=None):
+            yield calibration_batch(model, batch)
+
+
+def run(model: nn.Module, batch: CalibrationBatch) -> Any:
+    """The model's output for a batch.
+
+    Raises:
+        ConversionError: The model does not accept the batch.
+    """
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except CondLRError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"calibration_data must hold batches that the {type(model).__name__} accepts",
+            received=f"{_described(batch.kwargs or batch.args[0])}: {type(error).__name__}: {error}",
+            remedy="Pass a DataLoader with the collator that training uses.",
+        ) from error
+
+
+def calibration_batch(model: nn.Module, batch: Any) -> CalibrationBatch:
+    """Pick what `model.forward` accepts from a batch: a mapping, a tuple with the input first, or a tensor.
+
+    Raises:
+        ConversionError: The batch holds no tensors, or nothing for the decoder of an encoder-decoder to run on.
+    """
+    device = next(model.parameters()).device
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if not isinstance(batch, Mapping):
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        _require_tensors(isinstance(first, Tensor), batch)
+        return CalibrationBatch((moved(first),), {})
+    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
+    kwargs = {key: moved(value) for key, value in batch.items() if key in accepted}
+    _require_tensors(any(isinstance(value, Tensor) for value in kwargs.values()), batch)
+    labels = moved(batch.get("labels"))
+    arguments = CalibrationBatch((), kwargs, labels if isinstance(labels, Tensor) else None)
+    arguments.mask = _token_mask(kwargs.get("attention_mask"))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        _add_decoder_inputs(model, arguments)
+    return arguments
+
+
+def _add_decoder_inputs(model: Any, batch: CalibrationBatch) -> None:
+    """Decoders run on the batch's labels, which the model shifts by itself; those of -100 do not count."""
+    has_inputs = any(name in batch.kwargs for name in DECODER_INPUTS)
+    tokens = batch.labels if batch.labels is not None and batch.labels.dim() == 2 else None
+    if tokens is not None and not tokens.is_floating_point():
+        batch.decoder_mask = tokens != -100
+        if not has_inputs:
+            batch.kwargs["labels"] = tokens
+            has_inputs = True
+    if (mask := _token_mask(batch.kwargs.get("decoder_attention_mask"))) is not None:
+        batch.decoder_mask = mask
+    require(
+        has_inputs or not model.can_generate(),
+        "calibration batches of an encoder-decoder must hold what its decoder runs on",
+        received="neither labels nor decoder_input_ids",
+        remedy="Let the collator add labels, as DataCollatorForSeq2Seq does.",
+        error=ConversionError,
+    )
+
+
+def _token_mask(mask: Any) -> Tensor | None:  # (B, T) bool
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _require_tensors(condition: bool, batch: Any) -> None:
+    require(
+        condition,
+        "calibration_data must hold batches of tensors that the model's forward accepts",
+        received=_described(batch),
+        remedy="Pass a DataLoader with the collator that training uses, not a Dataset or texts.",
+        error=ConversionError,
+    )
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_described(value)}" for key, value in batch.items()) or "an empty batch"
+    return f"a tensor {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each module is put back into the mode that it had."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each module is back in the mode that it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -82,79 +141,3 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _width(layer: Any) -> int:  # n
-    if isinstance(layer, nn.Conv2d):
-        return layer.weight[0].numel()
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]  # Conv1D is stored transposed
-
-
-@torch.no_grad()
-def _one_pass(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0)
-    mask: Tensor | None = None
-
-    def record(name: str, layer: Any) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _rows(layer, args[0], mask)
-            sums[name] = sums[name] + rows.mT @ rows if name in sums else rows.mT @ rows
-            counts[name] += len(rows)
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(record(name, layer)) for name, layer in layers.items()]
-    try:
-        with evaluated(model):
-            for batch in tqdm(batches, desc="calibration", disable=None):
-                args, kwargs, mask = model_arguments(model, batch)
-                model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: _mean(name, sums, counts) for name in layers}
-
-
-def _mean(name: str, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-    received = "none" if not counts[name] else None
-    if received is None and not torch.isfinite(sums[name]).all():
-        received = "values that are not finite"
-    if received:
-        raise ConversionError(
-            f"calibration data must reach {name!r} with finite inputs",
-            received=received,
-            remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
-        )
-    return sums[name] / counts[name]
-
-
-def _rows(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:  # -> (tokens, n), at least float32
-    x = x if x.dtype == torch.float64 else x.float()
-    if isinstance(layer, nn.Conv2d):
-        return _patches(layer, x)
-    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
-        return x[mask.bool()]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B · positions, c_in · k_h · k_w)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return patches.mT.reshape(-1, patches.shape[1])
-
-
-def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """Positional and keyword arguments on the model's device, and the attention mask where it is (B, T)."""
-    device = next(model.parameters()).device
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if not isinstance(batch, Mapping):
-        return (moved(batch[0] if isinstance(batch, (tuple, list)) else batch),), {}, None
-    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
-    kwargs = {key: moved(value) for key, value in batch.items() if key in accepted}
-    mask = kwargs.get("attention_mask")
-    return (), kwargs, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -1,4 +1,4 @@
-"""The best factors that obey the bound: what `conditioned_start` does in place of clipping singular values."""
+"""The best factors that obey the bound, which the option `conditioned_start` starts from."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from torch import Tensor
 
 from hf_condlr.conversion.factorizations import damped_fisher
 from hf_condlr.layers import Factors
-from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar, wide_device
+from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar
+from hf_condlr.linalg.precision import to_float64
 
-SWEEPS = 100
-
-
-CORE_STEPS = 5  # projected gradient steps of S in a sweep: r×r products, next to nothing
-
-
-ENOUGH = 1e-3  # the error falls by a smaller share than this in ten sweeps: the end
+MAX_SWEEPS = 100
+CORE_STEPS = 5  # projected gradient steps of S in a sweep; they multiply r×r matrices only, which costs little
+LEAST_GAIN = 1e-3  # stop when ten sweeps lower the error by a smaller share than this
 
 
 def nearest_conditioned(
     W: Tensor, factors: Factors, tau: float, *, center: Center = "nearest", C: Tensor | None, F: Tensor | None
 ) -> Factors:
-    """Factors with κ(S) ≤ 1 + τ that lower f = ‖F̃^{1/2} (W − U S Vᵀ) C^{1/2}‖_F² from where clipping S leaves it.
+    """Factors with κ(S) ≤ 1 + τ that minimise f = ‖F̃^{1/2} (W − U S Vᵀ) C^{1/2}‖_F², from the clipped S on.
 
-    Clipped alone, the singular values of a start that is aware of data are moved as if all directions counted alike.
-    Here S takes projected gradient steps, and U and V each go to the polar factor of U − ∇_U f/L, L the Lipschitz
+    Clipping alone moves the singular values of a start that is aware of data as if all directions counted equally. Here
+    S takes projected gradient steps, and U and V each go to the polar factor of U − ∇_U f/L, L the Lipschitz
     constant of ∇f: the minimiser over orthonormal matrices of a quadratic that lies above f (a majorisation), so f
     falls in every sweep. With M = UᵀF̃U and N = VᵀCV the gradients are
 
@@ -34,11 +31,11 @@ def nearest_conditioned(
 
     Args:
         W: The dense weight (m, n).
-        factors: U (m, r), S (r, r), V (n, r) of the start. Left alone where they obey the bound.
+        factors: U (m, r), S (r, r), V (n, r) of the start; returned unchanged if they obey the bound.
         tau: κ(S) ≤ 1 + tau.
         center: The interval of the clipping.
         C: Second moments (n, n) of the inputs; None for the identity.
-        F: Those of the outputs' gradients (m, m), which are damped as in `fisher`; None for the identity.
+        F: Second moments (m, m) of the outputs' gradients, damped as in `fisher`; None for the identity.
     """
     U, S, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
     if condition_number(S) <= 1 + tau:
@@ -51,18 +48,18 @@ def nearest_conditioned(
     right = _metric(C, wide.shape[1], S)
     target = left @ wide @ right  # F̃WC
     largest_left, largest_right = _largest(left), _largest(right)
-    whole = (target * wide).sum()  # ‖F̃^{1/2} W C^{1/2}‖_F²
+    norm = (target * wide).sum()  # ‖F̃^{1/2} W C^{1/2}‖_F²
     errors: list[float] = []
     best = U, S, V
     left_U, right_V, cross = left @ U, right @ V, target @ V
-    for _ in range(SWEEPS):
+    for _ in range(MAX_SWEEPS):
         M, N, R = U.mT @ left_U, V.mT @ right_V, U.mT @ cross
-        errors.append((((M @ S @ N - 2 * R) * S).sum() / whole).item())  # f/‖·‖² − 1
-        if not errors[-1] <= min(errors):  # rounding has the last word; NaN compares false
+        errors.append((((M @ S @ N - 2 * R) * S).sum() / norm).item())  # f/‖·‖² − 1
+        if not errors[-1] <= min(errors):  # converged to rounding, or NaN, which compares false
             U, S, V = best
             break
         best = U, S, V
-        if len(errors) > 10 and errors[-11] - errors[-1] < ENOUGH * (1 + errors[-1]):
+        if len(errors) > 10 and errors[-11] - errors[-1] < LEAST_GAIN * (1 + errors[-1]):
             break
         L = _largest(M) * _largest(N)
         for _ in range(CORE_STEPS):
@@ -77,13 +74,13 @@ def nearest_conditioned(
 
 
 def _metric(matrix: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """Of mean eigenvalue 1: gradients are so small that products of their squares would underflow."""
+    """The matrix scaled to mean eigenvalue 1: products of squared small gradients would underflow."""
     if matrix is None or not matrix.any():
         return torch.eye(size, dtype=like.dtype, device=like.device)
     return (matrix / matrix.diagonal().mean()).to(like)
 
 
 def _largest(symmetric: Tensor) -> Tensor:
-    """λ_max in float64, in which LAPACK converges where float32 now and then does not."""
-    wide = symmetric.to(wide_device(symmetric), torch.float64)
+    """λ_max in float64, since LAPACK sometimes does not converge in float32."""
+    wide = to_float64(symmetric)
     return torch.linalg.eigvalsh((wide + wide.mT) / 2)[-1].to(symmetric)

@@ -1,10 +1,11 @@
-"""`get_robust_lowrank_model`: a model's linear layers become W = U S Vᵀ, in place; and the ways back."""
+"""`get_robust_lowrank_model`: a model's linear layers become W = U S Vᵀ, in place."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,18 +15,25 @@ from torch import Tensor, nn
 from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.ranks import requested_ranks
-from hf_condlr.conversion.report import (
-    ConversionReport,
-    _measured,
-)
-from hf_condlr.conversion.starts import NO_MOMENTS, calibrate, factorization
+from hf_condlr.conversion.second_moments import Calibration, SecondMoments
+from hf_condlr.conversion.starts import factorization
 from hf_condlr.conversion.targets import resolve_targets
-from hf_condlr.errors import ConversionError
-from hf_condlr.layers import LowRankConv2d, LowRankLayer, LowRankLinear, head_names, weight_matrix
-from hf_condlr.layers.model import replace_modules
+from hf_condlr.conversion.trainable import saves, set_trainable
+from hf_condlr.conversion.truncation import measure
+from hf_condlr.errors import CondLRError, ConversionError, require
+from hf_condlr.layers import (
+    ConversionRecord,
+    ConversionReport,
+    LowRankConv2d,
+    LowRankLayer,
+    LowRankLinear,
+    conversion_record,
+    replace_modules,
+    set_conversion_record,
+    weight_matrix,
+)
 
 logger = logging.getLogger(__name__)
-
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,9 +44,9 @@ def get_robust_lowrank_model(
 ) -> Model:
     """Convert the layers that `config` names to factors W = U S Vᵀ, in place.
 
-    The model keeps its class, identity, dtype, device, training mode and `requires_grad`. `model.condlr_config` holds
-    the config and `model.condlr_conversion` a `ConversionReport`. Training keeps κ(S) ≤ 1 + τ once
-    `attach_manifold_step(optimizer, model)` is called on an optimizer made *after* the conversion.
+    The model keeps its class, identity, dtype, device, training mode and `requires_grad`. `model.condlr` records the
+    `config` and a `report` of each layer. Training keeps κ(S) ≤ 1 + τ once `attach_manifold_step(optimizer, model)` is
+    called on an optimizer made *after* the conversion.
 
     Args:
         model: Any `nn.Module`; the head is found in transformers models.
@@ -53,78 +61,71 @@ def get_robust_lowrank_model(
     Raises:
         ConfigError: A rank exceeds a layer's, the budget cannot be met, or calibration data is missing or superfluous.
         ConversionError: Nothing matches, or a named layer cannot be converted (tied, quantized, grouped, read by its
-            parent). The model is as it was.
+            parent). After any error the model is as it was.
     """
-    targets, skipped = resolve_targets(model, config)
-    report = ConversionReport(skipped=skipped)
-    matrices = {name: weight_matrix(model.get_submodule(name)) for name in targets}
-    for name, W in matrices.items():
-        _refuse_unusable(name, W)
-    moments = calibrate(model, config, list(targets), calibration_data)
-    ranks = requested_ranks(matrices, targets, config, moments, report)
-    layers = {}
-    for name, r in ranks.items():
-        W, (C, F) = matrices[name], moments.pop(name, NO_MOMENTS)
-        dense: Any = model.get_submodule(name)
-        layer_class: Any = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
-        tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
-        factorize = factorization(config, tau, C, F)
-        layers[name] = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
-        report.converted[name] = _measured(W, layers[name], config, C)
-    # Only now: an error above leaves the model as it was.
-    replace_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
-    _set_trainable(model, config)
-    earlier = getattr(model, "condlr_conversion", None)
+    targets = resolve_targets(model, config)
+    matrices = {name: _usable_matrix(model, name) for name in targets.names}
+    calibration = Calibration(model, config, calibration_data)
+    ranks, left_dense = requested_ranks(matrices, targets.heads, config, calibration)
+    layers: dict[nn.Module, nn.Module] = {}
+    report = ConversionReport(skipped=targets.skipped | left_dense)
+    for name, second_moments in calibration.second_moments(ranks):
+        dense = model.get_submodule(name)
+        with _naming(name):
+            layers[dense] = layer = _factored(dense, name, ranks[name], config, second_moments)
+            report.converted[name] = measure(matrices[name], layer, config, second_moments.C)
+    # Nothing has changed so far, so that an error leaves the model as it was.
+    replace_modules(model, layers)
+    set_trainable(model, config)
+    earlier = conversion_record(model).report
     if earlier is not None:  # a second conversion, of other layers
-        report.converted = earlier.converted | report.converted
-        report.skipped = earlier.skipped | report.skipped
+        report = ConversionReport(earlier.converted | report.converted, earlier.skipped | report.skipped)
     _warn_of_names_without_a_match(model, config, report)
-    object.__setattr__(model, "condlr_config", config)
-    object.__setattr__(model, "condlr_conversion", report)
+    set_conversion_record(model, ConversionRecord(config, report))
     attach_saving(model)
     logger.info("%s", report)
     return model
 
 
-def _refuse_unusable(name: str, W: Tensor) -> None:
+def _usable_matrix(model: nn.Module, name: str) -> Tensor:  # (m, n)
+    W = weight_matrix(model.get_submodule(name))
     received = "weights on the meta device" if W.is_meta else None
     if received is None and not torch.isfinite(W).all():
         received = "a weight that is not finite"
     if received is None and not W.any():
         received = "a weight that is zero"
-    if received:
-        raise ConversionError(
-            f"the weight of {name!r} must have values to factor",
-            received=received,
-            remedy="Load or initialise the model first, or put the layer in exclude_modules.",
-        )
+    require(
+        received is None,
+        f"the weight of {name!r} must have values to factor",
+        received=received,
+        remedy="Load or initialise the model first, or put the layer in exclude_modules.",
+        error=ConversionError,
+    )
+    return W
 
 
-def _set_trainable(model: nn.Module, config: CondLRConfig) -> None:
-    saved = [module for name, module in model.named_modules() if _is_saved(name, config)]
-    if config.trainable == "factors":
-        model.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, LowRankLayer):
-                module.requires_grad_(True)
-        frozen = [n for n in sorted(head_names(model)) if not model.get_submodule(n).weight.requires_grad]
-        if frozen := [name for name in frozen if not _is_saved(name, config)]:
-            logger.warning("the head %s is frozen; modules_to_save=%s trains it", ", ".join(frozen), frozen)
-    for module in saved:
-        module.requires_grad_(True)
+def _factored(dense: nn.Module, name: str, r: int, config: CondLRConfig, second_moments: SecondMoments) -> LowRankLayer:
+    tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
+    factorize = factorization(config, tau, second_moments)
+    layer_class = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
+    return layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
 
 
-def _is_saved(name: str, config: CondLRConfig) -> bool:
-    return any(_saves(key, name) for key in config.modules_to_save or [])
-
-
-def _saves(key: str, name: str) -> bool:
-    """PEFT's rule for modules_to_save: the name of the module, of a parent, or its end."""
-    return re.match(rf"(^|.*\.){key}($|\..*)", name) is not None
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Add the layer's name to errors."""
+    try:
+        yield
+    except CondLRError as error:
+        rule = f"{name!r} must be convertible: {error.rule}"
+        raise type(error)(rule, received=error.received, remedy=error.remedy) from error
+    except Exception as error:
+        error.add_note(f"raised while {name!r} was factored")
+        raise
 
 
 def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, report: ConversionReport) -> None:
-    """A misspelt name would otherwise be ignored without a word."""
+    """A misspelt name would otherwise be ignored silently."""
     names = [name for name, _ in model.named_modules()]
     unused = [
         f"{field_name}[{key!r}]"
@@ -135,7 +136,7 @@ def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, repor
     unused += [
         f"modules_to_save {key!r}"
         for key in config.modules_to_save or []
-        if not any(_saves(key, name) for name in names)
+        if not any(saves(key, name) for name in names)
     ]
     if unused:
         logger.warning("no layer matches %s", ", ".join(unused))

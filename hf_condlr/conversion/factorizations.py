@@ -1,4 +1,4 @@
-"""Starts: how a dense weight W (m, n) becomes factors U, S, V of rank r, and how far from W they are."""
+"""Factorizations that a layer can start from: a dense weight W (m, n) becomes factors U, S, V of rank r."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from hf_condlr.layers import Factorization, Factors
 from hf_condlr.linalg import random_factors, robust_svd, truncated_svd
+from hf_condlr.linalg.precision import to_float64
 
 
 def randomized_svd(W: Tensor, r: int, *, oversampling: int = 16, power_iterations: int = 4) -> Factors:
     """W ≈ U S Vᵀ from a random sketch of r + oversampling columns (Halko, Martinsson, Tropp 2011, algorithm 5.1).
 
-    For layers so large that a whole SVD is slow. Draws from torch's global random state.
+    For layers so large that a full SVD is slow. Draws from torch's global random state.
     """
     wide = W if W.dtype == torch.float64 else W.float()
     q = min(r + oversampling, min(W.shape))
@@ -35,7 +36,7 @@ def activation_aware(W: Tensor, r: int, C: Tensor) -> Factors:
     """The rank-r Ŵ = U S Vᵀ nearest to W in the metric of its inputs: min ‖(W − Ŵ) C^{1/2}‖_F, C = E[x xᵀ] (n, n).
 
     With P the top r left singular vectors of W C^{1/2} the minimiser is Ŵ = P PᵀW, also for a singular C; then
-    PᵀW = S Vᵀ by SVD. In float64: C^{1/2} is ill conditioned as a rule.
+    PᵀW = S Vᵀ by SVD. Computed in float64, because C^{1/2} is usually ill-conditioned.
     """
     P, _, _ = robust_svd(whiten(W, C))
     P = P[:, :r]
@@ -46,9 +47,9 @@ def activation_aware(W: Tensor, r: int, C: Tensor) -> Factors:
 def fisher(W: Tensor, r: int, C: Tensor, F: Tensor) -> Factors:
     """The rank-r Ŵ = U S Vᵀ that moves the predictions least: min ‖F̃^{1/2} (W − Ŵ) C^{1/2}‖_F, C (n, n), F (m, m).
 
-    F = E[Σ g gᵀ] of the gradients at the layer's output; F̃ = F + (tr F/m) I, since few directions of the output have
-    a gradient as a rule, and those without one are not to be given up. With P the top r left singular vectors of
-    F̃^{1/2} W C^{1/2} the minimiser is Ŵ = F̃^{-1/2} P PᵀF̃^{1/2} W, also for a singular C. In float64.
+    F = E[Σ g gᵀ] of the gradients at the layer's output; F̃ = F + (tr F/m) I, since usually few directions of the output
+    have a gradient, and those without one must not be lost. With P the top r left singular vectors of
+    F̃^{1/2} W C^{1/2} the minimiser is Ŵ = F̃^{-1/2} P PᵀF̃^{1/2} W, also for a singular C. Computed in float64.
 
     Source: K-FAC (Martens and Grosse 2015) as the metric of a weighted SVD (Hsu et al. 2022, with a diagonal one).
     """
@@ -67,8 +68,8 @@ def fisher_root(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
 
 
 def damped_fisher(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
-    """F̃ = F + (tr F/m) I; the identity where no gradient was."""
-    wide = F.to("cpu" if F.device.type == "mps" else F.device, torch.float64)
+    """F̃ = F + (tr F/m) I; the identity if there was no gradient."""
+    wide = to_float64(F)
     identity = torch.eye(len(F), dtype=torch.float64, device=wide.device)
     damping = wide.diagonal().mean()
     return wide + damping * identity if damping > 0 else identity
@@ -76,9 +77,8 @@ def damped_fisher(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
 
 def whiten(W: Tensor, C: Tensor) -> Tensor:  # (m, n), (n, n) -> (m, n) float64
     """W C^{1/2} in the eigenbasis of C, that is W Q Λ^{1/2}: its singular values and left vectors are the same."""
-    device = "cpu" if W.device.type == "mps" else W.device  # MPS has no float64
-    eigenvalues, Q = torch.linalg.eigh(C.to(device, torch.float64))
-    return (W.to(device, torch.float64) @ Q) * eigenvalues.clamp_min(0).sqrt()
+    eigenvalues, Q = torch.linalg.eigh(to_float64(C))
+    return (to_float64(W) @ Q) * eigenvalues.clamp_min(0).sqrt()
 
 
 FACTORIZATIONS: dict[str, Factorization] = {
@@ -90,6 +90,6 @@ FACTORIZATIONS: dict[str, Factorization] = {
 
 def spectral_energy(W: Tensor) -> Tensor:  # (m, n) -> (min(m, n),) float64, on the CPU
     """σ_i² in descending order, as eigenvalues of the smaller Gram matrix: a fraction of the cost of an SVD."""
-    wide = W.double() if W.device.type != "mps" else W.cpu().double()
+    wide = to_float64(W)
     gram = wide @ wide.mT if W.shape[0] <= W.shape[1] else wide.mT @ wide
     return torch.linalg.eigvalsh(gram).clamp_min(0).flip(0).cpu()

@@ -6,47 +6,39 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from hf_condlr.conversion.calibration import evaluated, in_turns, model_arguments
-from hf_condlr.errors import ConversionError
+from hf_condlr.conversion.calibration import CalibrationBatch, calibration_batches, run
+from hf_condlr.errors import ConversionError, require
 
 
-def output_fisher(
-    model: nn.Module, names: Iterable[str], data: Iterable[Any], *, max_bytes: int = 4 * 2**30
-) -> dict[str, Tensor]:  # {name: (m, m)}
+def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -> dict[str, Tensor]:
     """F = E[Σ_t g_t g_tᵀ], g_t = −∂ log p(ŷ | x)/∂y_t at the outputs y_t of each named layer, ŷ drawn from p.
 
-    p is the model's own; t runs over the tokens (or pixels) of a sample. With C = E[x xᵀ] of the layer's inputs, K-FAC
-    takes the layer's block of the Fisher matrix for C ⊗ F (Martens and Grosse 2015): an error ΔW of the weight moves
-    the predictions by KL ≈ ½ ‖F^{1/2} ΔW C^{1/2}‖_F². No labels are used; but the model must have learnt its task: the
-    gradients of a classifier drawn at random say nothing.
+    p is the model's own: classes, independent classes for a multi-label classifier, a Gaussian of variance 1 around
+    the output for a regression. t runs over the tokens (or pixels) of a sample. With C = E[x xᵀ] of the layer's inputs,
+    K-FAC takes the layer's block of the Fisher matrix for C ⊗ F (Martens and Grosse 2015): an error ΔW of the weight
+    changes the predictions by KL ≈ ½ ‖F^{1/2} ΔW C^{1/2}‖_F². The model must have learnt its task: the gradients of a
+    classifier drawn at random say nothing.
 
-    The model runs in evaluation mode, its parameters frozen meanwhile. ŷ is drawn with a fixed seed.
+    The model runs in evaluation mode, with its parameters frozen meanwhile. ŷ is drawn with a fixed seed.
 
     Args:
         model: The dense model; its output has `logits`, (B, classes) or (B, T, classes).
         names: Linear, Conv1D or Conv2d layers of it.
         data: Batches, as `input_covariances` takes them.
-        max_bytes: Memory for the matrices; where they need more, layers take turns and the data is gone over again.
+
+    Returns:
+        {name: F (m, m)}.
 
     Raises:
         ConversionError: No batch, no logits of two classes or more, or a layer that no gradient reaches or one that is
             not finite.
     """
-    return in_turns(model, names, data, _width, _one_pass, max_bytes)
-
-
-def _width(layer: Any) -> int:  # m
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.weight.shape[1]  # Conv1D is stored transposed
-
-
-def _one_pass(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) -> dict[str, Tensor]:
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     sums: dict[str, Tensor] = {}
-    drawn = 0
+    samples = 0
 
     def hook(name: str) -> Any:
         def record(gradient: Tensor) -> None:  # (*, m), or (B, m, H, W)
@@ -69,52 +61,72 @@ def _one_pass(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) 
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with evaluated(model), torch.enable_grad():
-            for batch in tqdm(batches, desc="calibration", disable=None):
-                args, kwargs, mask = model_arguments(model, batch)
-                logits = _logits(model(*args, **kwargs), mask)
+        with torch.enable_grad():
+            for batch in calibration_batches(model, data):
+                likelihood = _likelihood(model, batch)
+                logits = _logits(run(model, batch), batch, likelihood)
                 generator = generator or torch.Generator(logits.device).manual_seed(0)
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-                (-logits.log_softmax(-1).gather(1, labels).sum()).backward()
-                drawn += len(labels)
+                _negative_log_likelihood(logits, likelihood, generator).backward()
+                samples += len(logits)
     finally:
         for handle in hooks:
             handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
     for name in layers:
-        _require_finite(name, sums.get(name))
-    return {name: sums[name] / drawn for name in layers}
+        require(
+            name in sums and torch.isfinite(sums[name]).all(),
+            f"the gradient of the predictions must reach {name!r} and be finite",
+            received="gradients that are not finite" if name in sums else "none",
+            remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
+            error=ConversionError,
+        )
+    return {name: sums[name] / samples for name in layers}
 
 
-def _logits(output: Any, mask: Tensor | None) -> Tensor:  # -> (labels, classes), at least float32
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
-        shape = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "an output without logits"
-        raise ConversionError(
-            "'fisher' needs a model with logits (batch, classes) or (batch, tokens, classes), two classes at least",
-            received=shape,
-            remedy="Use init_weights='activation_aware', which needs the inputs of layers only.",
-        )
-    if not torch.isfinite(logits).all():
-        raise ConversionError(
-            "the logits over the calibration data must be finite",
-            received="NaN or inf",
-            remedy="Look for values in the data, or weights of the model, that are not finite or far too large.",
-        )
+def _likelihood(model: Any, batch: CalibrationBatch) -> str:
+    """The problem type of the model's config or, where that is not set, the one that transformers infers."""
+    config = getattr(model, "config", None)
+    if problem_type := getattr(config, "problem_type", None):
+        return problem_type
+    if batch.labels is not None and batch.labels.is_floating_point() and batch.labels.dim() == 2:
+        return "multi_label_classification"
+    is_regression = "ForSequenceClassification" in type(model).__name__ and getattr(config, "num_labels", 0) == 1
+    return "regression" if is_regression else "single_label_classification"
+
+
+def _negative_log_likelihood(logits: Tensor, likelihood: str, generator: torch.Generator) -> Tensor:
+    """−log p(ŷ) with ŷ drawn from the p of the logits (N, classes), summed over the N rows."""
+    mean = logits.detach()
+    if likelihood == "regression":
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return (mean + noise - logits).square().sum() / 2
+    if likelihood == "multi_label_classification":
+        drawn = torch.bernoulli(mean.sigmoid(), generator=generator)
+        return nnf.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+    return nnf.cross_entropy(logits, torch.multinomial(mean.softmax(-1), 1, generator=generator)[:, 0], reduction="sum")
+
+
+def _logits(output: Any, batch: CalibrationBatch, likelihood: str) -> Tensor:  # -> (N, classes), at least float32
+    logits: Any = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    classes = 2 if likelihood == "single_label_classification" else 1
+    is_tensor = isinstance(logits, Tensor)
+    require(
+        is_tensor and logits.dim() in (2, 3) and logits.shape[-1] >= classes,
+        "'fisher' needs a model with logits (batch, classes) or (batch, tokens, classes), two classes at least",
+        received=f"logits of shape {tuple(logits.shape)}" if is_tensor else "an output without logits",
+        remedy="Use init_weights='activation_aware', which needs the inputs of layers only.",
+        error=ConversionError,
+    )
+    require(
+        torch.isfinite(logits).all(),
+        "the logits over the calibration data must be finite",
+        received="NaN or inf",
+        remedy="Look for values in the data, or weights of the model, that are not finite or far too large.",
+        error=ConversionError,
+    )
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if logits.dim() == 2:
         return logits
-    return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits.flatten(0, 1)
-
-
-def _require_finite(name: str, total: Tensor | None) -> None:
-    received = "none" if total is None else None
-    if total is not None and not torch.isfinite(total).all():
-        received = "gradients that are not finite"
-    if received:
-        raise ConversionError(
-            f"the gradient of the predictions must reach {name!r} and be finite",
-            received=received,
-            remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
-        )
+    masks = [m for m in (batch.decoder_mask, batch.mask) if m is not None and m.shape == logits.shape[:2]]
+    return logits[masks[0]] if masks else logits.flatten(0, 1)

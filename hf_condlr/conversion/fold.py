@@ -8,15 +8,14 @@ from torch import nn
 
 from hf_condlr.checkpoints.save import detach_saving
 from hf_condlr.conversion.convert import Model
-from hf_condlr.errors import ConversionError
-from hf_condlr.layers import FoldedLayer, LowRankConv2d, LowRankLayer, LowRankLinear
-from hf_condlr.layers.model import replace_modules
+from hf_condlr.errors import ConversionError, require
+from hf_condlr.layers import FoldedLayer, LowRankLayer, factored_layers, replace_modules, set_conversion_record
 
 
 def to_dense_model(model: Model) -> Model:
     """Multiply every factored layer out to an ordinary dense one, in place. κ and the outputs stay (to rounding).
 
-    A model that has none is dense already and stays as it is.
+    A model without factored layers stays as it is.
     """
     _replace_layers(model, lambda layer: layer.to_dense())
     detach_saving(model)
@@ -29,21 +28,21 @@ def fold_model(model: Model) -> Model:
     return model
 
 
-def _replace_layers(model: nn.Module, replace: Callable[[LowRankLinear | LowRankConv2d], nn.Module]) -> None:
-    if isinstance(model, LowRankLayer):
-        raise ConversionError(
-            "the model must contain factored layers, not be one",
-            received=type(model).__name__,
-            remedy="Call the layer's own to_dense() or fold().",
-        )
-    layers = [m for m in model.modules() if isinstance(m, (LowRankLinear, LowRankConv2d))]
-    if any(isinstance(m, FoldedLayer) for m in model.modules()):
-        raise ConversionError(
-            "a folded layer has lost its U and S",
-            received="a folded model",
-            remedy="Fold or multiply out a copy (copy.deepcopy) of the factored model.",
-        )
-    replace_modules(model, {layer: replace(layer) for layer in layers})
-    for attribute in ("condlr_config", "condlr_conversion"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
+def _replace_layers(model: nn.Module, replace: Callable[[LowRankLayer], nn.Module]) -> None:
+    require(
+        not isinstance(model, LowRankLayer),
+        "the model must contain factored layers, not be one",
+        received=type(model).__name__,
+        remedy="Call the layer's own to_dense() or fold().",
+        error=ConversionError,
+    )
+    require(
+        not any(isinstance(module, FoldedLayer) for module in model.modules()),
+        "a folded layer has lost its U and S",
+        received="a folded model",
+        remedy="Fold or multiply out a copy (copy.deepcopy) of the factored model.",
+        error=ConversionError,
+    )
+    replace_modules(model, {layer: replace(layer) for layer in factored_layers(model).values()})
+    for module in model.modules():  # the record may be on a model inside, that of a PeftModel for instance
+        set_conversion_record(module, None)

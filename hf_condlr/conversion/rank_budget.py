@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from hf_condlr.errors import ConfigError
+from hf_condlr.errors import ConfigError, require
+from hf_condlr.layers.record import factored_size
 
 Shapes = dict[str, tuple[int, int]]
-
 
 Ranks = dict[str, int | None]  # None: the layer stays dense
 
@@ -28,20 +28,15 @@ def break_even_rank(m: int, n: int) -> int:
     return root
 
 
-def factored_size(m: int, n: int, r: int) -> int:
-    """Weights of the three factors, r(m + n) + r²."""
-    return r * (m + n) + r * r
-
-
 def round_down(r: int, multiple: int) -> int:
-    """The largest multiple of `multiple` up to r, r itself where that is smaller than `multiple`."""
+    """The largest multiple of `multiple` that is at most r; r itself if it is smaller than `multiple`."""
     return r if r < multiple else r - r % multiple
 
 
 def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1) -> Ranks:
     """The largest common rank ratio within the budget; single ranks are added while more than 1 % of it is unused.
 
-    With `multiple`, ranks are its multiples where they are not smaller than it, and grow by so many.
+    With `multiple`, ranks not smaller than it are its multiples, and grow by `multiple`.
 
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
@@ -80,8 +75,8 @@ def allocate_by_energy(
         shapes: (m, n) of each layer.
         energies: σ_i² of each layer in descending order, in the metric that the error is measured in.
         compression_ratio: Share of Σ mn to remove.
-        multiple: Ranks are multiples of it where they are not smaller than it.
-        leave_dense: A layer may stay dense, at its full size and without a bound on κ; else only where no rank pays.
+        multiple: Ranks not smaller than this are multiples of it.
+        leave_dense: Whether a layer may stay dense, at its full size and without a bound on κ, even where a rank pays.
 
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
@@ -110,21 +105,21 @@ def allocate_by_energy(
 def _options(
     shape: tuple[int, int], energy: Tensor, multiple: int, leave_dense: bool
 ) -> tuple[list[int | None], Tensor, Tensor]:
-    """All that a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
+    """What a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
     m, n = shape
     ranks = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
     sizes = [factored_size(m, n, r) for r in ranks] + [m * n]
     remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0
-    # Behind the last singular value, and for the dense layer, nothing is left.
+    # After the last singular value, and for the dense layer, the tail is 0.
     tails = torch.cat((remaining, remaining.new_zeros(1)))[[*ranks, -1]]
     first = slice(None) if leave_dense or not ranks else slice(len(ranks))
     return [*ranks, None][first], torch.tensor(sizes, dtype=torch.float64)[first], tails[first]
 
 
 def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int) -> None:
-    """Add ranks in place, the largest gain per weight first, until none fits. gains[name][r] is of r → r + 1.
+    """Add ranks in place, the largest gain per weight first, until none fits. gains[name][r] is that of r → r + 1.
 
-    One by one up to `multiple`, then so many at a time.
+    Ranks grow by 1 up to `multiple`, then by `multiple`.
     """
     left = budget - _size(shapes, ranks)
     while True:
@@ -149,12 +144,13 @@ def _budget(shapes: Shapes, compression_ratio: float) -> int:
     total = sum(m * n for m, n in shapes.values())
     budget = math.floor((1 - compression_ratio) * total)
     least = sum(min(m * n, m + n + 1) for m, n in shapes.values())
-    if least > budget:
-        raise ConfigError(
-            f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}",
-            received=compression_ratio,
-            remedy="Lower it, or leave small layers out with exclude_modules.",
-        )
+    require(
+        least <= budget,
+        f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}",
+        received=compression_ratio,
+        remedy="Lower it, or leave small layers out with exclude_modules.",
+        error=ConfigError,
+    )
     return budget
 
 

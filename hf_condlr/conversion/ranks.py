@@ -10,67 +10,39 @@ from torch import Tensor
 
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.factorizations import spectral_energy
-from hf_condlr.conversion.rank_budget import (
-    allocate_by_energy,
-    allocate_uniform,
-    break_even_rank,
-    round_down,
-)
-from hf_condlr.conversion.report import (
-    ConversionReport,
-)
-from hf_condlr.conversion.starts import NO_MOMENTS, Moments, in_metric
-from hf_condlr.conversion.targets import Place
-from hf_condlr.errors import ConfigError
+from hf_condlr.conversion.rank_budget import Ranks, allocate_by_energy, allocate_uniform, break_even_rank, round_down
+from hf_condlr.conversion.second_moments import Calibration
+from hf_condlr.conversion.starts import in_metric
+from hf_condlr.errors import ConfigError, listed, require
 
 logger = logging.getLogger(__name__)
 
 
 def requested_ranks(
-    matrices: dict[str, Tensor],
-    targets: dict[str, Place],
-    config: CondLRConfig,
-    moments: dict[str, Moments],
-    report: ConversionReport,
-) -> dict[str, int]:
-    """The rank of every layer to convert. Those that stay dense under a budget go to the report."""
-    ranks: dict[str, int] = {}
-    budgeted: dict[str, tuple[int, int]] = {}
+    matrices: dict[str, Tensor], heads: set[str], config: CondLRConfig, calibration: Calibration
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The rank of every layer to convert, and the layers that stay dense under a budget, with the reason.
+
+    Raises:
+        ConfigError: A rank exceeds a layer's, or the budget cannot be met.
+    """
+    explicit: dict[str, int] = {}
+    budgeted: dict[str, Tensor] = {}
     for name, W in matrices.items():
-        value = _explicit_rank(name, config, is_head=targets[name] == "head")
+        value = _explicit_rank(name, config, is_head=name in heads)
         if value is None:
-            budgeted[name] = (W.shape[0], W.shape[1])
-            continue
-        full = min(W.shape)
-        if isinstance(value, int) and value > full:
-            raise ConfigError(
-                f"the rank of {name!r} is at most min(in, out) = {full}",
-                received=f"r={value}",
-                remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
-            )
-        if not isinstance(value, int):
-            value = max(1, math.floor(value * full + 0.5))
-            value = full if value == full else round_down(value, config.rank_multiple)
-        ranks[name] = value
-    _warn_where_larger(matrices, ranks)
-    if not budgeted:
-        return ranks
-    assert config.compression_ratio is not None
-    if config.rank_allocation == "uniform":
-        allocated = allocate_uniform(budgeted, config.compression_ratio, config.rank_multiple)
-    else:
-        energies = {n: spectral_energy(in_metric(matrices[n], *moments.get(n, NO_MOMENTS))) for n in budgeted}
-        ratio, multiple = config.compression_ratio, config.rank_multiple
-        # What stays dense has no bound on κ; and where the error is a loss, no layer needs to be spared.
-        leave_dense = config.rank_allocation == "energy"
-        allocated = allocate_by_energy(budgeted, energies, ratio, multiple, leave_dense=leave_dense)
-    report.skipped |= {n: "its factors would not be smaller" for n, r in allocated.items() if r is None}
-    ranks |= {name: r for name, r in allocated.items() if r is not None}
-    return {name: ranks[name] for name in matrices if name in ranks}
+            budgeted[name] = W
+        else:
+            explicit[name] = _as_rank(value, name, min(W.shape), config.rank_multiple)
+    _warn_where_larger(matrices, explicit)
+    allocated = _allocate(budgeted, config, calibration) if budgeted else {}
+    left_dense = {name: "its factors would not be smaller" for name, r in allocated.items() if r is None}
+    ranks = explicit | {name: r for name, r in allocated.items() if r is not None}
+    return {name: ranks[name] for name in matrices if name in ranks}, left_dense
 
 
 def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float | None:
-    """int a rank, float a rank ratio, None: from the budget."""
+    """An int for a rank, a float for a rank ratio, None for a rank from the budget."""
     value = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name))
     if value is not None:
         return value
@@ -79,7 +51,40 @@ def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float |
     return config.r if config.r is not None else config.rank_ratio
 
 
+def _as_rank(value: float, name: str, full: int, multiple: int) -> int:
+    if isinstance(value, int):
+        require(
+            value <= full,
+            f"the rank of {name!r} is at most min(in, out) = {full}",
+            received=f"r={value}",
+            remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
+            error=ConfigError,
+        )
+        return value
+    r = max(1, math.floor(value * full + 0.5))
+    return full if r == full else round_down(r, multiple)
+
+
+def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, calibration: Calibration) -> Ranks:
+    assert config.compression_ratio is not None
+    shapes = {name: (W.shape[0], W.shape[1]) for name, W in matrices.items()}
+    if config.rank_allocation == "uniform":
+        return allocate_uniform(shapes, config.compression_ratio, config.rank_multiple)
+    energies = {
+        name: spectral_energy(in_metric(matrices[name], second_moments))
+        for name, second_moments in calibration.second_moments(matrices)
+    }
+    # A dense layer has no bound on κ; and where the error is a loss, no layer needs to stay dense.
+    leave_dense = config.rank_allocation == "energy"
+    ratio, multiple = config.compression_ratio, config.rank_multiple
+    return allocate_by_energy(shapes, energies, ratio, multiple, leave_dense=leave_dense)
+
+
 def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> None:
     larger = [name for name, r in ranks.items() if r > break_even_rank(*matrices[name].shape)]
     if larger:
-        logger.warning("factors are not smaller than the weight they replace in: %s", ", ".join(larger))
+        logger.warning(
+            "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
+            "weights, which for a square layer are those below rank_ratio=0.41",
+            listed(larger),
+        )

@@ -2,59 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.config import ALL_LINEAR, CondLRConfig
-from hf_condlr.errors import ConversionError
-from hf_condlr.layers import FoldedLayer
-from hf_condlr.layers.model import head_names
+from hf_condlr.errors import ConversionError, listed, require
+from hf_condlr.layers import FoldedLayer, factored_layers, head_names
 
-Place = Literal["body", "head"]
-
-
-# Their children's weights go into fused kernels, past the children's forward.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
+"""Modules that hand their children's weights to fused kernels, without calling the children's forward."""
 
 FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward, nn.Conv2d: nn.Conv2d.forward}
 
 
-def resolve_targets(model: nn.Module, config: CondLRConfig) -> tuple[dict[str, Place], dict[str, str]]:
-    """The layers to convert, {name: body or head}, and those that "all-linear" means but that cannot be, with reasons.
+@dataclass
+class Targets:
+    """What `resolve_targets` finds.
+
+    Attributes:
+        names: The layers to convert.
+        heads: The names of the model's heads.
+        skipped: Layers that "all-linear" means but that cannot be converted, with the reason.
+    """
+
+    heads: set[str]
+    names: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def resolve_targets(model: nn.Module, config: CondLRConfig) -> Targets:
+    """Find the layers to convert.
 
     Raises:
         ConversionError: A named layer cannot be converted, nothing matches, or there is no head to factor.
     """
-    heads = head_names(model)
-    if config.head == "full_rank" and not heads:
-        raise ConversionError(
-            "head='full_rank' needs a head that can be found",
-            received=f"a {type(model).__name__} with no output embeddings and no classifier known to transformers",
-            remedy="Name the layer in target_modules and give it rank 1.0 in rank_pattern.",
-        )
-    targets: dict[str, Place] = {}
-    skipped: dict[str, str] = {}
+    targets = Targets(head_names(model))
+    require(
+        config.head != "full_rank" or targets.heads,
+        "head='full_rank' needs a head that can be found",
+        received=f"a {type(model).__name__} with no output embeddings and no classifier known to transformers",
+        remedy="Name the layer in target_modules and give it rank 1.0 in rank_pattern.",
+        error=ConversionError,
+    )
     tied, adapted = _names_of_tied_weights(model), _names_inside_adapters(model)
     for name, module in model.named_modules():
-        named, swept = _wanted(name, module, config, is_head=name in heads)
-        if not named and not swept:
+        is_named, is_swept = _wanted(name, module, config, is_head=name in targets.heads)
+        if not is_named and not is_swept:
             continue
         reason = "part of a PEFT adapter" if name in adapted else _obstacle(model, name, module, tied)
         if reason == "":
-            targets[name] = "head" if name in heads else "body"
-        elif reason is not None and named:
-            raise ConversionError(
-                "a named layer must be convertible", received=f"{name!r}: {reason}", remedy="Put it in exclude_modules."
-            )
+            targets.names.append(name)
         elif reason is not None:
-            skipped[name] = reason
-    if not targets:
-        raise _no_match(model, config)
-    return targets, skipped
+            require(
+                not is_named,
+                "a named layer must be convertible",
+                received=f"{name!r}: {reason}",
+                remedy="Put it in exclude_modules.",
+                error=ConversionError,
+            )
+            targets.skipped[name] = reason
+    if not targets.names:
+        raise _no_match(model, config, targets.skipped)
+    return targets
 
 
 def _wanted(name: str, module: nn.Module, config: CondLRConfig, *, is_head: bool) -> tuple[bool, bool]:
@@ -75,7 +87,7 @@ def _has_fused_experts(module: nn.Module) -> bool:
 
 
 def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) -> str | None:
-    """Why a matching module cannot be converted: "" it can, None it is no layer with a weight matrix at all."""
+    """Why a matching module cannot be converted; "" if it can, None if it is no layer with a weight matrix."""
     if _has_fused_experts(module):
         return "its experts are fused into tensors of three dimensions, not linear layers"
     known = next((cls for cls in FORWARDS if isinstance(module, cls)), None)
@@ -86,7 +98,11 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
         return None
     if known is None or weight is None:
         return f"a {type(module).__name__} is neither Linear, Conv1D nor Conv2d"
-    # A forward of its own (quantized, masked, moved between devices, ...) does something else with the weight.
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__} and no ordinary parameter (quantized, sharded or not loaded)"
+    if hasattr(module, "_hf_hook"):
+        return "accelerate moves its weight between devices; load the model without device_map to convert it"
+    # A forward of its own (quantized, masked, ...) does something else with the weight.
     if type(module).forward is not FORWARDS[known] or "forward" in vars(module):
         return f"a {type(module).__name__} with a forward of its own"
     if not weight.is_floating_point():
@@ -108,7 +124,7 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    """Its own `weight`, or the packed `qweight` of a quantized layer."""
+    """Whether it has a `weight`, or the packed `qweight` of a quantized layer, of two dimensions or more."""
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     return any(name in ("weight", "qweight") and tensor.dim() > 1 for name, tensor in tensors.items())
 
@@ -128,13 +144,17 @@ def _names_inside_adapters(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if module in inside}
 
 
-def _no_match(model: nn.Module, config: CondLRConfig) -> ConversionError:
+def _no_match(model: nn.Module, config: CondLRConfig, skipped: dict[str, str]) -> ConversionError:
     given = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    values = {name: getattr(config, name) for name in given}
+    received = ", ".join(f"{name}={value!r}" for name in given if (value := getattr(config, name)) is not None)
+    if converted := len(factored_layers(model)):
+        received += f" for a model in which {converted} layers are factored already"
+    if skipped:
+        received += f", which matches only {listed([f'{name} ({reason})' for name, reason in skipped.items()])}"
     candidates = [name for name, module in model.named_modules() if isinstance(module, tuple(FORWARDS))]
     shown = ", ".join(candidates[:40]) + (f" and {len(candidates) - 40} more" if len(candidates) > 40 else "")
     return ConversionError(
         "target_modules must match at least one layer",
-        received=", ".join(f"{name}={value!r}" for name, value in values.items() if value is not None),
+        received=received,
         remedy=f"Linear and Conv2d layers of this {type(model).__name__}: {shown or 'none'}.",
     )

@@ -9,20 +9,33 @@ from hf_condlr.layers.condition_report import ConditionReport, condition_report
 from hf_condlr.layers.conv2d import LowRankConv2d
 from hf_condlr.layers.folded import FoldedLayer
 from hf_condlr.layers.linear import LowRankLinear
-from hf_condlr.layers.model import compressed_layers, factored_layers, head_names, replace_modules
+from hf_condlr.layers.model import compressed_layers, factored_layers, head_names, is_factored, replace_modules
+from hf_condlr.layers.record import (
+    ConversionRecord,
+    ConversionReport,
+    LayerConversion,
+    conversion_record,
+    set_conversion_record,
+)
 
 __all__ = [
     "ConditionReport",
+    "ConversionRecord",
+    "ConversionReport",
     "Factorization",
     "Factors",
     "FoldedLayer",
+    "LayerConversion",
     "LowRankConv2d",
     "LowRankLayer",
     "LowRankLinear",
     "compressed_layers",
     "condition_report",
+    "conversion_record",
     "factored_layers",
     "head_names",
+    "is_factored",
     "replace_modules",
+    "set_conversion_record",
     "weight_matrix",
 ]

@@ -1,28 +1,36 @@
-"""What the factored layers share: the factors U, S, V, the constraint they obey, and folding."""
+"""`LowRankLayer`: what the factored layers share, that is the factors U, S, V and the constraint they obey."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.distributed.shards import full_tensor
-from hf_condlr.errors import ConfigError, ConversionError
-from hf_condlr.layers.weight_stand_in import FACTS, stand_in
-from hf_condlr.linalg import CENTERS, ROUNDING_TOLERANCE, Center, condition_number, is_conditionable, random_factors
+from hf_condlr.errors import ConfigError, ConversionError, require
+from hf_condlr.layers.weight_stand_in import stand_in
+from hf_condlr.linalg import (
+    CENTERS,
+    ROUNDING_TOLERANCE,
+    Center,
+    condition_number,
+    is_conditionable,
+    random_factors,
+    truncated_svd,
+)
 
 Factors = tuple[Tensor, Tensor, Tensor]
-
 
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
 
 
 class LowRankLayer(nn.Module):
-    """What the factored layers share: parameters U, S, V, bias, and the constraint they are to obey.
+    """A layer with weight W = U S Vᵀ: parameters U, S, V and bias, and the constraint that they are to obey.
 
     Attributes:
         tau: Conditioning tolerance, κ(S) ≤ 1 + tau; may be `math.inf`.
@@ -39,20 +47,62 @@ class LowRankLayer(nn.Module):
 
     def __init__(self, m: int, n: int, r: int, bias: bool, tau: float, center: Center, **factory: Any) -> None:
         super().__init__()
-        if not 1 <= r <= min(m, n):
-            raise ConversionError(
-                f"the rank of a {m}×{n} weight lies in 1 … {min(m, n)}", received=f"r={r}", remedy="Choose r in it."
-            )
-        if not tau >= 0:
-            raise ConfigError("tau must be ≥ 0", received=tau, remedy="tau = 0.1 bounds κ by 1.1.")
-        if center not in CENTERS:
-            rule = f"center must be one of {', '.join(CENTERS)}"
-            raise ConfigError(rule, received=repr(center), remedy="Choose one.")
+        require(
+            1 <= r <= min(m, n),
+            f"the rank of a {m}×{n} weight lies in 1 … {min(m, n)}",
+            received=f"r={r}",
+            remedy="Choose r in it.",
+            error=ConversionError,
+        )
+        require(tau >= 0, "tau must be ≥ 0", received=tau, remedy="tau = 0.1 bounds κ by 1.1.", error=ConfigError)
+        rule = f"center must be one of {', '.join(CENTERS)}"
+        require(center in CENTERS, rule, received=repr(center), remedy="Choose one.", error=ConfigError)
         self.tau, self.center, self.bound = float(tau), center, math.inf
         self.U = nn.Parameter(torch.empty(m, r, **factory))
         self.S = nn.Parameter(torch.empty(r, r, **factory))
         self.V = nn.Parameter(torch.empty(n, r, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(m, **factory)) if bias else None)
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: Any,
+        r: int,
+        *,
+        factorize: Factorization = truncated_svd,
+        tau: float = 0.1,
+        center: Center = "nearest",
+    ) -> Self:
+        """Factor a dense layer; dtype, device, training mode, requires_grad and the bias parameter itself are kept.
+
+        Args:
+            dense: The layer: for `LowRankLinear` an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored
+                transposed; for `LowRankConv2d` an `nn.Conv2d`.
+            r: Rank.
+            factorize: The start, `(W (m, n), r) -> U, S, V`.
+            tau: Conditioning tolerance.
+            center: Interval of the conditioning.
+        """
+        W = weight_matrix(dense)
+        layer = cls.empty_like(dense, r, tau=tau, center=center).to_empty(device=W.device)
+        layer.set_factors(*factorize(W, r))
+        for parameter in (layer.U, layer.S, layer.V):
+            parameter.requires_grad_(dense.weight.requires_grad)
+        layer.bias = dense.bias
+        return layer.train(dense.training)
+
+    @classmethod
+    @abstractmethod
+    def empty_like(cls, dense: Any, r: int, *, tau: float, center: Center) -> Self:
+        """Build the layer that stands for `dense` on the meta device, without values and without a bias."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """Multiply the factors out to an ordinary layer of the class that this one came from."""
+
+    @abstractmethod
+    def fold(self) -> nn.Sequential:
+        """Join U S: two ordinary layers with r(m + n) weights in all, for inference."""
 
     @property
     def r(self) -> int:
@@ -61,20 +111,20 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Answers code that asks for `weight.dtype`, `.device` or `.shape`; computing with it is an error.
+        """A tensor without values for code that reads `weight.dtype`, `.device` or `.shape`.
 
-        The matrix itself is `matrix()`.
+        Computing with it is an error; the matrix itself is `matrix()`.
         """
         return stand_in(self.U, self.weight_shape)
 
     def matrix(self) -> Tensor:  # (m, n)
-        """W = U S Vᵀ, multiplied out in at least float32."""
+        """Multiply out W = U S Vᵀ in at least float32."""
         U, S, V = (p if p.dtype == torch.float64 else p.float() for p in (self.U, self.S, self.V))
         return (U @ S @ V.mT).to(self.U.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random orthonormal U, V and S = c Q, with c the rms singular value that torch gives such a dense layer."""
+        """Draw orthonormal U, V and S = c Q, with c the rms singular value of torch's initialiser for such a layer."""
         m, n = self.U.shape[0], self.V.shape[0]
         rms = math.sqrt(m / (3 * min(m, n)))  # entries uniform in ±1/√n, as in nn.Linear and nn.Conv2d
         self.set_factors(*random_factors(m, n, self.r, rms, dtype=self.U.dtype, device=self.U.device))
@@ -83,49 +133,38 @@ class LowRankLayer(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, U: Tensor, S: Tensor, V: Tensor) -> None:
-        """Copy the factors in, and find out whether S obeys 1 + tau already."""
+        """Copy the factors in, and set `bound` accordingly."""
         for parameter, value in zip((self.U, self.S, self.V), (U, S, V), strict=True):
             parameter.copy_(value)
         self.refresh_bound()
 
     @torch.no_grad()
     def refresh_bound(self) -> None:
-        """`bound` from S itself: 1 + tau where it obeys that, inf where it does not. Gathers a sharded S."""
+        """Set `bound` to 1 + tau if S obeys it, else to inf. A sharded S is gathered for this."""
         target = 1 + self.tau
         tolerance = 1 + ROUNDING_TOLERANCE.get(self.S.dtype, torch.finfo(self.S.dtype).eps)
         S = full_tensor(self.S)
-        feasible = bool(is_conditionable(S)) and bool(condition_number(S) <= target * tolerance)
-        self.bound = target if feasible else math.inf
+        obeys = bool(is_conditionable(S)) and bool(condition_number(S) <= target * tolerance)
+        self.bound = target if obeys else math.inf
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.S.is_meta:
             self.refresh_bound()
 
-    def take_over(self, dense: Any, factors: Factors) -> None:
-        """Factors of the dense layer's weight; its bias itself, training mode and requires_grad."""
-        self.set_factors(*factors)
-        for parameter in (self.U, self.S, self.V):
-            parameter.requires_grad_(dense.weight.requires_grad)
-        self.bias = dense.bias
-        self.train(dense.training)
-
     def bound_repr(self) -> str:
-        """What both layers' `extra_repr` end with."""
+        """The end of both layers' `extra_repr`."""
         return f"r={self.r}, bias={self.bias is not None}, tau={self.tau:g}, bound={self.bound:.4g}"
 
 
-FACTS |= {"size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "get_device", "is_quantized"}
-
-
 def weight_matrix(dense: nn.Module) -> Tensor:  # (m, n)
-    """The weight of a Linear, Conv1D or Conv2d as the matrix (out, in), detached."""
+    """Return the weight of a Linear, Conv1D or Conv2d as the matrix (out, in), detached."""
     weight: Tensor = cast(Any, dense).weight.detach()
     return weight.mT if isinstance(dense, Conv1D) else weight.reshape(weight.shape[0], -1)
 
 
 def allocate(build: Callable[[], nn.Module], like: Tensor) -> Any:
-    """A dense layer without values on the device and in the dtype of `like`; draws no random numbers."""
+    """Build a layer without values on the device and in the dtype of `like`, without drawing random numbers."""
     with torch.device("meta"):
         layer = build()
     return layer.to(dtype=like.dtype).to_empty(device=like.device)
@@ -133,7 +172,7 @@ def allocate(build: Callable[[], nn.Module], like: Tensor) -> Any:
 
 @torch.no_grad()
 def give_weight(dense: Any, layer: LowRankLayer, weight: Tensor) -> Any:
-    """Fill a fresh dense layer: weight, the bias itself, requires_grad, training mode."""
+    """Fill a new dense layer: the weight, the same bias parameter, requires_grad and training mode."""
     dense.weight.copy_(weight)
     dense.weight.requires_grad_(layer.U.requires_grad)
     dense.bias = layer.bias

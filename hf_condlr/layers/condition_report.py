@@ -12,8 +12,10 @@ from torch import nn
 
 from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonormalize
 from hf_condlr.distributed.shards import reshard
-from hf_condlr.errors import CondLRError, MissingExtraError
+from hf_condlr.errors import CondLRError, MissingExtraError, require
 from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.layers.model import factored_layers
+from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
 
@@ -45,9 +47,9 @@ class ConditionReport:
 
     layers: list[LayerRecord]
     parameters: int
-    """Of the whole model, as it is."""
+    """Number of the whole model's parameters."""
     dense_parameters: int
-    """Of the whole model, were its factored layers dense."""
+    """The same if its factored layers were dense."""
 
     @property
     def max_condition_number(self) -> float:
@@ -154,23 +156,21 @@ def condition_report(model: nn.Module) -> ConditionReport:
     """Measure every factored layer of `model`, in float64.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
-    step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Of a sharded model every process must
-    ask; bases are not gathered for it.
+    step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Every process of a sharded
+    model must call it; bases are not gathered.
 
     Raises:
         CondLRError: The model has no factored layers.
     """
     reshard(model)
-    records = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLayer):
-            records.append(_record(name, layer))
-    if not records:
-        raise CondLRError(
-            "the model must have factored layers",
-            received="none",
-            remedy="Call get_robust_lowrank_model(model, config) first.",
-        )
+    records = [_record(name, layer) for name, layer in factored_layers(model).items()]
+    require(
+        records,
+        "the model must have factored layers",
+        received="none",
+        remedy="Call get_robust_lowrank_model(model, config) first.",
+        error=CondLRError,
+    )
     parameters = sum(p.numel() for p in model.parameters())
     dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
     return ConditionReport(records, parameters, dense)
@@ -191,11 +191,11 @@ def _record(name: str, layer: LowRankLayer) -> LayerRecord:
         shape=(m, n),
         r=layer.r,
         condition_number=kappa,
-        # Nothing holds a layer to its bound that was trained without the manifold step.
+        # A layer that was trained without the manifold step need not obey its bound.
         bound=layer.bound if obeys_bound(kappa, layer.bound) else math.inf,
         orthonormality_error=errors.max().item(),
         singular_values=sigma.tolist(),
-        parameters=layer.r * (m + n) + layer.r**2 + bias,
+        parameters=factored_size(m, n, layer.r) + bias,
         dense_parameters=m * n + bias,
     )
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_condlr.errors import ConversionError
-from hf_condlr.layers.base import Factorization, LowRankLayer, allocate, give_weight, weight_matrix
+from hf_condlr.errors import ConversionError, require
+from hf_condlr.layers.base import LowRankLayer, allocate, give_weight
 from hf_condlr.layers.folded import FoldedLayer
-from hf_condlr.linalg import Center, truncated_svd
+from hf_condlr.linalg import Center
 
 
 class LowRankConv2d(LowRankLayer):
@@ -66,8 +66,8 @@ class LowRankConv2d(LowRankLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # nn.Conv2d checks the geometry and spells it out as tuples; on the meta device it costs no memory.
-        dense: Any = nn.Conv2d  # its stubs know the padding modes by name only
+        # nn.Conv2d checks the geometry and expands it to tuples; on the meta device it takes no memory.
+        dense: Any = nn.Conv2d  # its stubs take padding modes as literals only
         dense = dense(
             in_channels, out_channels, kernel_size, stride, padding, dilation, 1, False, padding_mode, device="meta"
         )
@@ -80,35 +80,20 @@ class LowRankConv2d(LowRankLayer):
             self.reset_parameters()
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Conv2d,
-        r: int,
-        *,
-        factorize: Factorization = truncated_svd,
-        tau: float = 0.1,
-        center: Center = "nearest",
-    ) -> LowRankConv2d:
-        """Factor a dense convolution; as `LowRankLinear.from_dense`."""
-        W = weight_matrix(dense)
-        layer = cls.empty_like(dense, r, tau=tau, center=center).to_empty(device=W.device)
-        layer.take_over(dense, factorize(W, r))
-        return layer
-
-    @classmethod
-    def empty_like(cls, dense: nn.Conv2d, r: int, *, tau: float, center: Center) -> LowRankConv2d:
-        """The layer that stands for `dense`, on the meta device: no values, and no bias yet."""
-        if dense.groups != 1:
-            raise ConversionError(
-                "only convolutions with groups=1 can be factored",
-                received=f"groups={dense.groups}",
-                remedy="Leave this one out of target_modules.",
-            )
+    def empty_like(cls, dense: nn.Conv2d, r: int, *, tau: float, center: Center) -> Self:
+        """Build the layer that stands for `dense` on the meta device, without values and without a bias."""
+        require(
+            dense.groups == 1,
+            "only convolutions with groups=1 can be factored",
+            received=f"groups={dense.groups}",
+            remedy="Leave this one out of target_modules.",
+            error=ConversionError,
+        )
         geometry: dict[str, Any] = {name: getattr(dense, name) for name in cls._GEOMETRY}
         return cls(**geometry, r=r, bias=False, tau=tau, center=center, device="meta", dtype=dense.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H', W')
-        """The two convolutions."""
+        """Apply the two convolutions."""
         padding: tuple[int, int] | str | int = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad_amounts(), mode=self.padding_mode), 0
@@ -117,7 +102,7 @@ class LowRankConv2d(LowRankLayer):
         return F.conv2d(x, (self.U @ self.S)[..., None, None], self.bias)
 
     def _pad_amounts(self) -> list[int]:
-        """Left, right, top, bottom for `F.pad`, in nn.Conv2d's convention: of an odd "same" the right gets more."""
+        """Left, right, top, bottom for `F.pad`; of an odd "same" padding the right side gets more, as in nn.Conv2d."""
         amounts: list[int] = []
         for axis in (1, 0):  # F.pad counts from the last dimension
             total = self.dilation[axis] * (self.kernel_size[axis] - 1)
@@ -130,7 +115,7 @@ class LowRankConv2d(LowRankLayer):
         return amounts
 
     def to_dense(self) -> nn.Conv2d:
-        """The dense convolution with kernel U S Vᵀ."""
+        """Multiply the factors out to the dense convolution with kernel U S Vᵀ."""
         geometry: dict[str, Any] = {name: getattr(self, name) for name in self._GEOMETRY}
         dense = allocate(lambda: nn.Conv2d(**geometry, bias=False), self.U)
         return give_weight(dense, self, self.matrix().reshape(self.weight_shape))
@@ -143,7 +128,7 @@ class LowRankConv2d(LowRankLayer):
         return FoldedLayer.of(self, down, up)
 
     def extra_repr(self) -> str:
-        """Shapes, rank and bound."""
+        """Describe shapes, rank and bound."""
         geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
         extras = f", dilation={self.dilation}, padding_mode={self.padding_mode}"
         return f"{self.in_channels}, {self.out_channels}, {geometry}{extras}, {self.bound_repr()}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_condlr.layers.base import LowRankLayer
 from hf_condlr.layers.weight_stand_in import stand_in
+from hf_condlr.linalg.precision import to_float64
 
 
 class FoldedLayer(nn.Sequential):
@@ -21,11 +22,11 @@ class FoldedLayer(nn.Sequential):
     @classmethod
     @torch.no_grad()
     def of(cls, layer: LowRankLayer, down: Any, up: Any) -> FoldedLayer:
-        """Fill the two layers from the factors of `layer`."""
-        US = layer.U.double() @ layer.S.double() if layer.U.device.type != "mps" else layer.U @ layer.S
+        """Build the folded form of `layer` from two dense layers without values, which are filled."""
+        US = to_float64(layer.U) @ to_float64(layer.S)
         down.weight.copy_(layer.V.mT.reshape(down.weight.shape))
         up.weight.copy_(US.reshape(up.weight.shape))
-        up.bias = layer.bias  # itself, as `to_dense` does
+        up.bias = layer.bias  # the same parameter, as in `to_dense`
         folded = cls(OrderedDict(down=down, up=up)).train(layer.training)
         for name in ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
             if hasattr(layer, name):  # models ask their layers for these
@@ -36,10 +37,11 @@ class FoldedLayer(nn.Sequential):
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's b."""
+        """The bias, that of `up`."""
         return self.up.bias
 
     @property
     def weight(self) -> Tensor:
-        """As `LowRankLayer.weight`."""
-        return stand_in(self.up.weight, self.weight_shape)
+        """A tensor without values, as `LowRankLayer.weight`; of quantized layers, what they themselves return."""
+        weight = self.up.weight
+        return stand_in(weight, self.weight_shape) if isinstance(weight, Tensor) else weight

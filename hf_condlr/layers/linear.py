@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.layers.base import Factorization, LowRankLayer, allocate, give_weight, weight_matrix
+from hf_condlr.layers.base import LowRankLayer, allocate, give_weight, weight_matrix
 from hf_condlr.layers.folded import FoldedLayer
-from hf_condlr.linalg import Center, truncated_svd
+from hf_condlr.linalg import Center
 
 # torch 2.6 cannot tell exporting from compiling
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -52,32 +53,8 @@ class LowRankLinear(LowRankLayer):
             self.reset_parameters()
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Linear | Conv1D,
-        r: int,
-        *,
-        factorize: Factorization = truncated_svd,
-        tau: float = 0.1,
-        center: Center = "nearest",
-    ) -> LowRankLinear:
-        """Factor a dense layer; dtype, device, training mode, requires_grad and the bias parameter itself are kept.
-
-        Args:
-            dense: An `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed.
-            r: Rank.
-            factorize: The start, `(W (m, n), r) -> U, S, V`.
-            tau: Conditioning tolerance.
-            center: Interval of the conditioning.
-        """
-        W = weight_matrix(dense)
-        layer = cls.empty_like(dense, r, tau=tau, center=center).to_empty(device=W.device)
-        layer.take_over(dense, factorize(W, r))
-        return layer
-
-    @classmethod
-    def empty_like(cls, dense: nn.Linear | Conv1D, r: int, *, tau: float, center: Center) -> LowRankLinear:
-        """The layer that stands for `dense`, on the meta device: no values, and no bias yet."""
+    def empty_like(cls, dense: nn.Linear | Conv1D, r: int, *, tau: float, center: Center) -> Self:
+        """Build the layer that stands for `dense` on the meta device, without values and without a bias."""
         W = weight_matrix(dense)
         m, n = W.shape
         layer = cls(n, m, r, False, tau=tau, center=center, device="meta", dtype=W.dtype)
@@ -94,28 +71,28 @@ class LowRankLinear(LowRankLayer):
         """
         m, n = self.out_features, self.in_features
         rows = math.prod(x.shape[:-1])
-        # A traced or exported graph is for every B: rows are then a symbol, or must not become a guard.
+        # A traced or exported graph serves every B: rows are a symbol there, or must not become a guard.
         if not isinstance(rows, int) or _is_exporting() or rows <= min(m, n):
             return F.linear(F.linear(F.linear(x, self.V.mT), self.S), self.U, self.bias)
         if m <= n:
             return F.linear(F.linear(x, self.V.mT), self.U @ self.S, self.bias)
-        # A product with a transposed small matrix rounds by the address of its factors: the copy keeps it reproducible.
+        # A product with a transposed small matrix rounds differently by the factors' addresses; a copy does not.
         VS = self.V @ self.S.mT.contiguous()
         return F.linear(F.linear(x, VS.mT), self.U, self.bias)
 
     def to_dense(self) -> nn.Linear | Conv1D:
-        """The dense layer of the class it came from, with weight U S Vᵀ."""
+        """Multiply the factors out to a dense layer of the class that this one came from."""
         m, n, bias = self.out_features, self.in_features, self.bias is not None
         transposed = self.dense_class is Conv1D
         dense = allocate(lambda: Conv1D(m, n) if transposed else nn.Linear(n, m, bias), self.U)
         return give_weight(dense, self, self.matrix().mT if transposed else self.matrix())
 
     def fold(self) -> FoldedLayer:
-        """Two ordinary linear layers, Vᵀ then U S: r(m + n) weights and two matrix products, for inference."""
+        """Two ordinary linear layers, Vᵀ and then U S, with r(m + n) weights in all, for inference."""
         down = allocate(lambda: nn.Linear(self.in_features, self.r, bias=False), self.U)
         up = allocate(lambda: nn.Linear(self.r, self.out_features, bias=False), self.U)
         return FoldedLayer.of(self, down, up)
 
     def extra_repr(self) -> str:
-        """Shapes, rank and bound."""
+        """Describe shapes, rank and bound."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.bound_repr()}"

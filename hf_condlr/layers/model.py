@@ -11,8 +11,18 @@ from hf_condlr.layers.base import LowRankLayer
 from hf_condlr.layers.folded import FoldedLayer
 
 
+def is_factored(model: nn.Module) -> bool:
+    """Whether the model has layers that hold U, S, V: converted, loaded, wrapped or copied; not once it is folded."""
+    return any(isinstance(module, LowRankLayer) for module in model.modules())
+
+
+def factored_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """{name: layer} of all layers that hold U, S, V; a layer used in several places under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
 def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
-    """Its factored and folded layers; one in several places under its first name."""
+    """{name: layer} of all factored and folded layers; a layer used in several places under its first name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
 
 
@@ -24,13 +34,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 parent._modules[name] = replacements[child]
 
 
-def factored_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """{name: layer} of all layers that hold U, S, V; one in several places under its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-
-
 def head_names(model: nn.Module) -> set[str]:
-    """Output embeddings, and linear layers outside the base model that give one output per label, token or choice."""
+    """Names of the output embeddings and of linear layers outside the base model with one output per label or token."""
     if not isinstance(model, PreTrainedModel):
         return set()
     base = model.base_model
@@ -42,7 +47,7 @@ def head_names(model: nn.Module) -> set[str]:
         if not isinstance(module, nn.Linear) or module in inside:
             continue
         is_child = "." not in name
-        if base is model and not is_child:  # the model is its own base: only what stands directly in it can be a head
+        if base is model and not is_child:  # the model is its own base: only its direct children can be a head
             continue
         if module.out_features in sizes or (is_child and module.out_features == 1):
             names.add(name)

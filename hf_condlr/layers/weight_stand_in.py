@@ -1,4 +1,4 @@
-"""What a factored layer answers where a model's code reads facts of its `.weight`."""
+"""What a factored layer returns as its `.weight`: the facts of a tensor, without values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from torch import Tensor
 
 from hf_condlr.errors import ConversionError
 
+FACTS = {
+    *("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta", "is_cuda", "is_cpu", "is_sparse"),
+    *("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "get_device", "is_quantized"),
+}
+"""Attributes and methods that may be read; everything else would compute with the weight."""
+
 
 class WeightStandIn(Tensor):
-    """A tensor without values: it has a dtype, a device and a shape, and refuses to be computed with."""
+    """A tensor without values: it has a dtype, a device and a shape, and raises an error when it is computed with."""
 
-    _is_hf_initialized = True  # transformers draws weights that a checkpoint lacks by name: it has to pass over this
+    _is_hf_initialized = True  # transformers initialises weights that a checkpoint lacks by name: not this one
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,10 +35,10 @@ class WeightStandIn(Tensor):
         )
 
 
-FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_meta", "is_cuda", "is_cpu", "is_sparse"}
-
-
 def stand_in(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """One NaN, expanded: no memory. A plain tensor while a graph is traced, where subclasses get in the way."""
+    """A tensor of this shape with the dtype and device of `like`: one NaN, expanded, which takes no memory.
+
+    While a graph is traced it is a plain tensor, since tracing does not support the subclass.
+    """
     plain = like.detach().new_full((), math.nan).expand(shape)
     return plain if torch.compiler.is_compiling() else plain.as_subclass(WeightStandIn)

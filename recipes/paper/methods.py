@@ -9,7 +9,7 @@ from experiments import Experiment
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
+from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model, is_factored
 from studies.paper.baselines import CayleySGD, ProjectedSGD, attach_penalty, stiefel_groups
 
 FULL_RANK = {"dense": SGD, "cayley": CayleySGD, "projected": ProjectedSGD}
@@ -114,6 +114,6 @@ def condition_numbers(model: nn.Module) -> dict[str, float | None]:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             sigma = torch.linalg.svdvals(layer.weight.detach().flatten(1).double().nan_to_num(nan=0.0))
             kappa[name] = (sigma[0] / sigma[-1]).item()
-    if hasattr(model, "condlr_config"):
+    if is_factored(model):
         kappa |= {layer.name: layer.condition_number for layer in condition_report(model).layers}
     return {name: value if math.isfinite(value) else None for name, value in kappa.items()}

@@ -112,7 +112,7 @@ def test_inference_limit_is_that_of_the_formula():
     dense = inference.build("tiny")
     forms = inference.Forms(dense, 0.6, 4, False)
     limits = forms.limits(forms.linear["dense"].rows(5, torch.empty(0)))
-    converted = forms.whole["three factors"].condlr_conversion.converted.values()
+    converted = forms.whole["three factors"].condlr.report.converted.values()
     assert all(layer.r % 4 == 0 for layer in converted)
     total = sum(m * n for m, n in (layer.shape for layer in converted))
     folded = sum(layer.r * sum(layer.shape) for layer in converted)

@@ -103,7 +103,7 @@ def test_saved_and_loaded_it_is_the_same_model(case, tmp_path):
     assert torch.equal(output(loaded, inputs), output(model, inputs))
     assert {key: found[key] for key in dense} == dense
     assert {n: m.bound for n, m in layers(loaded).items()} == {n: m.bound for n, m in layers(model).items()}
-    assert loaded.condlr_config == model.condlr_config
+    assert loaded.condlr.config == model.condlr.config
 
     tensors = load_file(tmp_path / "factored" / "condlr.safetensors")
     held = {p.data_ptr(): p.numel() for p in (*model.parameters(), *persistent_buffers(model))}

@@ -177,7 +177,7 @@ def test_full_rank_equals_dense_and_layers_are_counted(case):
         found = output(model, inputs)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     *_, converted, dense = CASES[case]
-    report = model.condlr_conversion
+    report = model.condlr.report
     assert len(report.converted) == converted
     assert ", ".join(sorted(linear - set(report.converted))) == dense
 
@@ -205,8 +205,8 @@ def test_fused_experts_are_reported():
     model, _ = build("Mixtral")
     convert("Mixtral", model, rank_ratio=0.5)
     experts = {f"model.layers.{i}.mlp.experts" for i in range(2)}
-    assert set(model.condlr_conversion.skipped) == experts
-    assert all("fused into tensors of three dimensions" in why for why in model.condlr_conversion.skipped.values())
+    assert set(model.condlr.report.skipped) == experts
+    assert all("fused into tensors of three dimensions" in why for why in model.condlr.report.skipped.values())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -86,11 +86,11 @@ def test_a_converted_model_obeys_its_bounds_from_the_start(start):
     get_robust_lowrank_model(
         model, config, calibration_data=batches() if start in ("activation_aware", "fisher") else None
     )
-    layers = {name: model.get_submodule(name) for name in model.condlr_conversion.converted}
+    layers = {name: model.get_submodule(name) for name in model.condlr.report.converted}
     assert len(layers) == 3
     for name, layer in layers.items():
         assert condition_number(layer.S.detach()) <= (1.5 if name.endswith("query") else 1.1) * (1 + 1e-4)
-        assert 0 < model.condlr_conversion.converted[name].truncation_error < 1.5
+        assert 0 < model.condlr.report.converted[name].truncation_error < 1.5
     assert start == "orthogonal" or any(condition_number(x.S.detach()) > 1.4 for x in layers.values())  # not all at 1
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
 from hf_condlr.conversion.factorizations import FACTORIZATIONS, orthogonal, randomized_svd
-from hf_condlr.conversion.report import optimal_truncation_error, truncation_error
+from hf_condlr.conversion.truncation import optimal_truncation_error, truncation_error
 from hf_condlr.linalg import truncated_svd
 from tests.linalg.reference import array
 
@@ -171,7 +171,7 @@ def test_conversion_reports_the_error_of_randomized_svd_beside_the_optimum(shape
     model = nn.Sequential(nn.Linear(n, m))
     W = model[0].weight.detach().clone()
     get_robust_lowrank_model(model, CondLRConfig(r=20, init_weights="randomized_svd"))
-    report = model.condlr_conversion.converted["0"]
+    report = model.condlr.report.converted["0"]
     assert report.truncation_error == pytest.approx(error(W, (model[0].U, model[0].S, model[0].V)), rel=1e-5)
     assert report.optimal_truncation_error == pytest.approx(tail(W, 20), rel=1e-5)
     assert (
@@ -185,7 +185,7 @@ def test_conversion_reports_the_error_of_svd():
     model = nn.Sequential(nn.Linear(20, 30))
     W = model[0].weight.detach().clone()
     get_robust_lowrank_model(model, CondLRConfig(r=6))
-    report = model.condlr_conversion.converted["0"]
+    report = model.condlr.report.converted["0"]
     assert (report.r, report.shape, report.parameters) == (6, (30, 20), 6 * 50 + 36)
     assert report.truncation_error == pytest.approx(tail(W, 6), rel=1e-4)
 

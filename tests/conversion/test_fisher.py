@@ -57,16 +57,6 @@ def test_the_model_and_the_random_state_stay_as_they_are():
     assert torch.equal(first, output_fisher(model, [QUERY], data)[QUERY])  # dropout is off, the draws are fixed
 
 
-def test_layers_take_turns_when_memory_is_short():
-    model, data = make_bert(), batches()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layer" in name]
-    at_once = output_fisher(model, names, data)
-    by_turns = output_fisher(model, names, (batch for batch in data), max_bytes=5000)
-    assert list(at_once) == list(by_turns) == names
-    for name in names:
-        torch.testing.assert_close(at_once[name], by_turns[name])
-
-
 def test_convolutions_count_their_positions():
     """For a linear classifier of mean-pooled channels g is the same at all positions: F = H W/(H W)² E[w w^T]."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3 * 36, 2))
@@ -141,7 +131,7 @@ def test_ranks_go_where_the_predictions_need_them():
         with torch.no_grad():
             found[allocation] = divergence(model, dense, x)
         if allocation == "fisher":  # every layer is converted, though the budget would pay for a dense one
-            ranks = {name: layer.r for name, layer in model.condlr_conversion.converted.items()}
+            ranks = {name: layer.r for name, layer in model.condlr.report.converted.items()}
     assert set(ranks) == {"seen", "ignored"} and ranks["seen"] > 3 * ranks["ignored"]
     assert found["fisher"] < 0.5 * min(found["uniform"], found["energy"])
 
@@ -153,7 +143,7 @@ def test_allocation_goes_with_any_start():
             target_modules=["seen", "ignored"], compression_ratio=0.6, rank_allocation="fisher", init_weights=start
         )
         get_robust_lowrank_model(model, config, calibration_data=[torch.randn(32, 24)])
-        errors = [layer.truncation_error for layer in model.condlr_conversion.converted.values()]
+        errors = [layer.truncation_error for layer in model.condlr.report.converted.values()]
         assert len(errors) == 2 and all(0 < error < 1 for error in errors)
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.calibration import input_covariances
+from hf_condlr.conversion.covariance import input_covariances
 from hf_condlr.conversion.factorizations import activation_aware, whiten
-from hf_condlr.conversion.report import whitened_truncation_error
-from hf_condlr.errors import ConfigError, ConversionError
+from hf_condlr.conversion.truncation import whitened_truncation_error
+from hf_condlr.errors import ConversionError
 from tests.conversion.calibration_data import batches, make_bert
 
 
@@ -66,16 +66,6 @@ def test_covariance_leaves_padding_out_and_ignores_dropout():
     torch.testing.assert_close(C, X.mT @ X / len(X), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_take_turns_when_memory_is_short():
-    model, data = make_bert(), batches()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layer" in name]
-    at_once = input_covariances(model, names, data)
-    by_turns = input_covariances(model, names, (batch for batch in data), max_bytes=5000)
-    assert list(at_once) == list(by_turns) == names
-    for name in names:
-        torch.testing.assert_close(at_once[name], by_turns[name])
-
-
 @pytest.mark.parametrize(
     "geometry",
     [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"padding": 2, "padding_mode": "reflect"}],
@@ -106,33 +96,9 @@ def test_activation_aware_model_is_closer_than_svd():
         with torch.no_grad():
             logits = model(input_ids=data[0]["input_ids"], attention_mask=data[0]["attention_mask"]).logits
         distances[start] = (logits - expected).norm().item()
-        errors = [layer.whitened_truncation_error for layer in model.condlr_conversion.converted.values()]
+        errors = [layer.whitened_truncation_error for layer in model.condlr.report.converted.values()]
         assert all(error is not None for error in errors) == (start == "activation_aware")
     assert distances["activation_aware"] < 0.7 * distances["svd"]
-
-
-def test_budgets_with_calibration_convert_fewer_parameters():
-    for allocation in ("uniform", "energy"):
-        model = make_bert()
-        targets = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layer" in n}
-        config = CondLRConfig(
-            target_modules=r".*encoder\.layer.*",
-            compression_ratio=0.4,
-            rank_allocation=allocation,
-            init_weights="activation_aware",
-        )
-        get_robust_lowrank_model(model, config, calibration_data=batches())
-        report = model.condlr_conversion
-        assert set(report.converted) | set(report.skipped) == set(targets)
-        left = sum(layer.parameters for layer in report.converted.values()) + sum(targets[n] for n in report.skipped)
-        assert 0.95 * 0.6 * sum(targets.values()) <= left <= 0.6 * sum(targets.values())
-        assert set(report.skipped.values()) <= {"its factors would not be smaller"}
-
-
-@pytest.mark.parametrize("start, data", [("activation_aware", None), ("svd", [1])])
-def test_calibration_data_goes_with_its_start_only(start, data):
-    with pytest.raises(ConfigError, match="calibration_data is what 'activation_aware' and 'fisher' need"):
-        get_robust_lowrank_model(make_bert(), CondLRConfig(r=2, init_weights=start), calibration_data=data)
 
 
 def test_data_that_does_not_reach_a_layer_is_refused():

@@ -1,0 +1,74 @@
+"""What a model records of its conversion, in `model.condlr`: the config, and what became of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from hf_condlr.config import CondLRConfig
+
+
+def factored_size(m: int, n: int, r: int) -> int:
+    """Number of weights in the three factors, r(m + n) + r²."""
+    return r * (m + n) + r * r
+
+
+@dataclass
+class LayerConversion:
+    """What became of one layer."""
+
+    r: int
+    shape: tuple[int, int]
+    truncation_error: float
+    """‖W − U S Vᵀ‖_F / ‖W‖_F."""
+    optimal_truncation_error: float | None = None
+    """The least error at this rank, measured where the start is not the optimum itself (`randomized_svd`)."""
+    whitened_truncation_error: float | None = None
+    """‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data, where there are any."""
+
+    @property
+    def parameters(self) -> int:
+        """r(m + n) + r², without the bias."""
+        return factored_size(*self.shape, self.r)
+
+
+@dataclass
+class ConversionReport:
+    """Layers converted, and layers that match the targets but stay dense, with the reason; `str()` sums them up."""
+
+    converted: dict[str, LayerConversion] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        dense = sum(m * n for m, n in (layer.shape for layer in self.converted.values()))
+        factored = sum(layer.parameters for layer in self.converted.values())
+        lines = [f"{len(self.converted)} layers converted, {dense:,} weights became {factored:,}"]
+        lines += [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """`model.condlr`: copies and pickles of the model keep it; checkpoints keep the config.
+
+    Attributes:
+        config: The config of the last conversion; None for a checkpoint that was saved without one.
+        report: What became of each layer; None for a model loaded from a checkpoint.
+    """
+
+    config: CondLRConfig | None
+    report: ConversionReport | None = None
+
+
+def conversion_record(model: nn.Module) -> ConversionRecord:
+    """`model.condlr`, or an empty record if the model has none."""
+    return getattr(model, "condlr", None) or ConversionRecord(None)
+
+
+def set_conversion_record(model: nn.Module, record: ConversionRecord | None) -> None:
+    """Set `model.condlr`, or with None remove it."""
+    if record is None:
+        vars(model).pop("condlr", None)
+    else:
+        object.__setattr__(model, "condlr", record)

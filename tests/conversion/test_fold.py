@@ -1,0 +1,93 @@
+"""Back from factored layers: dense or folded, with the same outputs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_condlr import LowRankLinear, fold_model, to_dense_model
+from hf_condlr.errors import ConversionError
+from hf_condlr.layers import FoldedLayer
+from tests.conversion.conversions import EVERY_CONV, LINEAR_MODELS, assert_same, convert, factored, lossless
+from tests.models import (
+    MODELS,
+    bert,
+    convnext,
+    gpt2,
+    logits,
+    pixels,
+    resnet,
+)
+from tests.models import tokens as token_inputs
+
+
+@pytest.mark.parametrize("case", LINEAR_MODELS)
+@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+def test_the_ways_back_keep_the_outputs(case, back):
+    model, inputs = convert(case.build(), rank_ratio=0.25), case.inputs()
+    with torch.no_grad():
+        for layer in factored(model).values():  # an S that is not diagonal
+            layer.S += 0.3 * torch.randn_like(layer.S)
+    before, names = logits(model, inputs), list(factored(model))
+    assert back(model) is model
+    assert factored(model) == {}
+    assert_same(logits(model, inputs), before)
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, FoldedLayer if back is fold_model else (nn.Linear, Conv1D))
+    assert not hasattr(model, "condlr")
+
+
+def test_the_dense_model_is_of_the_same_classes_and_parameters_as_before():
+    for build in (bert, gpt2, convnext):
+        model = build()
+        modules = {name: type(m) for name, m in model.named_modules()}
+        shapes = {name: p.shape for name, p in model.state_dict().items()}
+        targets = {"target_modules": EVERY_CONV} if build is convnext else {}
+        to_dense_model(lossless(model, **targets))
+        assert {name: type(m) for name, m in model.named_modules()} == modules
+        assert {name: p.shape for name, p in model.state_dict().items()} == shapes
+
+
+def test_the_dense_model_has_the_weights_of_before():
+    model = gpt2()
+    before = copy.deepcopy(model.state_dict())
+    for name, value in to_dense_model(lossless(model)).state_dict().items():
+        assert_same(value, before[name])
+
+
+@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+def test_the_ways_back_of_convolutions(back):
+    model = convert(resnet(), target_modules=EVERY_CONV)
+    before = logits(model, pixels())
+    assert len(factored(model)) == MODELS["resnet"].convolutions
+    assert_same(logits(back(model), pixels()), before)
+
+
+@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+def test_the_ways_back_keep_modes_and_dtype(back):
+    model = convert(bert().to(torch.bfloat16).train()).requires_grad_(False)
+    back(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.requires_grad for p in model.parameters()} == {False}
+    assert all(m.training for m in model.modules())
+
+
+def test_a_folded_model_has_as_many_weights_as_the_method_says():
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10, bias=False))
+    fold_model(convert(model, r=4))
+    assert sum(p.numel() for p in model.parameters()) == 4 * 50 + 30 + 4 * 40
+
+
+def test_a_dense_model_can_be_converted_again():
+    model = to_dense_model(convert(bert(), r=3))
+    before = logits(model, token_inputs())
+    assert_same(logits(convert(model, r=3), token_inputs()), before)  # its weights have rank 3
+
+
+@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+def test_a_layer_cannot_replace_itself(back):
+    with pytest.raises(ConversionError, match="received LowRankLinear"):
+        back(LowRankLinear(6, 6, 2))
