@@ -12,7 +12,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, a
 
     Args:
         header: The columns' titles.
-        rows: The cells of each row, written with `str` on one line; `|` is escaped.
+        rows: The cells of each row, written with `str`; `|` is escaped.
         align: One letter a column, "l" or "r"; the last letter holds for all further columns. Empty: all left.
 
     Returns:
@@ -21,8 +21,4 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, a
     sides = (align or "l").ljust(len(header), (align or "l")[-1])
     rule = ["---:" if side == "r" else "---" for side in sides[: len(header)]]
     lines = [header, rule, *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

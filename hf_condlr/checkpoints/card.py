@@ -15,12 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_condlr.checkpoints.card_origin import LICENSE_FIELDS, auto_class, base_of, is_hub_id, pipeline_tag
-from hf_condlr.checkpoints.card_results import evaluation_results, merge_results, result_tables
+from hf_condlr.checkpoints.card_results import evaluation_results, merge_results, shown
 from hf_condlr.errors import CondLRError, MissingExtraError, require
 from hf_condlr.files import replacing
 from hf_condlr.layers import ConditionReport, LowRankLayer, condition_report
 from hf_condlr.linalg import obeys_bound
-from hf_condlr.tables import markdown_table
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 BEGIN, END = "<!-- condlr:begin -->", "<!-- condlr:end -->"
@@ -92,21 +91,24 @@ def write_model_card(
     card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *TAGS, *tags]))
     card.data["model-index"] = merge_results(index, results, name) or None
     path.parent.mkdir(parents=True, exist_ok=True)
-    clean, attacked = result_tables(results)
+    attacked = [result for result in results if result.metric_config is not None]
     section = ModelCard.from_template(
         ModelCardData(),
         str(TEMPLATE),
-        title=None if re.search(r"^# ", head + tail, re.MULTILINE) else _text(name),
+        title=None if re.search(r"^# ", head + tail, re.MULTILINE) else name,
         base=base,
-        licence=", ".join(f"`{_text(name)}`" for name in _licence_names(licence)),
-        licence_link=_text(licence.get("license_link", "")),
-        clean=_text(clean, lines=True),
-        attacked=_text(attacked, lines=True),
-        dataset=_text(dataset or ""),
+        licence=_licence_names(licence),
+        licence_link=licence.get("license_link"),
+        clean=[result for result in results if result.metric_config is None],
+        attacked=attacked,
+        settings=dict.fromkeys(name for result in attacked for name in result.metric_args or {}),
+        dataset=dataset,
         picture=PICTURE if plot and _draw(report, path.with_name(PICTURE)) else None,
         auto=auto_class(model) if isinstance(model, PreTrainedModel) else None,
         model_id=model_id or f"your-name/{name}",
+        cell=_cell,
         number=_number,
+        inf=math.inf,
         **_measurements(model, report),
     ).text
     card.text = f"{head}{section}{tail}"
@@ -167,19 +169,6 @@ def _measurements(model: nn.Module, report: ConditionReport) -> dict[str, Any]:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     pairs = list(zip(report.layers, layers, strict=True))
     bounded = [(record, layer) for record, layer in pairs if math.isfinite(layer.tau)]
-    rows = [
-        (
-            f"`{record.name}`",
-            f"{record.shape[0]} × {record.shape[1]}",
-            record.r,
-            _number(record.condition_number),
-            _number(record.bound) if math.isfinite(record.bound) else "none",
-            f"{record.parameters:,}",
-            f"{record.parameters / record.dense_parameters:.1%}",
-        )
-        for record in report.layers
-    ]
-    header = ("layer", "out × in", "rank", "κ", "bound on κ", "parameters", "of dense")
     return {
         "model": type(model).__name__,
         "report": report,
@@ -188,7 +177,6 @@ def _measurements(model: nn.Module, report: ConditionReport) -> dict[str, Any]:
         "taus": [layer.tau for layer in layers],
         "bounded": len(bounded),
         "held": sum(obeys_bound(record.condition_number, 1 + layer.tau) for record, layer in bounded),
-        "layers": markdown_table(header, rows, align="lr"),
     }
 
 
@@ -198,10 +186,9 @@ def _licence_names(licence: Mapping[str, Any]) -> list[Any]:
     return [name for name in names if name]
 
 
-def _text(value: object, *, lines: bool = False) -> str:
-    """On one line unless `lines`, without a comment that could end the section."""
-    text = str(value) if lines else " ".join(str(value).split())
-    return text.replace("<!--", "&lt;!--")
+def _cell(value: object) -> str:
+    """On one line, without what would end a cell of a table, or the section."""
+    return " ".join(shown(value).split()).replace("|", "\\|").replace("<!--", "&lt;!--")
 
 
 def _number(value: float) -> str:

@@ -1,9 +1,9 @@
-"""Measurements in a model card: `EvalResult`s for the header's model index, and tables for the text."""
+"""Measurements in a model card, as the entries of the model index in its header."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -11,7 +11,6 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_condlr.checkpoints.card_origin import is_hub_id
 from hf_condlr.errors import CondLRError, require
-from hf_condlr.tables import markdown_table
 
 SOURCE = {"url": "https://arxiv.org/abs/2306.01485", "name": "hf_condlr"}
 MARK = " (hf_condlr)"
@@ -52,7 +51,7 @@ def evaluation_results(
             remedy="Write {'attack': 'pgd-linf', 'epsilon': 8 / 255, 'steps': 20, 'accuracy': 0.71}, say.",
             error=CondLRError,
         )
-        detail = ", ".join([str(attack), *(f"{name} {_shown(value)}" for name, value in parameters.items())])
+        detail = ", ".join([str(attack), *(f"{name} {shown(value)}" for name, value in parameters.items())])
         results.append(
             EvalResult(
                 metric_type="robust_accuracy",  # not `accuracy`: the Hub would rank it among clean ones
@@ -80,19 +79,9 @@ def merge_results(index: list[dict[str, Any]], results: list[EvalResult], name: 
     return [model for model in index if model["results"]]
 
 
-def result_tables(results: Sequence[EvalResult]) -> tuple[str, str]:
-    """Markdown of what was measured without and with attacks; "" where nothing was."""
-    clean = [(r.metric_type, _shown(r.metric_value)) for r in results if r.metric_config is None]
-    attacks = [r for r in results if r.metric_config is not None]
-    names = list(dict.fromkeys(name for r in attacks for name in r.metric_args or {}))
-    attacked = [
-        (r.metric_config, *(_shown((r.metric_args or {}).get(name, "")) for name in names), _shown(r.metric_value))
-        for r in attacks
-    ]
-    return (
-        markdown_table(("metric", "value"), clean, align="lr") if clean else "",
-        markdown_table(("attack", *names, "robust accuracy"), attacked, align="lr") if attacked else "",
-    )
+def shown(value: object) -> str:
+    """A number to four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +93,3 @@ def _plain(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
     is_plain = type(value) in (bool, int, str, list, dict) or (type(value) is float and math.isfinite(value))
     return value if is_plain else str(value)
-
-
-def _shown(value: Any) -> str:
-    """A number to four digits, anything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
