@@ -167,7 +167,7 @@ def test_checkpoint_goes_straight_into_shards_and_comes_back_whole(results):
     assert found["loaded"]
     assert found["kappa"] <= 1 + 1e-4
     shards, *uploads = found["errors"]
-    assert "a state_dict to be written must hold whole tensors" in shards
+    assert "a state_dict to be written must hold full tensors" in shards
     assert len(uploads) == 2
     assert all("since one process uploads it; received shards. Call save_pretrained" in e for e in uploads)
     assert not found["written"]
