@@ -132,10 +132,10 @@ def test_sharded_checkpoint_resumes_bitwise_and_on_another_number_of_processes(r
     assert found["steps"] == 12
     assert found["files"] == [".json", ".safetensors"]
     other, missing, *unwritable = found["errors"]
-    assert "whole; received" in other and "Size mismatch" in other
-    assert "whole; received" in missing and "No such file" in missing
+    assert "completely; received" in other and "Size mismatch" in other
+    assert "completely; received" in missing and "No such file" in missing
     for error, reason in zip(unwritable, ("Not a directory", "renamed in vain"), strict=True):  # of the first process
-        assert "whole; received" in error and reason in error
+        assert "completely; received" in error and reason in error
 
 
 def test_attached_before_accelerate_shards_it_is_the_same_training(results):
