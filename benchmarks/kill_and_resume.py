@@ -35,7 +35,7 @@ from record import markdown, write_record
 from transformers import HfArgumentParser, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
-from hf_condlr.checkpoints.restore import last_whole_checkpoint
+from hf_condlr.checkpoints.restore import last_complete_checkpoint
 from hf_condlr.errors import CheckpointError
 
 
@@ -108,7 +108,7 @@ class Dies(TrainerCallback):
 def has_whole_checkpoint(folder: Path) -> bool:
     """Whether there is one to go on from."""
     try:
-        last_whole_checkpoint(str(folder))
+        last_complete_checkpoint(str(folder))
     except CheckpointError:
         return False
     return True
@@ -179,7 +179,7 @@ def half_written(folder: Path, since: float) -> bool:
 
 def last_step(folder: Path) -> int:
     """Of the checkpoint to go on from; 0 without one."""
-    return int(last_whole_checkpoint(str(folder)).rpartition("-")[2]) if has_whole_checkpoint(folder) else 0
+    return int(last_complete_checkpoint(str(folder)).rpartition("-")[2]) if has_whole_checkpoint(folder) else 0
 
 
 def whole_training(folder: Path, options: Options) -> float:

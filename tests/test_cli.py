@@ -128,6 +128,9 @@ def test_fold_and_densify(factored, tmp_path):
     assert torch.allclose(output(folded), expected, atol=1e-5)
     assert torch.allclose(output(plain), expected, atol=1e-5)
     assert (tmp_path / "dense" / "model.safetensors").is_file()
+    assert call("densify", tmp_path / "folded", factored) == 0  # over factors, which go
+    assert torch.allclose(output(load(factored)), expected, atol=1e-5)
+    assert not list(factored.glob("condlr*"))
 
 
 def test_export(factored, tmp_path, capsys):
@@ -136,19 +139,59 @@ def test_export(factored, tmp_path, capsys):
     assert f"{(tmp_path / 'vit.onnx').stat().st_size:,} bytes" in capsys.readouterr().out
 
 
-def test_push(factored, tmp_path):
+def test_push(factored):
     from tests.checkpoints.hub_server import Hub
 
     script = "import sys\nfrom hf_condlr.cli import main\nsys.exit(main(sys.argv[1:]))"
+    (factored / "README.md").write_text("# Mine")
     with Hub() as hub:
         command = [sys.executable, "-c", script, "push", str(factored), "me/vit", "--private"]
         done = subprocess.run(command, env=hub.environment("hf_write"), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "pushed http://127.0.0.1" in done.stdout
         assert {"README.md", "condlr.safetensors", "config.json"} <= set(hub.files("me/vit"))
-        command[-3] = str(tmp_path / "gone")
-        wrong = subprocess.run(command, env=hub.environment("hf_read"), capture_output=True, text=True, check=False)
-        assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+        card = hub.files("me/vit")["README.md"].decode()
+        assert "# Mine\n" in card and "## Compression" in card
+        environment = hub.environment("hf_write") | {"HF_ENDPOINT": "http://hub.invalid"}
+        wrong = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert wrong.returncode == 1
+        assert wrong.stderr.splitlines()[-1].startswith("condlr push: the Hub cannot be reached: ")
+        assert "Traceback" not in wrong.stderr
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("architectures", [["pipeline"], ["AutoConfig"], ["Trainer"], [], ["A", "B"], [3], None])
+def test_architectures_must_name_one_model_class(architectures, dense, capsys):
+    edit_config(dense, architectures=architectures)
+    assert call("report", dense) == 1
+    assert "must name one model class of transformers" in capsys.readouterr().err
+
+
+def test_code_of_a_repository_runs_only_with_the_flag(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (dense / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import ViTConfig, ViTForImageClassification\n"
+        "class OwnConfig(ViTConfig):\n    model_type = 'own-vit'\n"
+        "class OwnModel(ViTForImageClassification):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
+    edit_config(dense, model_type="own-vit", auto_map=auto_map, architectures=["OwnModel"])
+    assert call("convert", dense, tmp_path / "out", "--r", 2) == 1
+    assert not (tmp_path / "ran").exists()
+    assert call("convert", dense, tmp_path / "out", "--r", 2, "--trust_remote_code") == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_folded_model_is_named_as_such(factored, tmp_path, capsys):
+    assert call("fold", factored, tmp_path / "folded") == 0
+    for words in (("report", tmp_path / "folded"), ("fold", tmp_path / "folded", tmp_path / "again")):
+        assert call(*words) == 1
+        assert "received a folded model, which has lost them. Use the factored model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -161,7 +204,8 @@ def test_push(factored, tmp_path):
         (("report", "{dense}"), "the model must have factored layers"),
         (("fold", "{dense}", "{out}"), "the model must have factored layers"),
         (("densify", "{dense}", "{out}"), "the model must have factored layers"),
-        (("report", "{out}"), "{out}"),
+        (("report", "{out}"), "MODEL must be a folder, or a name on the Hub; received {out}, which is not a folder"),
+        (("convert", "{dense}", "{out}", "--r", 2, "--target_modules", "*fc"), "fc"),
         (("convert", "{dense}", "{dense}", "--r", 2), "OUT must be another folder than MODEL"),
         (("attack", "{dense}", "--dataset", "{data}", "--attack", "fgsm"), "--attack and --epsilon belong together"),
         (("attack", "{dense}", "--dataset", "{data}", "--steps", 3), "--steps and --restarts need --attack"),
@@ -193,7 +237,8 @@ def test_damage_is_said(factored, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("conver",), ("convert",), ("report", "m", "--jso"), ("convert", "m", "o", "--r", "x")]
+    "words",
+    [(), ("conver",), ("convert",), ("report", "m", "--jso"), ("convert", "m", "o", "--r", "x"), ("fold", "m", "")],
 )
 def test_a_wrong_call_exits_with_2(words, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -1,4 +1,4 @@
-"""`write_model_card`: the file, its YAML header and our section; what the user wrote into either stays."""
+"""`write_model_card`: the file, its YAML header and the section of `model_card.md`; the user's own words stay."""
 
 from __future__ import annotations
 
@@ -6,37 +6,25 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.repocard_data import eval_results_to_model_index
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_condlr.checkpoints.card_origin import LICENSE_FIELDS, base_of, is_hub_id, pipeline_tag
-from hf_condlr.checkpoints.card_section import render_section, shown
-from hf_condlr.errors import CondLRError, MissingExtraError
+from hf_condlr.checkpoints.card_origin import LICENSE_FIELDS, auto_class, base_of, is_hub_id, pipeline_tag
+from hf_condlr.checkpoints.card_results import evaluation_results, merge_results, shown
+from hf_condlr.errors import CondLRError, MissingExtraError, require
 from hf_condlr.files import replacing
-from hf_condlr.layers import condition_report
+from hf_condlr.layers import ConditionReport, LowRankLayer, condition_report
+from hf_condlr.linalg import obeys_bound
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
 BEGIN, END = "<!-- condlr:begin -->", "<!-- condlr:end -->"
-
-
 PICTURE = "condition.png"
-
-
 TAGS = ["condlr", "low-rank", "robustness", "compression"]
-
-
-SOURCE = {"url": "https://arxiv.org/abs/2306.01485", "name": "hf_condlr"}
-
-
-MARK = " (hf_condlr)"
-
-
-"""Ends the names of our results: huggingface_hub puts results of one data set together, whatever their sources."""
 
 
 def write_model_card(
@@ -53,30 +41,30 @@ def write_model_card(
 ) -> Path:
     """Write `README.md` into `folder`, and `condition.png` beside it where matplotlib is installed.
 
-    A card that is there already keeps its text outside our markers and every header field that is set; results that
-    we wrote are replaced, tags united. Comments in the YAML are lost, as with every tool of the Hub. The file is
-    replaced in one step, or left as it was.
+    An existing card keeps its text outside the section's markers and every header field that is set. Results that this
+    function wrote earlier are replaced, and tags are united. Comments in the YAML header are lost, as with every tool
+    of the Hub. The file is replaced in one step, or left as it was.
 
     Args:
         model: A model with factored layers.
         folder: Where the model is saved, or will be.
-        base_model: Hub id or local folder of what the model was made from; by default the name it was loaded from,
-            where that is a Hub id or a folder. A folder is not named in the card: the base its own card states is.
-            One that the header of the card states already comes first.
-        robustness: Of each attack its name (`attack`), the `accuracy` in [0, 1] that it left, and its parameters under
+        base_model: Hub id or local folder of the model that this one was made from. By default it is the name the model
+            was loaded from, if that is a Hub id or a folder. The card does not name a folder, but the base that the
+            folder's own card states. A base that the header of the existing card states comes first.
+        robustness: For each attack its name (`attack`), the `accuracy` in [0, 1] that it left, and its parameters under
             names of their own, such as `epsilon`, `steps`, `restarts`, `samples`.
         metrics: What was measured without an attack, {name of the metric: value}; a value of None is left out.
         dataset: Hub id, or name, of the data that the model was trained on and measured with.
         plot: Whether to draw the picture of the spectra.
         model_id: Hub id that the model will have, for the lines that load it; "your-name/<folder>" by default.
-        tags: Besides ours.
+        tags: Further tags.
 
     Returns:
         The path of the card.
 
     Raises:
-        CondLRError: The model has no factored layers, a measurement is none, or the card that is there has a header
-            that is no YAML, or one of our markers without the other.
+        CondLRError: The model has no factored layers, a measurement is not valid, or the existing card has a header
+            that is not YAML, or one of the section's markers without the other.
 
     Example:
         >>> attack = {"attack": "pgd-linf", "epsilon": 8 / 255, "steps": 20, "accuracy": 0.71, "samples": 500}
@@ -84,48 +72,53 @@ def write_model_card(
     """
     report = condition_report(model)
     task = pipeline_tag(model)
-    results = _eval_results(metrics or {}, robustness, dataset, task)
+    results = evaluation_results(metrics or {}, robustness, dataset, task)
     path = Path(folder) / REPOCARD_NAME
     card, index = _read(path)
     head, tail = _around(path, card.text)
     name = (model_id or Path(folder).resolve().name).rpartition("/")[2]
-    base = base_of(model, base_model, stated=card.data.get("base_model"), folder=folder, model_id=model_id)
-    ours = {
-        "base_model": base.hub_id,
+    base, licence = base_of(model, base_model, stated=card.data.get("base_model"), folder=folder, model_id=model_id)
+    header = {
+        "base_model": base,
         "library_name": "transformers" if isinstance(model, PreTrainedModel) else None,
         "pipeline_tag": task,
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
     }
-    if not any(card.data.get(field) for field in LICENSE_FIELDS):  # ours never complete the user's
-        ours |= base.licence
-    for field, value in ours.items():
+    if not any(card.data.get(field) for field in LICENSE_FIELDS):  # the base's fields never complete the user's
+        header |= licence
+    for field, value in header.items():
         card.data[field] = card.data.get(field) or value
     card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *TAGS, *tags]))
-    card.data["model-index"] = _merge_results(index, results, name) or None
+    card.data["model-index"] = merge_results(index, results, name) or None
     path.parent.mkdir(parents=True, exist_ok=True)
-    if plot:
-        try:
-            report.plot(path.with_name(PICTURE))
-        except MissingExtraError:
-            plot = False
-    section = render_section(
-        model,
-        report,
+    attacked = [result for result in results if result.metric_config is not None]
+    section = ModelCard.from_template(
+        ModelCardData(),
+        str(TEMPLATE),
         title=None if re.search(r"^# ", head + tail, re.MULTILINE) else name,
         base=base,
-        results=results,
+        licence=_licence_names(licence),
+        licence_link=licence.get("license_link"),
+        clean=[result for result in results if result.metric_config is None],
+        attacked=attacked,
+        settings=dict.fromkeys(name for result in attacked for name in result.metric_args or {}),
         dataset=dataset,
+        picture=PICTURE if plot and _draw(report, path.with_name(PICTURE)) else None,
+        auto=auto_class(model) if isinstance(model, PreTrainedModel) else None,
         model_id=model_id or f"your-name/{name}",
-        picture=PICTURE if plot else None,
-    )
-    card.text = f"{head}{BEGIN}\n{section}\n{END}{tail}"
+        cell=_cell,
+        number=_number,
+        inf=math.inf,
+        **_measurements(model, report),
+    ).text
+    card.text = f"{head}{section}{tail}"
     with replacing(path) as temporary:
         card.save(temporary)
     return path
 
 
 def _read(path: Path) -> tuple[ModelCard, list[dict[str, Any]]]:
-    """The card that is there, or an empty one, and its model index apart: as `EvalResult`s it would lose sources."""
+    """The existing card, or an empty one, and its model index apart: as `EvalResult`s it would lose sources."""
     try:
         content = path.read_text(encoding="utf-8-sig") if path.exists() else ""
         if not content.lstrip().startswith("---"):
@@ -140,89 +133,63 @@ def _read(path: Path) -> tuple[ModelCard, list[dict[str, Any]]]:
         raise CondLRError(
             f"the header of {path} must be YAML between two lines ---, as the Hub reads it",
             received=" ".join(str(error).split()),
-            remedy="Mend or remove the header, or move the file away; it was left as it is.",
+            remedy="Mend or remove the header, or move the file away; it was left as it was.",
         ) from error
     return card, index
 
 
 def _around(path: Path, text: str) -> tuple[str, str]:
-    """What stands before and after our section, or will."""
+    """The text before and after the section, or before and after its future place."""
     begins, ends = text.count(BEGIN), text.count(END)
     if begins == ends == 0:
         return (f"{text.rstrip()}\n\n" if text.strip() else "\n"), "\n"
     head, _, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
-    if (begins, ends) != (1, 1) or not end:
-        raise CondLRError(
-            f"our section of {path} must stand between one {BEGIN} and one {END}",
-            received=f"{begins} and {ends}, or in another order",
-            remedy="Remove what is too much, or all of them: the section is appended then. The file was left as it is.",
-        )
+    require(
+        (begins, ends) == (1, 1) and end,
+        f"the section of hf_condlr in {path} must stand between one {BEGIN} and one {END}",
+        received=f"{begins} and {ends}, or in another order",
+        remedy="Remove the superfluous ones, or all of them: the section is appended then. The file was left as it is.",
+        error=CondLRError,
+    )
     return head, tail
 
 
-def _eval_results(
-    metrics: Mapping[str, Any], robustness: Iterable[Mapping[str, Any]], dataset: str | None, task: str | None
-) -> list[EvalResult]:
-    """What was measured, checked; an attack's name is the `metric_config`, its parameters are the `metric_args`."""
-    place: dict[str, Any] = {
-        "task_type": task or "other",  # the Hub requires a task and a data set
-        "dataset_type": dataset if dataset and is_hub_id(dataset) else "unknown",
-        "dataset_name": dataset or "unknown",
-        "source_name": SOURCE["name"],
-        "source_url": SOURCE["url"],
+def _draw(report: ConditionReport, path: Path) -> bool:
+    try:
+        report.plot(path)
+    except MissingExtraError:
+        return False
+    return True
+
+
+def _measurements(model: nn.Module, report: ConditionReport) -> dict[str, Any]:
+    """What the template states of the layers."""
+    layers = [cast(LowRankLayer, model.get_submodule(record.name)) for record in report.layers]
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    pairs = list(zip(report.layers, layers, strict=True))
+    bounded = [(record, layer) for record, layer in pairs if math.isfinite(layer.tau)]
+    return {
+        "model": type(model).__name__,
+        "report": report,
+        "size": size,
+        "dense_size": size + sum((r.dense_parameters - r.parameters) * layer.U.element_size() for r, layer in pairs),
+        "taus": [layer.tau for layer in layers],
+        "bounded": len(bounded),
+        "held": sum(obeys_bound(record.condition_number, 1 + layer.tau) for record, layer in bounded),
     }
-    results = []
-    for name, value in _stated(metrics).items():
-        if isinstance(value, (list, dict)) or value in ("nan", "inf", "-inf"):
-            raise CondLRError(
-                "a metric must be a finite number, or a text such as '20.0 ± 1.2'",
-                received=f"{name}={value}",
-                remedy="Leave out what was not measured.",
-            )
-        results.append(EvalResult(metric_type=name, metric_value=value, metric_name=f"{name}{MARK}", **place))
-    for parameters in map(_stated, robustness):
-        attack, accuracy = parameters.pop("attack", None), parameters.pop("accuracy", None)
-        if not isinstance(attack, str) or type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
-            raise CondLRError(
-                "an entry of robustness must state an attack's name and an accuracy in [0, 1]",
-                received=f"attack={attack!r}, accuracy={accuracy!r}",
-                remedy="Write {'attack': 'pgd-linf', 'epsilon': 8 / 255, 'steps': 20, 'accuracy': 0.71}, say.",
-            )
-        detail = ", ".join([attack, *(f"{name} {shown(value)}" for name, value in parameters.items())])
-        results.append(
-            EvalResult(
-                metric_type="robust_accuracy",  # not `accuracy`: the Hub would rank it among clean ones
-                metric_value=accuracy,
-                metric_name=f"Robust accuracy, {detail}{MARK}",
-                metric_config=attack,
-                metric_args=parameters or None,
-                **place,
-            )
-        )
-    return results
 
 
-def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(name): _plain(value) for name, value in values.items() if value is not None}
+def _licence_names(licence: Mapping[str, Any]) -> list[Any]:
+    stated = licence.get("license", [])
+    names = [*(stated if isinstance(stated, list) else [stated]), licence.get("license_name")]
+    return [name for name in names if name]
 
 
-def _plain(value: Any) -> Any:
-    """As a safe YAML loader can read it: no scalars of NumPy or torch, no tuples, no infinities."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    is_plain = type(value) in (bool, int, str, list, dict) or (type(value) is float and math.isfinite(value))
-    return value if is_plain else str(value)
+def _cell(value: object) -> str:
+    """On one line, without what would end a cell of a table, or the section."""
+    return " ".join(shown(value).split()).replace("|", "\\|").replace("<!--", "&lt;!--")
 
 
-def _merge_results(index: list[dict[str, Any]], results: list[EvalResult], name: str) -> list[dict[str, Any]]:
-    """Our earlier results out of a model index, the new ones in; the user's stay as stated."""
-    for model in index:
-        for group in model["results"]:
-            group["metrics"] = [m for m in group["metrics"] if not str(m.get("name")).endswith(MARK)]
-            if group.get("source") == SOURCE:
-                del group["source"]  # another tool put the user's results into our group
-        model["results"] = [group for group in model["results"] if group["metrics"]]
-    if results:
-        index = index or [{"name": name, "results": []}]
-        index[0]["results"] += eval_results_to_model_index(name, results)[0]["results"]
-    return [model for model in index if model["results"]]
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "∞"

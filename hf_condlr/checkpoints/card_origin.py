@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,27 +17,17 @@ from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
-from hf_condlr.errors import CondLRError
+from hf_condlr.errors import CondLRError, require
 
 logger = logging.getLogger(__name__)
-
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
-@dataclass(frozen=True)
-class Base:
-    """What a model was made from; both empty where that is not known."""
-
-    hub_id: str | None = None
-    licence: dict[str, Any] = field(default_factory=dict)
-    """`LICENSE_FIELDS` of its card, so far as stated."""
-
-
-def is_hub_id(name: str) -> bool:
+def is_hub_id(name: object) -> bool:
     """Whether `name` reads "user/name" or "name"."""
     try:
-        validate_repo_id(name)
+        validate_repo_id(cast(str, name))
     except HFValidationError:
         return False
     return True
@@ -46,32 +35,41 @@ def is_hub_id(name: str) -> bool:
 
 def base_of(
     model: nn.Module, given: str | Path | None, *, stated: Any, folder: str | Path, model_id: str | None
-) -> Base:
-    """The base that the header of the model's card states, or else that was given, or that the model was loaded from.
+) -> tuple[str | None, dict[str, Any]]:
+    """The base model's Hub id, None where it is not known, and its `LICENSE_FIELDS`, as far as its card states them.
+
+    The header of the model's own card (`stated`) comes first, then what was `given`, then what the model was loaded
+    from.
 
     Raises:
-        CondLRError: `given` is no Hub id and no folder.
+        CondLRError: `given` is neither a Hub id nor a folder.
     """
     name = str(given or getattr(getattr(model, "config", None), "_name_or_path", None) or "")
     if given is None and (name == model_id or os.path.realpath(name) == os.path.realpath(folder)):
-        name = ""  # of the model itself only its card knows the base
-    base = Base()
+        name = ""  # the model itself: only its card knows the base
+    base, card = None, None
     if name and Path(name).is_dir():
         card = _card(name)
-        base = Base(_hub_id(card.base_model if card else None), _licence(card))
-    # A relative path to a checkpoint that is gone by now would pass for "user/name".
+        base = _hub_id(card.base_model) if card else None
+    # A relative path to a checkpoint that was removed would pass for "user/name".
     elif is_hub_id(name) and (given or not re.search(r"(^|/)checkpoint-\d+$", name)):
-        base = Base(name, _licence(_card(name)))
-    elif given:
-        raise CondLRError(
-            "base_model must be a Hub id or a folder", received=repr(name), remedy="'google/vit-base-patch16-224', say."
+        base, card = name, _card(name)
+    else:
+        require(
+            not given,
+            "base_model must be a Hub id or a folder",
+            received=repr(name),
+            remedy="'google/vit-base-patch16-224', say.",
+            error=CondLRError,
         )
     first = _hub_id(stated)
-    return base if first in (None, base.hub_id) else Base(first, _licence(_card(str(first))))
+    if first not in (None, base):
+        base, card = first, _card(str(first))
+    return base, _licence(card)
 
 
 def pipeline_tag(model: nn.Module) -> str | None:
-    """The Hub's name for what the model's class does; None for a class that does several things, or none."""
+    """The Hub's name for what the model's class does; None for a class with several tasks, or none."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = []
     for task, classes in TASK_MAPPING.items():
@@ -81,15 +79,17 @@ def pipeline_tag(model: nn.Module) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def auto_class(model: PreTrainedModel) -> str | None:
-    """The auto class that builds the model's very class, such as AutoModelForImageClassification."""
+def auto_class(model: PreTrainedModel) -> tuple[str, str]:
+    """Module and name of the auto class that builds the model's very class; those of the class where none does."""
     found = []
     for name in dir(modeling_auto):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         classes = mapping.get(type(model.config), ()) if mapping is not None else ()
         if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             found.append(name)
-    return min(found, key=lambda name: (name in ("AutoModel", "AutoModelForPreTraining"), name), default=None)
+    if not found:
+        return type(model).__module__, type(model).__name__
+    return "transformers", min(found, key=lambda name: (name in ("AutoModel", "AutoModelForPreTraining"), name))
 
 
 def _card(name: str) -> ModelCardData | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -13,10 +12,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
+from transformers.utils.hub import create_and_tag_model_card
 
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.distributed.shards import is_sharded
-from hf_condlr.errors import CheckpointError
+from hf_condlr.errors import CheckpointError, require
 from hf_condlr.layers import factored_layers
 
 
@@ -36,24 +36,26 @@ def push_to_hub(
     commit_description: str | None = None,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    card: str | Path | None = None,
 ) -> Any:
     """As `PreTrainedModel.push_to_hub`, in one commit with a card of method, compression, κ and what was measured.
 
     Args:
         model: A model with factored or folded layers.
         repo_id: "user/name"; created where it does not exist.
-        base_model: For the card, see `write_model_card`; so are the next three.
-        robustness: What attacks left of the accuracy.
-        metrics: Measured without an attack.
-        dataset: That it was measured with.
+        base_model: For the card, as the next three; see `write_model_card`.
+        robustness: For each attack its parameters and the accuracy that it left.
+        metrics: What was measured without an attack.
+        dataset: The data of the measurements.
         private: Whether a new repository is private.
-        token: Of the Hub; the stored one by default.
+        token: Access token for the Hub; the stored one by default.
         revision: Branch; created where it does not exist.
         create_pr: Open a pull request instead of committing.
         commit_message: "Upload model" by default.
-        commit_description: Of the commit.
+        commit_description: The text below it.
         max_shard_size: Largest weight file.
         tags: For the card.
+        card: File of the card to complete; by default the one on the Hub.
 
     Returns:
         huggingface_hub's `CommitInfo`. Its errors pass through; nothing on this machine is changed.
@@ -61,52 +63,54 @@ def push_to_hub(
     Raises:
         CheckpointError: The model is sharded.
     """
-    check_whole(model)
-    options: dict[str, Any] = {
-        "commit_message": commit_message,
-        "commit_description": commit_description,
-        "create_pr": create_pr,
-    }
-    if not factored_layers(model):  # folded: κ is no more to be told
-        cls: Any = type(model)
-        options |= {"private": private, "max_shard_size": max_shard_size, "tags": tags or []}
-        return cls.push_to_hub(model, repo_id, token=token, revision=revision, **options)
+    refuse_sharded(model)
     repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        with contextlib.suppress(EntryNotFoundError):
-            shutil.copyfile(_card(repo_id, revision, token), folder / REPOCARD_NAME)
-        stated: dict[str, Any] = {"base_model": base_model, "metrics": metrics, "dataset": dataset, "tags": tags or ()}
-        write_model_card(model, folder, robustness=robustness, model_id=repo_id, **stated)
+        card = card or _card(repo_id, revision, token)
+        if card is not None:
+            shutil.copyfile(card, folder / REPOCARD_NAME)
+        if factored_layers(model):
+            stated: dict[str, Any] = {"base_model": base_model, "metrics": metrics, "dataset": dataset}
+            write_model_card(model, folder, robustness=robustness, model_id=repo_id, tags=tags or (), **stated)
+        elif card is None:  # folded: there is no κ to report
+            create_and_tag_model_card(repo_id, tags, token=token).save(folder / REPOCARD_NAME)  # type: ignore[arg-type]
         return model._upload_modified_files(
             str(folder),
             repo_id,
             files_timestamps={},
             token=token,
             revision=revision,
-            **options | {"commit_message": commit_message or "Upload model"},
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            create_pr=create_pr,
         )
 
 
-def check_whole(model: PreTrainedModel) -> None:
+def refuse_sharded(model: PreTrainedModel) -> None:
     """Refuse to upload a sharded model: one process uploads, and would wait for the others to gather with it.
 
     Raises:
         CheckpointError: Some parameter is sharded.
     """
-    if is_sharded(model):
-        raise CheckpointError(
-            "a model to be uploaded must hold whole tensors, since one process uploads it",
-            received="shards",
-            remedy="Call save_pretrained(folder) without push_to_hub on every process, then "
-            "HfApi().upload_folder(folder_path=folder, repo_id=...) on one.",
-        )
+    require(
+        not is_sharded(model),
+        "a model to be uploaded must hold full tensors, since one process uploads it",
+        received="shards",
+        remedy="Call save_pretrained(folder) without push_to_hub on every process, then "
+        "HfApi().upload_folder(folder_path=folder, repo_id=...) on one.",
+        error=CheckpointError,
+    )
 
 
-def _card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
-    """The card of the branch, of main where the branch is to be made."""
-    try:
-        return hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, token=token)
-    except RevisionNotFoundError:
-        return hf_hub_download(repo_id, REPOCARD_NAME, token=token)
+def _card(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
+    """The card of the branch; that of main where the branch is to be made; None where there is none."""
+    for branch in (revision, None):
+        try:
+            return hf_hub_download(repo_id, REPOCARD_NAME, revision=branch, token=token)
+        except RevisionNotFoundError:
+            continue
+        except EntryNotFoundError:
+            break
+    return None

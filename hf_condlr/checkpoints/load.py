@@ -14,15 +14,27 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_condlr.checkpoints.manifest import METHOD, PARTS, Manifest, StoredLayer
 from hf_condlr.checkpoints.save import attach_saving
-from hf_condlr.checkpoints.verify import check_factors, read_headers, verify_files
-from hf_condlr.config import CondLRConfig
-from hf_condlr.errors import CheckpointError
+from hf_condlr.checkpoints.verify import (
+    FACTOR_DTYPES,
+    FETCH,
+    Header,
+    check_factors,
+    read_headers,
+    require_regular_files,
+    verify_files,
+)
+from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import (
     ConversionRecord,
     LowRankConv2d,
@@ -33,7 +45,10 @@ from hf_condlr.layers import (
     weight_matrix,
 )
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+_SAVED_CONFIG = "Load it with the config.json it was saved with."
+
+for _registered in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    _registered.pop(METHOD, None)  # importlib.reload registers anew
 
 
 @register_quantization_config(METHOD)
@@ -59,9 +74,13 @@ class FactoredCheckpointLoader(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.manifest = quantization_config.manifest
         self._loaded: dict[str, tuple[str, StoredLayer, torch.dtype]] = {}
+        self._new_heads: list[str] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first look at the config, before the weight files are found: here they get their true name."""
+        """The first look at the config, before weight files are found: here they get their true name."""
+        folder = Path(getattr(config, "_name_or_path", "") or "")
+        if folder.is_dir():
+            require_regular_files(folder, self.manifest)
         config.transformers_weights = self.manifest.weights
         return config
 
@@ -72,36 +91,58 @@ class FactoredCheckpointLoader(HfQuantizer):
         verify_files(files, self.manifest)
         tensors = read_headers(files)
         _check_shapes(self.manifest, tensors)
-        places = _places(model, self.manifest)
         replacements = {}
-        for stored_name, name in places.items():
+        for stored_name, name in _places(model, self.manifest).items():
             stored = self.manifest.layers[stored_name]
             dense = model.get_submodule(name)
             layer = _empty_layer(dense, stored)
-            if not _fits(layer, stored_name, tensors):
-                if name in head_names(model):  # for other labels: left dense and drawn anew, as transformers reports
-                    continue
-                shape = tuple(weight_matrix(dense).shape)
-                raise CheckpointError(
-                    "a stored layer must have the shape of the layer it stands for",
-                    received=f"{_shapes(stored_name, stored, tensors)} for {name} of {shape}",
-                    remedy="Load it with the config.json it was saved with.",
-                )
-            replacements[dense] = layer
-            if stored.form == "factored":
-                self._loaded[name] = (stored_name, stored, tensors[f"{stored_name}.S"][1])
+            if _fits(layer, stored_name, tensors):
+                replacements[dense] = layer
+                if stored.form == "factored":
+                    self._loaded[name] = (stored_name, stored, FACTOR_DTYPES[tensors[f"{stored_name}.S"][1]])
+                continue
+            require(
+                name in head_names(model),
+                "a stored layer must have the shape of the layer it stands for",
+                received=f"{_shapes(stored_name, stored, tensors)} for {name} of {tuple(weight_matrix(dense).shape)}",
+                remedy=_SAVED_CONFIG,
+                error=CheckpointError,
+            )
+            self._new_heads.append(name)  # for other labels: left dense and drawn anew, as transformers reports
         replace_modules(model, replacements)
+        _check_kinds(model, tensors)
+        if _is_saved_class(model):
+            self._refuse_missing(model)
+
+    def _refuse_missing(self, model: Any) -> None:
+        """Let the loading fail where transformers would draw a missing tensor at random and only warn."""
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def adjust_and_check(loading_info: Any) -> None:
+            adjust(loading_info)
+            missing = [
+                key for key in sorted(loading_info.missing_keys) if key.rpartition(".")[0] not in self._new_heads
+            ]
+            require(
+                not missing,
+                "a checkpoint must hold every tensor of the model it was saved from",
+                received=f"none for {listed(missing)}",
+                remedy=FETCH,
+                error=CheckpointError,
+            )
+
+        object.__setattr__(model, "_adjust_missing_and_unexpected_keys", adjust_and_check)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Check what was loaded, and leave an ordinary model."""
+        vars(model).pop("_adjust_missing_and_unexpected_keys", None)
         for name, (stored_name, stored, dtype) in self._loaded.items():
             layer = model.get_submodule(name)
             check_factors(stored_name, (layer.U, layer.S, layer.V), stored, dtype)
             layer.bound = stored.bound
         self.remove_quantization_config(model)
         del model.config.transformers_weights
-        config = self.manifest.config
-        set_conversion_record(model, ConversionRecord(CondLRConfig.from_peft_type(**config) if config else None))
+        set_conversion_record(model, ConversionRecord(self.manifest.config))
         attach_saving(model)
         return model
 
@@ -125,6 +166,10 @@ class FactoredCheckpointLoader(HfQuantizer):
         return True
 
 
+def _is_saved_class(model: Any) -> bool:
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+
+
 def _places(model: Any, manifest: Manifest) -> dict[str, str]:
     """{name in the files: name of the module in this model}, by transformers' rules for renamed and prefixed keys."""
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
@@ -138,14 +183,16 @@ def _places(model: Any, manifest: Manifest) -> dict[str, str]:
         if place is not None:
             found[stored_name] = place
     lost = [name for name in manifest.layers if name not in found]
-    inside = [name for name in lost if name.startswith(prefix)]  # the base model; a head may well have no place
-    if inside or not found:
-        raise CheckpointError(
-            f"the factored layers of a checkpoint must exist in the {type(model).__name__} that is loaded",
-            received=f"no place for {', '.join((inside or lost)[:5])}",
-            remedy=f"Load it with the class it was saved with, or the base model of it; this one has "
-            f"{', '.join(sorted(modules)[:5])}, ...",
-        )
+    if not _is_saved_class(model) and found:  # a head has no place in the base model
+        lost = [name for name in lost if name.startswith(prefix)]
+    require(
+        found and not lost,
+        f"the factored layers of a checkpoint must exist in the {type(model).__name__} that is loaded",
+        received=f"no place for {listed(lost)}",
+        remedy=f"Load it with the class it was saved with, or the base model of it; this one has "
+        f"{', '.join(sorted(modules)[:5])}, ...",
+        error=CheckpointError,
+    )
     return found
 
 
@@ -158,40 +205,69 @@ def _empty_layer(dense: Any, stored: StoredLayer) -> nn.Module:
     return layer.fold() if stored.form == "folded" else layer
 
 
-def _fits(layer: nn.Module, stored_name: str, tensors: Shapes) -> bool:
+def _fits(layer: nn.Module, stored_name: str, tensors: Header) -> bool:
     return all(
         f"{stored_name}.{part}" in tensors and tensors[f"{stored_name}.{part}"][0] == tuple(parameter.shape)
         for part, parameter in layer.named_parameters()
     )
 
 
-def _check_shapes(manifest: Manifest, tensors: Shapes) -> None:
+def _check_shapes(manifest: Manifest, tensors: Header) -> None:
     """What the manifest states of each layer must be in the files, and no factors besides."""
     for name, stored in manifest.layers.items():
         keys = [f"{name}.{part}" for part in PARTS[stored.form]]
-        if missing := [key for key in keys if key not in tensors]:
-            raise CheckpointError(
-                "every layer that config.json states must have its factors in the weight files",
-                received=f"no {', '.join(missing)}",
-                remedy="Load it with the config.json it was saved with.",
-            )
-        shapes = [tensors[key][0] for key in keys]
-        ranks = [shape[1] for shape in shapes] if stored.form == "factored" else [shapes[0][0], shapes[1][1]]
-        if set(ranks) != {stored.r}:
-            raise CheckpointError(
-                "the rank that config.json states must be that of the factors",
-                received=f"r={stored.r} for {name} with {_shapes(name, stored, tensors)}",
-                remedy="Load it with the config.json it was saved with.",
-            )
-    factors = {name.removesuffix(".S") for name in tensors if name.endswith(".S")}
-    if foreign := sorted(factors - set(manifest.layers)):
-        raise CheckpointError(
-            "the weight files must hold no factors that config.json does not state",
-            received=", ".join(foreign[:5]),
-            remedy="Load it with the config.json it was saved with.",
+        missing = [key for key in keys if key not in tensors]
+        require(
+            not missing,
+            "every layer that config.json states must have its factors in the weight files",
+            received=f"no {', '.join(missing)}",
+            remedy=_SAVED_CONFIG,
+            error=CheckpointError,
         )
+        shapes = [tensors[key][0] for key in keys]
+        # U (m, r), S (r, r), V (n, r); down (r, n), up (m, r); convolutions have further dimensions of a folded layer
+        ranks = [shape[1:2] for shape in shapes] if stored.form == "factored" else [shapes[0][:1], shapes[1][1:2]]
+        require(
+            set(ranks) == {(stored.r,)},
+            "the rank that config.json states must be that of the factors",
+            received=f"r={stored.r} for {name} with {_shapes(name, stored, tensors)}",
+            remedy=_SAVED_CONFIG,
+            error=CheckpointError,
+        )
+        dtypes = {tensors[key][1] for key in keys}
+        require(
+            dtypes <= set(FACTOR_DTYPES),
+            f"factors must have one of the dtypes {', '.join(FACTOR_DTYPES)}",
+            received=f"{', '.join(sorted(dtypes))} for {name}",
+            remedy=FETCH,
+            error=CheckpointError,
+        )
+    factors = {name.removesuffix(".S") for name in tensors if name.endswith(".S")}
+    foreign = sorted(factors - set(manifest.layers))
+    require(
+        not foreign,
+        "the weight files must hold no factors that config.json does not state",
+        received=listed(foreign),
+        remedy=_SAVED_CONFIG,
+        error=CheckpointError,
+    )
 
 
-def _shapes(name: str, stored: StoredLayer, tensors: Shapes) -> str:
-    parts = (f"{part} {tensors[key][0]}" for part in PARTS[stored.form] if (key := f"{name}.{part}") in tensors)
-    return ", ".join(parts)
+def _check_kinds(model: nn.Module, tensors: Header) -> None:
+    """Real weights for real ones, integers for integers: a cast would drop imaginary parts with a mere warning."""
+    wrong = [
+        f"{name} in {tensors[name][1]}"
+        for name, p in model.state_dict().items()
+        if name in tensors and p.is_floating_point() != tensors[name][1].startswith(("F", "BF"))
+    ]
+    require(
+        not wrong,
+        "a stored tensor must be floating-point where the model's is, and only there",
+        received=listed(wrong),
+        remedy=FETCH,
+        error=CheckpointError,
+    )
+
+
+def _shapes(name: str, stored: StoredLayer, tensors: Header) -> str:
+    return ", ".join(f"{part} {tensors[key][0]}" for part in PARTS[stored.form] if (key := f"{name}.{part}") in tensors)

@@ -2,76 +2,91 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_condlr.checkpoints.manifest import (
-    INDEX_SUFFIX,
-    MANIFEST,
-    NOTICE,
-    STEM,
-    SUFFIX,
-    Manifest,
-    StoredLayer,
-)
-from hf_condlr.layers import conversion_record
+from hf_condlr.checkpoints.manifest import INDEX_SUFFIX, MANIFEST, NOTICE, STEM, SUFFIX, UNREADABLE, Manifest
+from hf_condlr.files import digest, flush, link_or_copy, sync_folder
 
 STAGING = ".condlr-"
 
-
 _SHARD = re.compile(r"(-\d{5}-of-\d{5})\.safetensors$")
+# Weight files of factored checkpoints, and also of dense ones; other names are the user's.
+_FACTORED, _ANY = (
+    re.compile(rf"({names})(-\d{{5}}-of-\d{{5}})?({re.escape(SUFFIX)}|{re.escape(INDEX_SUFFIX)})")
+    for names in (rf"{STEM}(-[0-9a-f]{{8}})?", rf"{STEM}(-[0-9a-f]{{8}})?|{SAFE_WEIGHTS_NAME.removesuffix(SUFFIX)}")
+)
 
 
-def publish(model: PreTrainedModel, staging: Path, folder: Path, layers: dict[str, StoredLayer]) -> None:
-    """Move what `staging` holds into `folder`, `config.json` last."""
-    shards = sorted(p for p in staging.glob(f"*{SUFFIX}"))
-    config = json.loads((staging / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["transformers_weights"] = NOTICE
-    condlr_config = conversion_record(model).config
-    manifest = Manifest(
-        weights="",
-        layers=layers,
-        config=condlr_config.to_dict() if condlr_config is not None else None,
-    )
-    digests = {path: _digest(path) for path in shards}
-    others = [p for p in staging.iterdir() if p not in shards and p.name not in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+def publish(staging: Path, folder: Path, manifest: Manifest, config: dict[str, Any]) -> None:
+    """Move what transformers wrote into `staging` to `folder`, `config.json` last.
+
+    Args:
+        staging: A folder inside `folder`.
+        folder: Where a checkpoint may lie already; it stays complete until `config.json` is replaced.
+        manifest: What is stated of the layers; the files are added.
+        config: What `config.json` is to state beside or in place of transformers' own fields.
+    """
+    shards = sorted(staging.glob(f"*{SUFFIX}"))
+    config = _read(staging / CONFIG_NAME) | {"transformers_weights": NOTICE} | config
     index_path = staging / SAFE_WEIGHTS_INDEX_NAME
-    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else None
-    for path in others:
-        _flush(path)
+    index = _read(index_path) if index_path.is_file() else None
+    for path in shards:
+        flush(path)  # before its digest: what config.json states is on the disk then
+    digests = {path: digest(path) for path in shards}
+    for path in set(staging.iterdir()) - {*shards, index_path, staging / CONFIG_NAME}:
+        flush(path)
         os.replace(path, folder / path.name)
 
-    def point(stem: str, place: Any) -> list[str]:
+    def point(stem: str, place: Callable[[Path, Path], None]) -> Iterable[str]:
         """Place the weights under names that begin with `stem`, then let `config.json` name them."""
         names = {path: _renamed(path.name, stem) for path in shards}
         for path, name in names.items():
             place(path, folder / name)
         manifest.weights = f"{stem}{SUFFIX}"
-        manifest.sha256 = {names[path]: digest for path, digest in digests.items()}
-        new = list(names.values())
+        manifest.sha256 = {names[path]: value for path, value in digests.items()}
         if index is not None:
             manifest.weights = f"{stem}{INDEX_SUFFIX}"
             places = {key: _renamed(name, stem) for key, name in index["weight_map"].items()}
-            _write_json(staging, folder / manifest.weights, index | {"weight_map": places})
-            new.append(manifest.weights)
-        _sync(folder)
-        _write_json(staging, folder / CONFIG_NAME, config | {MANIFEST: manifest.to_dict()})
-        _sync(folder)
-        return new
+            _write(staging, folder / manifest.weights, index | {"weight_map": places})
+            manifest.sha256[manifest.weights] = digest(folder / manifest.weights)
+        sync_folder(folder)
+        _write(staging, folder / CONFIG_NAME, config | {MANIFEST: manifest.to_dict()})
+        sync_folder(folder)
+        return manifest.sha256
 
-    if any(name.startswith(STEM) for name in _weights_in(folder)):
-        # Under names that are free first, so that the old checkpoint stays whole; then back to the usual ones.
-        _remove_others(folder, point(f"{STEM}-{secrets.token_hex(4)}", _link_or_copy))
-    _remove_others(folder, point(STEM, os.replace))
+    if any(_FACTORED.fullmatch(path.name) for path in folder.iterdir()):
+        # Under free names first, so that the old checkpoint stays complete; then back to the usual ones.
+        _remove(_ANY, folder, kept=point(f"{STEM}-{secrets.token_hex(4)}", link_or_copy))
+    _remove(_ANY, folder, kept=point(STEM, lambda source, target: os.replace(source, target)))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left: staging folders, and factors that `config.json` does not name."""
+    for staging in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(staging, ignore_errors=True)
+    kept: set[str] = set()
+    if (folder / CONFIG_NAME).is_file():
+        try:
+            stated = _read(folder / CONFIG_NAME).get(MANIFEST) or {}
+            kept = {str(stated.get("weights")), *stated.get("sha256", ())}
+        except UNREADABLE:  # another program's file: nothing is known about the factors
+            return
+    _remove(_FACTORED, folder, kept=kept)
+
+
+def _remove(pattern: re.Pattern[str], folder: Path, *, kept: Iterable[str]) -> None:
+    for path in list(folder.iterdir()):
+        if pattern.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
 
 
 def _renamed(name: str, stem: str) -> str:
@@ -80,52 +95,12 @@ def _renamed(name: str, stem: str) -> str:
     return f"{stem}{shard.group(1) if shard else ''}{SUFFIX}"
 
 
-def _weights_in(folder: Path) -> set[str]:
-    """The weight files of earlier checkpoints, factored or dense."""
-    dense = SAFE_WEIGHTS_NAME.removesuffix(SUFFIX)
-    names = rf"({STEM}(-[0-9a-f]{{8}})?|{dense})(-\d{{5}}-of-\d{{5}})?"  # nothing else: other files are the user's
-    pattern = re.compile(rf"{names}({re.escape(SUFFIX)}|{re.escape(INDEX_SUFFIX)})")
-    return {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _remove_others(folder: Path, kept: list[str]) -> None:
-    for name in _weights_in(folder) - set(kept):
-        (folder / name).unlink()
-
-
-def _digest(path: Path) -> str:
-    """Of the file as it lies on the disk: flushed first, so that a commit never names what is not there yet."""
-    _flush(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        _flush(target)
-
-
-def _write_json(staging: Path, path: Path, values: dict[str, Any]) -> None:
+def _write(staging: Path, path: Path, values: dict[str, Any]) -> None:
     temporary = staging / f"{path.name}.tmp"
     temporary.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
-
-
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Renames reach the disk in order; not every system lets a folder be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

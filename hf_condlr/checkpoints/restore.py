@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,10 +13,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_condlr.checkpoints.verify import check_factors, read_headers, verify_files, weight_files
-from hf_condlr.distributed.shards import reshard, write_full
-from hf_condlr.errors import CheckpointError
+from hf_condlr.checkpoints.manifest import INDEX_SUFFIX, MANIFEST, SUFFIX, UNREADABLE, Manifest
+from hf_condlr.checkpoints.verify import (
+    FACTOR_DTYPES,
+    FETCH,
+    check_factors,
+    read_headers,
+    require_regular_files,
+    verify_files,
+)
+from hf_condlr.distributed.shards import reshard
+from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import factored_layers
 
 logger = logging.getLogger(__name__)
@@ -25,15 +35,18 @@ logger = logging.getLogger(__name__)
 def restore_weights(model: nn.Module, folder: str | Path) -> None:
     """Copy every saved tensor into the parameter or buffer it came from; all are checked before the first is changed.
 
-    Of a sharded model every process must call it, reads the files, and keeps its own rows.
+    For a sharded model every process must call it, reads the files, and keeps its own rows.
 
     Raises:
         CheckpointError: A file is missing or damaged, a tensor is missing, superfluous or of another shape.
     """
-    if not Path(folder).is_dir():
-        raise CheckpointError(
-            "a checkpoint is a folder", received=repr(str(folder)), remedy="Name one that the Trainer wrote."
-        )
+    require(
+        Path(folder).is_dir(),
+        "a checkpoint is a folder",
+        received=repr(str(folder)),
+        remedy="Name one that the Trainer wrote.",
+        error=CheckpointError,
+    )
     files, manifest = weight_files(Path(folder))
     if manifest is not None:
         verify_files(files, manifest)
@@ -48,12 +61,13 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
         for name, (shape, _) in stored.items()
         if name in places and shape != tuple(places[name].shape)
     ]
-    if wrong:
-        raise CheckpointError(
-            "a checkpoint must hold the tensors of this model",
-            received=", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
-            remedy="Build the model with the config it was saved with; nothing was loaded.",
-        )
+    require(
+        not wrong,
+        "a checkpoint must hold the tensors of this model",
+        received=listed(wrong),
+        remedy="Build the model with the config it was saved with; nothing was loaded.",
+        error=CheckpointError,
+    )
     layers = factored_layers(model)
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -62,7 +76,14 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
     stated = manifest.layers if manifest is not None else {}
     for name in layers if stated else ():
         factors = (tensors[f"{name}.U"], tensors[f"{name}.S"], tensors[f"{name}.V"])
-        check_factors(name, factors, stated[name], stored[f"{name}.S"][1])
+        require(
+            name in stated and stored[f"{name}.S"][1] in FACTOR_DTYPES,
+            f"{CONFIG_NAME} must state every factored layer of this model, and factors must be real",
+            received=f"{name} of {stored[f'{name}.S'][1]}",
+            remedy=FETCH,
+            error=CheckpointError,
+        )
+        check_factors(name, factors, stated[name], FACTOR_DTYPES[stored[f"{name}.S"][1]])
     for name, tensor in tensors.items():
         write_full(places[name], tensor)
     for name, layer in layers.items():
@@ -76,7 +97,44 @@ def _storage(p: Tensor) -> int:
     return id(p) if isinstance(p, DTensor) else p.data_ptr()
 
 
-def last_whole_checkpoint(folder: str) -> str:
+def weight_files(folder: Path) -> tuple[list[Path], Manifest | None]:
+    """The weight files of a checkpoint folder, and its manifest; that of a plain torch module has none."""
+    config, manifest = folder / CONFIG_NAME, None
+    if config.is_file() and (values := _read_json(config).get(MANIFEST)) is not None:
+        manifest = Manifest.from_dict(values)
+        require_regular_files(folder, manifest)
+        weights = folder / manifest.weights
+    else:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        weights = index if index.is_file() else folder / SAFE_WEIGHTS_NAME
+    if not weights.name.endswith(INDEX_SUFFIX):
+        return [weights], manifest
+    try:
+        names = {Path(name).name for name in _read_json(weights)["weight_map"].values()}
+        if not names or not all(name.endswith(SUFFIX) for name in names):
+            raise ValueError("it names other files than weights")
+    except UNREADABLE as error:
+        raise _unreadable(weights, error) from error
+    return [folder / name for name in sorted(names)], manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise OSError("no such regular file")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    return values
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError("a checkpoint's JSON files must be readable", received=f"{path}: {error}", remedy=FETCH)
+
+
+def last_complete_checkpoint(folder: str) -> str:
     """The checkpoint of the most steps whose writing was not interrupted: the Trainer's state comes last.
 
     Raises:
@@ -88,11 +146,11 @@ def last_whole_checkpoint(folder: str) -> str:
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):
-            logger.warning("%s was not written whole and is passed over", path)
+            logger.warning("%s is incomplete and is passed over", path)
             continue
         return str(path)
     raise CheckpointError(
         "resume_from_checkpoint=True needs a checkpoint in output_dir",
-        received=f"{len(found)} that were not written whole in {folder}" if found else f"none in {folder}",
+        received=f"{len(found)} incomplete ones in {folder}" if found else f"none in {folder}",
         remedy="Start anew, or name a checkpoint's folder.",
     )

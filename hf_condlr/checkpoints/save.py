@@ -1,8 +1,8 @@
-"""`save_pretrained` of a factored model: the factors alone, and at every moment a whole checkpoint on the disk.
+"""`save_pretrained` of a factored model: the factors alone, and at every moment a complete checkpoint on the disk.
 
 Everything is written beside the old checkpoint first. The weights come in under a name that is free; then the new
-`config.json`, which names them, replaces the old one in one step; only then the old weights go. A process killed
-anywhere in between leaves the old or the new checkpoint.
+`config.json`, which names them, replaces the old one in one step; only then are the old weights removed. A process
+killed anywhere in between leaves the old or the new checkpoint. Writers into one folder wait for one another.
 """
 
 from __future__ import annotations
@@ -16,32 +16,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from hf_condlr.checkpoints.hub import check_whole, push_to_hub
-from hf_condlr.checkpoints.manifest import (
-    stored_layers,
-)
-from hf_condlr.checkpoints.publish import STAGING, publish
+from hf_condlr.checkpoints.hub import push_to_hub as upload
+from hf_condlr.checkpoints.hub import refuse_sharded
+from hf_condlr.checkpoints.manifest import Manifest, stored_layers
+from hf_condlr.checkpoints.publish import STAGING, publish, remove_leftovers
 from hf_condlr.distributed.shards import is_sharded
-from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import compressed_layers
+from hf_condlr.errors import CheckpointError, require
+from hf_condlr.files import alone_in
+from hf_condlr.layers import compressed_layers, conversion_record
+
+_UPLOAD = {"repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags"}
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "variant": (None,),
+    "save_original_format": (False,),
+    "distributed_checkpoint": (False,),
+    "safe_serialization": (True, None),
+    "save_peft_format": (True, False),
+}
+"""Options of transformers with the values that ask for the one format that there is."""
 
 
 def attach_saving(model: Any) -> None:
     """Let `save_pretrained`, and what calls it (the Trainer), and `push_to_hub` write factored checkpoints.
 
-    Attributes of the model, and of every transformers model inside it that has factors of its own (`model.bert`):
-    classes stay what they are. Copies and pickles of the model keep them.
+    They become attributes of the model, and of every transformers model inside it that has factors of its own
+    (`model.bert`); no class is changed. Copies and pickles of the model keep them.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and compressed_layers(module):
             object.__setattr__(module, "save_pretrained", partial(save_pretrained, module))
-            object.__setattr__(module, "push_to_hub", partial(push_to_hub, module))
+            object.__setattr__(module, "push_to_hub", partial(upload, module))
 
 
 def detach_saving(model: Any) -> None:
@@ -64,7 +76,7 @@ def save_pretrained(
 ) -> None:
     """As `PreTrainedModel.save_pretrained`, for a model with factored or folded layers.
 
-    Of a model that `fully_shard` sharded every process must call it; the first one gathers the weights and writes.
+    For a model that `fully_shard` sharded every process must call it; the first one gathers the weights and writes.
     `AutoModelFor….from_pretrained(save_directory)` builds the same layers after `import hf_condlr`.
 
     Args:
@@ -72,66 +84,102 @@ def save_pretrained(
         save_directory: Folder; what else lies in it stays.
         is_main_process: Others write nothing.
         state_dict: Tensors to write instead of the model's own.
-        push_to_hub: Upload afterwards; `kwargs` then go to `model.push_to_hub`, with `repo_id` among them. Not of a
-            sharded model.
+        push_to_hub: Upload afterwards, with the folder's own model card where it has one; `kwargs` then go to
+            `model.push_to_hub`, with `repo_id` among them. Not for a sharded model.
         max_shard_size: Largest weight file.
-        token: Of the Hub.
-        kwargs: For the upload. What transformers takes and does not use any more (`save_function`) is taken, too.
+        token: Access token for the Hub.
+        kwargs: For the upload. Arguments that transformers accepts and does not use any more (`save_function`) are
+            accepted, too.
 
     Raises:
         CheckpointError: The files could not be written, or an option that factored checkpoints do not have was given.
     """
     folder = Path(save_directory)
-    upload = {name: kwargs.pop(name) for name in _UPLOAD & set(kwargs)}
+    upload_options = {name: kwargs.pop(name) for name in _UPLOAD & set(kwargs)}
     kwargs.pop("save_function", None)
-    if refused := {name: value for name, value in kwargs.items() if value not in _HARMLESS.get(name, ())}:
-        raise CheckpointError(
-            "factored checkpoints have one format: safetensors with the model's own names, and no variants",
-            received=", ".join(f"{name}={value!r}" for name, value in refused.items()),
-            remedy="Leave it out.",
-        )
+    _refuse(model, kwargs)
     if push_to_hub:
-        check_whole(model)
+        refuse_sharded(model)
     if state_dict is None and is_sharded(model):
         state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         is_main_process = is_main_process and dist.get_rank() == 0  # the only one that got it
-    if state_dict is not None and any(isinstance(p, DTensor) for p in state_dict.values()):
-        raise CheckpointError(
-            "a state_dict to be written must hold whole tensors",
-            received="shards",
-            remedy="Leave it out, and call save_pretrained on every process: it gathers them.",
-        )
+    require(
+        state_dict is None or not any(isinstance(p, DTensor) for p in state_dict.values()),
+        "a state_dict to be written must hold full tensors",
+        received="shards",
+        remedy="Leave it out, and call save_pretrained on every process: it gathers them.",
+        error=CheckpointError,
+    )
     if not is_main_process:
         return
-    layers = stored_layers(model, state_dict)
+    manifest = Manifest("", stored_layers(model, state_dict), config=conversion_record(model).config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_behind in folder.glob(f"{STAGING}*"):  # by a process that was killed
-            shutil.rmtree(left_behind, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-        try:
-            # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
-            tensors = None if state_dict is None else dict(state_dict)  # transformers empties it
-            options: dict[str, Any] = {"state_dict": tensors, "max_shard_size": max_shard_size}
-            with _gathered_already(model):
-                type(model).save_pretrained(model, staging, save_original_format=False, **options)
-            publish(model, staging, folder, layers)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with alone_in(folder):
+            _write(model, folder, manifest, state_dict, max_shard_size)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            "a checkpoint must be written whole",
+            "a checkpoint must be written completely",
             received=f"{folder}: {error}",
-            remedy="What lies there is as whole as before. Free space or choose another folder, and save again.",
+            remedy="A checkpoint that lies there is as complete as before. Free space or choose another folder, and "
+            "save again.",
         ) from error
     if push_to_hub:
-        repo_id = upload.pop("repo_id", folder.name)
-        model.push_to_hub(repo_id, token=token, max_shard_size=max_shard_size, **upload)
+        card = folder / REPOCARD_NAME
+        options: dict[str, Any] = {"token": token, "max_shard_size": max_shard_size} | upload_options
+        upload(model, options.pop("repo_id", folder.name), card=card if card.is_file() else None, **options)
+
+
+def _refuse(model: Any, options: dict[str, Any]) -> None:
+    refused = {name: value for name, value in options.items() if value not in _HARMLESS.get(name, ())}
+    require(
+        not refused,
+        "factored checkpoints have one format: safetensors with the model's own names, and no variants",
+        received=", ".join(f"{name}={value!r}" for name, value in refused.items()),
+        remedy="Leave it out.",
+        error=CheckpointError,
+    )
+    require(
+        not getattr(model, "_hf_peft_config_loaded", False),
+        "a factored checkpoint holds the model and no adapters",
+        received="a model with adapters of PEFT",
+        remedy="Save model.get_adapter_state_dict() apart, and remove them with model.delete_adapter(name).",
+        error=CheckpointError,
+    )
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    manifest: Manifest,
+    state_dict: dict[str, Any] | None,
+    max_shard_size: int | str,
+) -> None:
+    remove_leftovers(folder)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+    try:
+        # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
+        tensors = None if state_dict is None else dict(state_dict)  # transformers empties it
+        options: dict[str, Any] = {"state_dict": tensors, "max_shard_size": max_shard_size}
+        with _gathered_already(model):
+            type(model).save_pretrained(model, staging, save_original_format=False, **options)
+        publish(staging, folder, manifest, _tying(model))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _tying(model: PreTrainedModel) -> dict[str, Any]:
+    """Whether head and embeddings share a weight, as they are: the config of a model untied in memory may not know."""
+    outputs = model.get_output_embeddings()
+    if outputs is None or not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    tied = isinstance(outputs, nn.Linear) and outputs.weight is model.get_input_embeddings().weight
+    return {} if tied else {"tie_word_embeddings": False}
 
 
 @contextmanager
 def _gathered_already(model: PreTrainedModel) -> Iterator[None]:
-    """Where transformers itself sharded the model, it would gather again, and wait for the other processes."""
+    """Where transformers itself sharded the model it would gather again, and wait for the other processes."""
     config: Any = model.config
     distributed = getattr(config, "distributed_config", None)
     try:
@@ -141,16 +189,3 @@ def _gathered_already(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if distributed is not None:
             config.distributed_config = distributed
-
-
-_UPLOAD = {"repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags"}
-
-
-# What asks for nothing but the one format.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "variant": (None,),
-    "save_original_format": (False,),
-    "distributed_checkpoint": (False,),
-    "safe_serialization": (True, None),
-    "save_peft_format": (True, False),
-}

@@ -2,10 +2,10 @@
 
     weights/    shard-*.safetensors, torch's distributed checkpoints in its HuggingFace form
     optimizer/  the same, of the optimizer's tensors
-    state.json  each layer's bound, the optimizer's numbers, and where the conditioning schedule stands
+    state.json  the files' digests, what is stated of each layer, the optimizer's numbers, the conditioning schedule
 
-They resume a training, on as many processes as you like. To hand a model on, `save_pretrained` gathers the factors into
-an ordinary checkpoint.
+They resume a training, on any number of processes. To hand a model on, `save_pretrained` gathers the factors into an
+ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hf_condlr.checkpoints.manifest import StoredLayer
-from hf_condlr.checkpoints.verify import check_factors
+from hf_condlr.checkpoints.manifest import UNREADABLE, StoredLayer
+from hf_condlr.checkpoints.verify import FETCH, check_factors
 from hf_condlr.distributed.shards import reshard
-from hf_condlr.errors import CheckpointError
+from hf_condlr.errors import CheckpointError, listed, require
+from hf_condlr.files import digest, flush
 from hf_condlr.layers import factored_layers
 from hf_condlr.manifold.step import ManifoldStep
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights", "optimizer"
-
-
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one entry for each parameter's each tensor or number
 
 
@@ -58,7 +57,7 @@ def save_sharded(
     Args:
         folder: It appears when everything is written; an earlier one of this name is replaced.
         model: Sharded by `fully_shard`.
-        optimizer: Of it.
+        optimizer: The model's optimizer.
         manifold_step: The handle of `attach_manifold_step`; the model must be settled.
 
     Raises:
@@ -69,24 +68,24 @@ def save_sharded(
 
     reshard(model)
     state: dict[str, Any] = {"manifold_step": None if manifold_step is None else manifold_step.state_dict()}
-    layers = {name: StoredLayer.of(layer) for name, layer in factored_layers(model).items()}
-    state["bounds"] = {name: str(layer.bound) for name, layer in layers.items()}
+    state["layers"] = {name: StoredLayer.of(layer).to_dict() for name, layer in factored_layers(model).items()}
     target = Path(folder)
-    staging = target.with_name(f"{target.name}.partial")
+    staging, previous = _beside(target)
     parts: dict[str, dict[str, Any]] = {WEIGHTS: dict(get_model_state_dict(model))}
     if optimizer is not None:
         tensors, state["optimizer"] = _split(get_optimizer_state_dict(model, optimizer, options=_FLAT))
         parts[OPTIMIZER] = tensors
-    stated = json.dumps(state)
 
     def begin() -> None:
+        if previous.exists() and not target.exists():  # a process was killed between the two renames
+            os.rename(previous, target)
         shutil.rmtree(staging, ignore_errors=True)
         for part in parts:
             (staging / part).mkdir(parents=True)
 
     def finish() -> None:
-        (staging / STATE).write_text(stated)
-        previous = target.with_name(f"{target.name}.replaced")
+        (staging / STATE).write_text(json.dumps(state))
+        flush(staging / STATE)
         shutil.rmtree(previous, ignore_errors=True)
         if target.exists():
             os.rename(target, previous)
@@ -98,6 +97,8 @@ def save_sharded(
         for part, tensors in parts.items():
             writer = HuggingFaceStorageWriter(str(staging / part), save_distributed=True)
             save(tensors, storage_writer=writer)  # returns when all processes have written, or raises on all
+        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+        state["files"] = _digests(staging, names)
         _on_first(finish)
 
 
@@ -111,25 +112,47 @@ def load_sharded(
     """Go on where `save_sharded` wrote; every process must call it, and reads its own rows.
 
     Args:
-        folder: What it wrote.
+        folder: What it wrote. Where a save was killed while it replaced this folder, the replaced one is read.
         model: Sharded by `fully_shard`, not necessarily over as many processes.
-        optimizer: Of it; where the checkpoint has one.
+        optimizer: The model's optimizer; where the checkpoint has its state.
         manifold_step: The handle; where the checkpoint has its state.
 
     Raises:
-        CheckpointError: A part is missing, a tensor is missing or of another shape, or factors do not obey what the
-            checkpoint states of them. The model may have been changed.
+        CheckpointError: A part is missing, a file or a tensor is missing or another one, or factors do not obey what
+            the checkpoint states of them. Only in the last case the model may have been changed.
     """
     target = Path(folder)
+    _, previous = _beside(target)
+    if previous.exists() and not target.exists():
+        target = previous
     with _reported(target):
         state = json.loads((target / STATE).read_text())
+        layers = {name: StoredLayer.from_dict(values) for name, values in state["layers"].items()}
+        found = _digests(target, sorted(state["files"]))
+    changed = sorted(name for name, value in state["files"].items() if found[name] != value)
+    require(
+        not changed,
+        "the files of a sharded checkpoint must be those that were saved",
+        received=f"another {listed(changed)} in {target}",
+        remedy=f"They are damaged or were changed. {FETCH}",
+        error=CheckpointError,
+    )
     for name, wanted in (("optimizer", optimizer), ("manifold_step", manifold_step)):
-        if wanted is not None and state.get(name) is None:
-            raise CheckpointError(
-                "a checkpoint must hold what is to be loaded",
-                received=f"no {name} in {target}",
-                remedy="Pass it to save_sharded, or do not ask for it.",
-            )
+        require(
+            wanted is None or state.get(name) is not None,
+            "a checkpoint must hold what is to be loaded",
+            received=f"no {name} in {target}",
+            remedy="Pass it to save_sharded, or do not ask for it.",
+            error=CheckpointError,
+        )
+    own = factored_layers(model)
+    require(
+        own.keys() == layers.keys(),
+        "a checkpoint must hold the factored layers of this model",
+        received=listed(sorted(own.keys() ^ layers.keys())),
+        remedy="Build the model with the config it was saved with.",
+        error=CheckpointError,
+    )
     reshard(model)
     if optimizer is not None:
         # First: torch makes the tensors of a fresh optimizer by a step that moves nothing, but counts as one.
@@ -140,13 +163,30 @@ def load_sharded(
     weights = get_model_state_dict(model)
     _read(target / WEIGHTS, weights)
     set_model_state_dict(model, weights)
-    for name, layer in factored_layers(model).items():
-        bound = float(state["bounds"].get(name, "inf"))
-        stored = StoredLayer(r=layer.r, tau=layer.tau, center=layer.center, bound=bound)
-        check_factors(name, (layer.U, layer.S, layer.V), stored, layer.S.dtype)
-        layer.bound = bound
+    for name, layer in own.items():
+        check_factors(name, (layer.U, layer.S, layer.V), layers[name], layer.S.dtype)
+        layer.bound = layers[name].bound
     if manifold_step is not None:
         manifold_step.load_state_dict(state["manifold_step"])
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a checkpoint is written, and where an earlier one lies while it is replaced."""
+    return target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.replaced")
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    """Digests of the files; every process reads its share. An error of one is raised by all."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    results: list[Any] = [None] * size
+    try:
+        own: Any = {name: digest(folder / name) for name in names[rank::size]}
+    except OSError as error:
+        own = error
+    dist.all_gather_object(results, own)
+    if errors := [result for result in results if isinstance(result, OSError)]:
+        raise errors[0]
+    return {name: value for result in results for name, value in result.items()}
 
 
 def _on_first(work: Callable[[], None]) -> None:
@@ -179,9 +219,9 @@ def _read(folder: Path, tensors: dict[str, Any]) -> None:
 def _reported(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError, CheckpointException, *UNREADABLE) as error:
         raise CheckpointError(
-            "a sharded checkpoint must be written and read whole",
-            received=f"{folder}: {str(error).strip().splitlines()[-1]}",
+            "a sharded checkpoint must be written and read completely",
+            received=f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}",
             remedy="Save it with save_sharded of a model converted alike; use an earlier one if it is damaged.",
         ) from error

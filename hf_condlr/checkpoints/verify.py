@@ -1,128 +1,132 @@
-"""What a checkpoint must be before it is believed: whole files, and factors that obey their bound."""
+"""Checks of a checkpoint before it is loaded: complete files, and factors that obey their bound."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
-from hf_condlr.checkpoints.manifest import INDEX_SUFFIX, MANIFEST, Manifest, StoredLayer
-from hf_condlr.checkpoints.rounding import KAPPA_TOLERANCE, measure
+from hf_condlr.checkpoints.manifest import MANIFEST, Manifest, StoredLayer
+from hf_condlr.checkpoints.rounding import measure
 from hf_condlr.distributed.sharded_linalg import is_finite, orthonormality_error
 from hf_condlr.distributed.shards import full_tensor
-from hf_condlr.errors import CheckpointError
+from hf_condlr.errors import CheckpointError, listed, require
+from hf_condlr.files import digest
 from hf_condlr.layers import Factors
-from hf_condlr.linalg import condition_number
+from hf_condlr.linalg import condition_number, obeys_bound
+
+FETCH = "Fetch the checkpoint again, or use an earlier one."
+Header = dict[str, tuple[tuple[int, ...], str]]
+"""{name: (shape, dtype)} of the stored tensors, dtypes under safetensors' names."""
+FACTOR_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch.dtype) -> None:
-    """Whether the factors U, S, V can be the rounding of ones that obey what the checkpoint states.
+    """Check that U, S, V can be the rounding of factors that obey what the checkpoint states.
 
     Args:
-        name: Of the layer, for the message.
-        factors: As loaded; on the meta device (offloaded) there are no values to look at. Sharded ones are checked by
+        name: The layer's name, for the message.
+        factors: As loaded; on the meta device (offloaded) there are no values to check. Sharded ones are checked by
             all processes together.
         stored: What `config.json` states of them.
         dtype: Of the file; that of the factors may round once more.
 
     Raises:
-        CheckpointError: They break what is stated.
+        CheckpointError: They contradict what is stated.
     """
     if any(factor.is_meta for factor in factors):
         return
     if not all([is_finite(factor) for factor in factors]):  # all of them: each may be a sum over processes
-        raise _broken(name, "U, S and V must be finite", "a value that is not")
+        raise _changed(name, "U, S and V must be finite", "a value that is not")
     orthonormal, least = measure(factors, dtype)
     U, S, V = factors
     if stored.orthonormal and not orthonormal:
         error = max(orthonormality_error(U).item(), orthonormality_error(V).item())
-        raise _broken(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
-    if not least <= stored.bound * KAPPA_TOLERANCE:
+        raise _changed(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
+    if not obeys_bound(least, stored.bound):
         kappa = condition_number(full_tensor(S)).item()
-        raise _broken(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
+        raise _changed(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
 
 
-def _broken(name: str, rule: str, received: str) -> CheckpointError:
+def _changed(name: str, rule: str, received: str) -> CheckpointError:
     return CheckpointError(
         rule, received=f"{received} in {name}", remedy="The weights are not those that were saved: fetch them again."
     )
 
 
-def weight_files(folder: Path) -> tuple[list[Path], Manifest | None]:
-    """The weight files of a checkpoint folder; and its manifest, which the one of a plain torch module has not."""
-    path = folder / CONFIG_NAME
-    manifest = None
-    if path.is_file():
-        values = _read_json(path).get(MANIFEST)
-        manifest = Manifest.from_dict(values) if values is not None else None
-    if manifest is not None:
-        weights = folder / manifest.weights
-    else:
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        weights = index if index.is_file() else folder / SAFE_WEIGHTS_NAME
-    if not weights.name.endswith(INDEX_SUFFIX):
-        return [weights], manifest
-    return [folder / name for name in sorted(set(_read_json(weights)["weight_map"].values()))], manifest
+def require_regular_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse pipes and devices, which could be read without end, before anything opens them; missing files pass.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "a checkpoint's JSON files must be readable", received=f"{path}: {error}", remedy=_FETCH
-        ) from error
-
-
-_FETCH = "Fetch the checkpoint again, or use an earlier one."
+    Raises:
+        CheckpointError: A weight file is not a regular file.
+    """
+    for name in {manifest.weights, *manifest.sha256}:
+        path = folder / name
+        require(
+            not path.exists() or stat.S_ISREG(path.stat().st_mode),
+            "weight files must be regular files",
+            received=f"another kind of file at {path}",
+            remedy=FETCH,
+            error=CheckpointError,
+        )
 
 
 def verify_files(files: Iterable[Path], manifest: Manifest) -> None:
-    """Compare each weight file with the digest that `config.json` states.
+    """Compare weight files and index with the digests that `config.json` states.
+
+    Args:
+        files: The files that are about to be loaded; the index lies beside them.
+        manifest: Of `config.json`.
 
     Raises:
-        CheckpointError: One is missing, or not the one that was saved.
+        CheckpointError: One is missing, is not the one that was saved, or would not be loaded.
     """
-    for path in files:
+    found = {path.name: path for path in files}
+    if found and manifest.weights in manifest.sha256:
+        found[manifest.weights] = next(iter(found.values())).with_name(manifest.weights)
+    for name, path in found.items():
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = digest(path)
         except OSError as error:
             raise CheckpointError(
                 "every weight file of a checkpoint must be there",
                 received=str(error),
-                remedy=f"{_FETCH} If dense weights lie here, {CONFIG_NAME} must not have {MANIFEST} and "
+                remedy=f"{FETCH} If dense weights lie here, {CONFIG_NAME} must not have {MANIFEST} and "
                 "transformers_weights.",
             ) from error
-        expected = manifest.sha256.get(path.name)
-        if digest != expected:
-            raise CheckpointError(
-                f"a weight file must be the one that was saved, with the sha256 that {CONFIG_NAME} states",
-                received=f"{path.name} with {digest[:12]}… instead of {expected and expected[:12]}…",
-                remedy=f"It is damaged or was changed. {_FETCH}",
-            )
+        expected = manifest.sha256.get(name)
+        require(
+            actual == expected,
+            f"a weight file must be the one that was saved, with the sha256 that {CONFIG_NAME} states",
+            received=f"{name} with {actual[:12]}… instead of {expected and expected[:12]}…",
+            remedy=f"It is damaged or was changed. {FETCH}",
+            error=CheckpointError,
+        )
+    unused = sorted(set(manifest.sha256) - set(found))
+    require(
+        not unused,
+        f"every weight file that {CONFIG_NAME} states must be loaded",
+        received=f"an index without {listed(unused)}",
+        remedy=FETCH,
+        error=CheckpointError,
+    )
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """{name: (shape, dtype)} of all stored tensors; reads no values."""
-    found = {}
+def read_headers(files: Iterable[Path]) -> Header:
+    """Shape and dtype of all stored tensors; reads no values."""
+    found: Header = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
                     part = file.get_slice(name)
-                    found[name] = (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.float32))
+                    found[name] = (tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                "weight files must be readable", received=f"{path.name}: {error}", remedy=_FETCH
+                "weight files must be readable", received=f"{path.name}: {error}", remedy=FETCH
             ) from error
     return found
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

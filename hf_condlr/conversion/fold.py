@@ -13,10 +13,11 @@ from hf_condlr.layers import FoldedLayer, LowRankLayer, factored_layers, replace
 
 
 def to_dense_model(model: Model) -> Model:
-    """Multiply every factored layer out to an ordinary dense one, in place. κ and the outputs stay (to rounding).
+    """Multiply every factored or folded layer out to a dense one, in place. κ and the outputs stay (to rounding).
 
     A model without factored layers stays as it is.
     """
+    replace_modules(model, {m: m.to_dense() for m in model.modules() if isinstance(m, FoldedLayer)})
     _replace_layers(model, lambda layer: layer.to_dense())
     detach_saving(model)
     return model

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.checkpoints.manifest import STEM
-from hf_condlr.checkpoints.restore import last_whole_checkpoint, restore_weights
+from hf_condlr.checkpoints.restore import last_complete_checkpoint, restore_weights
 from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.layers import factored_layers
 
@@ -27,7 +27,7 @@ _NOT_MEASURED = re.compile(r"runtime|_per_second$|^kappa_|^orthonormality_error$
 
 
 class WholeCheckpointsMixin:
-    """To be put before a Trainer class. `hf_condlr.checkpoints.restore.last_whole_checkpoint` goes by that file.
+    """To be put before a Trainer class. `hf_condlr.checkpoints.restore.last_complete_checkpoint` goes by that file.
 
     A checkpoint that an earlier training left under the same name has it already: it is taken away before anything is
     overwritten. And each process writes its own random state: the first one waits for all of them before it writes it.
@@ -63,7 +63,7 @@ class FactoredTrainerMixin(WholeCheckpointsMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; with True it goes on from the last checkpoint that was written whole."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -32,8 +32,7 @@ from hf_condlr import (
     to_dense_model,
 )
 from hf_condlr.checkpoints.manifest import NOTICE, Manifest
-from hf_condlr.checkpoints.restore import restore_weights
-from hf_condlr.checkpoints.verify import weight_files
+from hf_condlr.checkpoints.restore import restore_weights, weight_files
 from hf_condlr.errors import CheckpointError, ConversionError
 from hf_condlr.layers import FoldedLayer, LowRankLayer
 from tests import models
@@ -474,11 +473,11 @@ DAMAGE = {
     "no layers": (lambda f: edit_manifest(f, lambda m: m.pop("layers")), "must describe a factored checkpoint"),
     "a path elsewhere": (
         lambda f: edit_manifest(f, lambda m: m.update(weights="../condlr.safetensors")),
-        r"'\.\./condlr.safetensors' is no name of a weight file",
+        r"'\.\./condlr.safetensors' is not the name of a weight file",
     ),
     "a pickle": (
         lambda f: edit_manifest(f, lambda m: m.update(weights="condlr.bin")),
-        "'condlr.bin' is no name of a weight file",
+        "'condlr.bin' is not the name of a weight file",
     ),
     "an unknown config field": (
         lambda f: edit_manifest(f, lambda m: m["config"].update(shape="round")),
@@ -536,7 +535,10 @@ def test_a_killed_process_and_a_full_disk_leave_a_checkpoint(tmp_path):
     assert len(result["found"]) == 20 and set(result["found"]) <= {0, 1}, done.stderr  # the old or the new one
     assert result["in_a_save"] > 0  # kills that came in the middle
     assert result["files"] == ["condlr.safetensors", "config.json"]  # and the next save tidied up
-    assert "a checkpoint must be written whole" in result["full"] and "as whole as before. Free space" in result["full"]
+    assert (
+        "a checkpoint must be written completely" in result["full"]
+        and "as complete as before. Free space" in result["full"]
+    )
     assert result["after"] == 0
 
 

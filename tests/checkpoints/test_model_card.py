@@ -12,7 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, constants
 from torch import nn
 
 from hf_condlr import CondLRConfig, LowRankLinear, attach_manifold_step, condition_report, get_robust_lowrank_model
-from hf_condlr.checkpoints.card import BEGIN, END, SOURCE, write_model_card
+from hf_condlr.checkpoints.card import BEGIN, END, write_model_card
+from hf_condlr.checkpoints.card_results import SOURCE
 from hf_condlr.errors import CondLRError
 from tests.models import bert, gpt2, t5, vit
 
@@ -298,7 +299,7 @@ def test_what_is_no_measurement_is_refused_before_anything_is_written(options, m
     assert not (tmp_path / "out").exists()
 
 
-HEADER, SECTION = "header of .*README.md must be YAML.*Mend or remove", "section of .*README.md must stand"
+HEADER, SECTION = "header of .*README.md must be YAML.*Mend or remove", "section of hf_condlr in .*README.md must stand"
 
 
 @pytest.mark.parametrize(

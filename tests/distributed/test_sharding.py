@@ -130,10 +130,10 @@ def test_sharded_checkpoint_resumes_bitwise_and_on_another_number_of_processes(r
     assert found["steps"] == 12
     assert found["files"] == [".json", ".safetensors"]
     other, missing, *unwritable = found["errors"]
-    assert "whole; received" in other and "Size mismatch" in other
-    assert "whole; received" in missing and "No such file" in missing
+    assert "completely; received" in other and "Size mismatch" in other
+    assert "completely; received" in missing and "No such file" in missing
     for error, reason in zip(unwritable, ("Not a directory", "renamed in vain"), strict=True):  # of the first process
-        assert "whole; received" in error and reason in error
+        assert "completely; received" in error and reason in error
 
 
 def test_attached_before_accelerate_shards_it_is_the_same_training(results):
@@ -165,7 +165,7 @@ def test_checkpoint_goes_straight_into_shards_and_comes_back_whole(results):
     assert found["loaded"]
     assert found["kappa"] <= 1 + 1e-4
     shards, *uploads = found["errors"]
-    assert "a state_dict to be written must hold whole tensors" in shards
+    assert "a state_dict to be written must hold full tensors" in shards
     assert len(uploads) == 2
     assert all("since one process uploads it; received shards. Call save_pretrained" in e for e in uploads)
     assert not found["written"]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_condlr import CondLRTrainer, attach_manifold_step
-from hf_condlr.checkpoints.restore import last_whole_checkpoint
+from hf_condlr.checkpoints.restore import last_complete_checkpoint
 from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.layers import LowRankLinear, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
@@ -85,7 +85,7 @@ def test_a_training_that_is_lost_ends_with_an_error(tmp_path, monkeypatch):
     with pytest.raises(OptimizerError, match=r"one of 4 steps .* received none up to step 9, this time in .*vit\."):
         trainer.train()
     assert_sound(trainer)
-    assert last_whole_checkpoint(str(tmp_path)).endswith("checkpoint-8")
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):
@@ -163,7 +163,7 @@ def test_a_full_disk_while_the_optimizer_is_saved(tmp_path, monkeypatch):
         patch.setattr(torch, "save", half)
         with pytest.raises(OSError, match="No space left"):
             trainer_of(out, convert(copy.deepcopy(dense)), rows, **options).train()
-    assert last_whole_checkpoint(str(out)).endswith("checkpoint-4")
+    assert last_complete_checkpoint(str(out)).endswith("checkpoint-4")
     resumed = trainer_of(out, convert(copy.deepcopy(dense)), rows, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_equal_weights(whole.model, resumed.model)
