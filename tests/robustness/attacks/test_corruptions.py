@@ -189,7 +189,7 @@ def test_jpeg_is_pillow_in_this_quality(channels):
 @each_kind
 def test_severity_is_the_budget(kind):
     attack = Corruption(kind, 2)
-    assert (attack.name, attack.threat, attack.epsilon, attack.severity) == (kind, f"corruption-{kind}", 2, 2)
+    assert (attack.name, attack.threat, attack.epsilon) == (kind, f"corruption-{kind}", 2)
     assert attack.with_epsilon(4.0) == Corruption(kind, 4) == Corruption(kind, epsilon=4)
     assert not attack.adversarial and attack.distance(nn.Identity(), torch.zeros(1), torch.zeros(1)) is None
 
@@ -201,8 +201,8 @@ def test_errors():
         with pytest.raises(AttackError, match=f"severity must be a whole number from 0 to 5; received {severity}"):
             Corruption("jpeg", severity)
     labels = torch.zeros(1, dtype=torch.long)
-    for shape in ((1, 2, 8, 8), (1, 8, 8)):
-        with pytest.raises(AttackError, match=r"images \(B, C, H, W\) with one or three channels; received \(1, "):
+    for shape, message in (((1, 2, 8, 8), "one or three channels; received 2"), ((1, 8, 8), "images .*; received .1, ")):
+        with pytest.raises(AttackError, match=message):
             Corruption("jpeg", 1)(nn.Identity(), torch.rand(shape), labels)
     with pytest.raises(AttackError, match="inputs must lie within bounds"):
         Corruption("jpeg", 1)(nn.Identity(), torch.full((1, 1, 8, 8), 1.5), labels)
