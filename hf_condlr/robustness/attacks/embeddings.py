@@ -1,7 +1,7 @@
 """Attacks on the embeddings of a text's tokens: FGM (Miyato et al. 2017), PGD, and a search without gradients.
 
 All share one ball: δ_i ≠ 0 only for tokens that are neither special nor padding, ‖δ_i‖₂ ≤ ε‖E_i‖₂ for each of them,
-E_i the output of the input embedding. The radius is relative since norms differ between tokens, and more between models.
+E_i the output of the input embedding. The radius is relative, as norms differ between tokens and between models.
 """
 
 from __future__ import annotations

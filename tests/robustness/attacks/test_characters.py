@@ -12,7 +12,7 @@ from hf_condlr.errors import AttackError
 from hf_condlr.robustness.attacks import CharacterAttack, TextModel
 from hf_condlr.robustness.attacks.characters import Draft, Judge, rank_by_deletion, rank_by_gradient
 from hf_condlr.robustness.attacks.words import NEIGHBOURS, Words, typos
-from tests.robustness.attacks.test_gradient import random_states
+from tests.robustness.attacks.problems import random_states
 from tests.text_models import FILLER, bert_for, byte_tokenizer, classifier, reviews, trained_reviewer, word_tokenizer
 
 STRANGE = ["", " ", "...", "a", "I !", "7 42", "☃ 🎬", "\t\n", "x - y"]

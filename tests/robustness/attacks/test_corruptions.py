@@ -201,7 +201,10 @@ def test_errors():
         with pytest.raises(AttackError, match=f"severity must be a whole number from 0 to 5; received {severity}"):
             Corruption("jpeg", severity)
     labels = torch.zeros(1, dtype=torch.long)
-    for shape, message in (((1, 2, 8, 8), "one or three channels; received 2"), ((1, 8, 8), "images .*; received .1, ")):
+    for shape, message in (
+        ((1, 2, 8, 8), "one or three channels; received 2"),
+        ((1, 8, 8), "images .*; received .1, "),
+    ):
         with pytest.raises(AttackError, match=message):
             Corruption("jpeg", 1)(nn.Identity(), torch.rand(shape), labels)
     with pytest.raises(AttackError, match="inputs must lie within bounds"):

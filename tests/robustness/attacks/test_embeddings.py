@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_condlr.errors import AttackError
 from hf_condlr.robustness.attacks import EmbeddingFGM, EmbeddingPGD, EmbeddingSearch, TextModel
-from tests.robustness.attacks.test_gradient import random_states
+from tests.robustness.attacks.problems import random_states
 from tests.text_models import classifier, reviews, token_batch, trained_reviewer
 
 LONG = 1e6  # a step after which only its direction counts
@@ -241,7 +241,7 @@ def test_probabilities_are_labels_of_the_gradient_attacks(trained):
 @each_attack
 @pytest.mark.parametrize("name", ["Bert", "GPT2", "Bart"])
 def test_the_model_is_left_as_it_was(attack, name):
-    inner, tokens = classifier.__wrapped__(name).train(), token_batch()
+    inner, tokens = classifier(name).train(), token_batch()
     inner.get_input_embeddings().weight.requires_grad_(False)
     last = list(inner.parameters())[-1]
     last.grad = torch.ones_like(last)

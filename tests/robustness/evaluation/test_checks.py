@@ -11,7 +11,7 @@ from torch import nn
 from hf_condlr import evaluate_robustness
 from hf_condlr.robustness.attacks import FGSM, PGD, Corruption, PixelModel
 from hf_condlr.robustness.attacks.base import Attack
-from hf_condlr.robustness.evaluation.checks import check_outcomes
+from hf_condlr.robustness.evaluation.outcome_checks import check_outcomes
 from hf_condlr.robustness.evaluation.outcomes import AttackOutcome, BatchOutcome
 from tests import classifiers
 
