@@ -25,7 +25,7 @@ from hf_condlr.robustness.attacks.base import Attack, at_least_float32, require,
 
 @dataclass(frozen=True)
 class Corruption(Attack):
-    """One kind of corruption, see `STRENGTHS`, of images (B, C, H, W) in [0, 1] with one or three channels.
+    """One kind of corruption of images (B, C, H, W) in [0, 1] with one or three channels.
 
     It is not an adversary: it ignores model and labels, and changes every sample, including misclassified ones, which
     it may correct. Its accuracy is that on all corrupted images, as is usual.
@@ -46,7 +46,7 @@ class Corruption(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, KINDS)
+        require_choice("kind", self.kind, tuple(KINDS))
         require(self.epsilon in range(6), "severity must be a whole number from 0 to 5", self.epsilon, "Choose one.")
 
     @property
@@ -67,7 +67,8 @@ class Corruption(Attack):
         images = at_least_float32(inputs)
         if self.epsilon == 0:
             return images.clone()
-        corrupt, strength = FUNCTIONS[self.kind], STRENGTHS[self.kind][int(self.epsilon) - 1]
+        corrupt, strengths = KINDS[self.kind]
+        strength = strengths[int(self.epsilon) - 1]
         corrupted = [  # one by one on the CPU, for the same result on every device and in every batch
             corrupt(image, strength, Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), self.seed)))
             for image in images.float().cpu().contiguous()
@@ -140,36 +141,18 @@ def jpeg(x: Tensor, quality: float, generator: Generator) -> Tensor:
     return read.reshape(pixels.shape).movedim(2, 0) / 255
 
 
-FUNCTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
-    function.__name__: function
-    for function in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        gaussian_blur,
-        defocus_blur,
-        brightness,
-        contrast,
-        pixelate,
-        jpeg,
-    )
+# The function of each kind, and its parameter at each severity.
+KINDS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple[float, float, float, float, float]]] = {
+    "gaussian_noise": (gaussian_noise, (0.04, 0.07, 0.11, 0.17, 0.25)),
+    "shot_noise": (shot_noise, (200, 75, 30, 14, 7)),
+    "impulse_noise": (impulse_noise, (0.01, 0.03, 0.06, 0.11, 0.18)),
+    "gaussian_blur": (gaussian_blur, (0.4, 0.55, 0.7, 0.85, 1.0)),
+    "defocus_blur": (defocus_blur, (0.6, 0.8, 1.0, 1.25, 1.5)),
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": (contrast, (0.75, 0.55, 0.4, 0.25, 0.15)),
+    "pixelate": (pixelate, (0.9, 0.75, 0.6, 0.45, 0.3)),
+    "jpeg": (jpeg, (60, 40, 25, 15, 8)),
 }
-
-
-# Strength at each severity, in the unit of the function's parameter.
-STRENGTHS: dict[str, tuple[float, float, float, float, float]] = {
-    "gaussian_noise": (0.04, 0.07, 0.11, 0.17, 0.25),
-    "shot_noise": (200, 75, 30, 14, 7),
-    "impulse_noise": (0.01, 0.03, 0.06, 0.11, 0.18),
-    "gaussian_blur": (0.4, 0.55, 0.7, 0.85, 1.0),
-    "defocus_blur": (0.6, 0.8, 1.0, 1.25, 1.5),
-    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
-    "contrast": (0.75, 0.55, 0.4, 0.25, 0.15),
-    "pixelate": (0.9, 0.75, 0.6, 0.45, 0.3),
-    "jpeg": (60, 40, 25, 15, 8),
-}
-
-KINDS = tuple(STRENGTHS)
 
 
 def enlargement(x: Tensor) -> float:

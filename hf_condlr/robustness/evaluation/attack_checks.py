@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from hf_condlr.robustness.attacks import FGSM, PGD, EmbeddingFGM, EmbeddingPGD, EmbeddingSearch, Square
+from hf_condlr.robustness.attacks import make_attack
 from hf_condlr.robustness.attacks.base import Attack, Inputs, take
 from hf_condlr.robustness.evaluation.batch import predict
 from hf_condlr.robustness.evaluation.checks import Check, CheckBatch, allowed
@@ -21,34 +20,19 @@ QUERIES = 300
 
 @dataclass(frozen=True)
 class Family:
-    """The attacks of one threat that the checks need."""
+    """Names of the attacks of one threat that the checks need."""
 
-    gradient: Callable[..., Any]
-    one_step: Callable[..., Attack]
-    black_box: Callable[..., Attack]
+    gradient: str
+    one_step: str
+    black_box: str
     huge: Callable[[Inputs], float]
     """A budget that contains every input."""
 
 
 FAMILIES = {
-    "linf": Family(
-        gradient=lambda epsilon, **options: PGD(epsilon, "linf", **options),
-        one_step=FGSM,
-        black_box=lambda epsilon: Square(epsilon, "linf", queries=QUERIES),
-        huge=lambda inputs: 1.0,
-    ),
-    "l2": Family(
-        gradient=lambda epsilon, **options: PGD(epsilon, "l2", **options),
-        one_step=lambda epsilon: FGSM(epsilon, norm="l2"),
-        black_box=lambda epsilon: Square(epsilon, "l2", queries=QUERIES),
-        huge=lambda inputs: inputs[0].numel() ** 0.5,
-    ),
-    "embedding": Family(
-        gradient=EmbeddingPGD,
-        one_step=EmbeddingFGM,
-        black_box=lambda epsilon: EmbeddingSearch(epsilon, queries=QUERIES),
-        huge=lambda inputs: 10.0,
-    ),
+    "linf": Family("pgd-linf", "fgsm", "square-linf", huge=lambda inputs: 1.0),
+    "l2": Family("pgd-l2", "fgm-l2", "square-l2", huge=lambda inputs: inputs[0].numel() ** 0.5),
+    "embedding": Family("pgd-embedding", "fgm-embedding", "search-embedding", huge=lambda inputs: 10.0),
 }
 
 
@@ -88,7 +72,7 @@ class CheckedCase:
 
     def unmoved(self) -> int:
         """How many samples a gradient step does not move."""
-        attack, unmoved = self.family.one_step(max(self.case.epsilon, 1e-3)), 0
+        attack, unmoved = make_attack(self.family.one_step, max(self.case.epsilon, 1e-3)), 0
         for batch in self.batches:
             distance = attack.distance(self.model, batch.inputs, attack(self.model, batch.inputs, batch.labels))
             unmoved += int((distance == 0).sum()) if distance is not None else 0
@@ -105,7 +89,7 @@ def attack_checks(c: CheckedCase) -> Iterator[Check]:
         passed = wrong <= allowed(c.samples, share) if total else None
         return Check(f"{name} ({threat}, ε = {epsilon:.4g})", passed, found, suspicion)
 
-    wrong, total = c.broken(family.gradient(0.0), c.correct)
+    wrong, total = c.broken(make_attack(family.gradient, 0.0), c.correct)
     yield Check(
         f"no change at ε = 0 ({threat})",
         wrong == 0 if total else None,
@@ -119,29 +103,30 @@ def attack_checks(c: CheckedCase) -> Iterator[Check]:
         f"zero for {unmoved} of {c.samples} samples",
         "Saturated or quantised outputs mask the gradient: add the margin loss and a black-box attack.",
     )
-    one_step = family.one_step(epsilon)
+    one_step = make_attack(family.one_step, epsilon)
     yield robust_to(one_step, "no weaker than one step", 0.002, "The attack is badly set: raise steps.")
     yield robust_to(
-        family.gradient(epsilon, steps=2 * c.steps, restarts=3, seed=1),
+        make_attack(family.gradient, epsilon, steps=2 * c.steps, restarts=3, seed=1),
         "converged",
         0.02,
         f"{2 * c.steps} steps and 3 restarts find more: raise both until nothing changes.",
     )
     yield robust_to(
-        family.gradient(epsilon, steps=c.steps, loss="margin", seed=2),
+        make_attack(family.gradient, epsilon, steps=c.steps, loss="margin", seed=2),
         "margin loss finds no more",
         0.02,
         "Large logits saturate the cross entropy: attack with the margin loss beside it.",
     )
     yield robust_to(
-        family.black_box(epsilon),
+        make_attack(family.black_box, epsilon, queries=QUERIES),
         "no gradient masking",
         0.002,
         "A search without gradients beats the attack that has them: gradients are masked, robustness is not proven.",
     )
     huge = family.huge(c.batches[0].inputs)
     first = replace(c, batches=c.batches[:1])
-    wrong, total = first.broken(family.gradient(huge, steps=50, loss="margin", restarts=2), c.correct)
+    attack = make_attack(family.gradient, huge, steps=50, loss="margin", restarts=2)
+    wrong, total = first.broken(attack, c.correct)
     yield Check(
         f"nothing survives a huge ε ({threat})",
         total - wrong <= allowed(total, 0.05) if total else None,

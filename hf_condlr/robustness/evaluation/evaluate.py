@@ -138,9 +138,8 @@ def evaluate_robustness(
     }
     report.versions = versions()
     if checks:
-        found = [*outcomes.batches.values()]
         options = {"check_samples": check_samples, "batch_size": batch_size, "seed": seed}
-        report.checks = run_checks(samples, chosen, report, found, **options)
+        report.checks = run_checks(samples, chosen, report, **options)
     if folder is not None and accelerator.is_main_process:
         report.save(folder / "report.json")
     return report
@@ -179,6 +178,7 @@ def _report(name: str, attacks: Sequence[Attack], batches: Sequence[BatchOutcome
         result = AttackResult(attack.name, attack.threat, attack.epsilon, survived, settings=attack.settings())
         result.rounded_accuracy = sum(map(sum, rounded)) / len(survived) if rounded else None
         result.largest_distance = max(moved, default=None)
+        result.largest_excess = max((outcome.outside for outcome in outcomes), default=0.0)
         result.seconds = round(sum(outcome.seconds for outcome in outcomes), 3)
         results.append(result)
     labels = [label for batch in batches for label in batch.labels]

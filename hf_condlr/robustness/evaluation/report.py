@@ -30,6 +30,8 @@ class AttackResult:
     """Robust accuracy after rounding to 8 bits; samples that rounding corrects are attacked further before it."""
     largest_distance: float | None = None
     """Largest distance of a sample from its original, in units of epsilon."""
+    largest_excess: float = 0.0
+    """Largest excess of a value over the bounds of the inputs."""
     seconds: float = 0.0
     """Time of all processes together."""
 

@@ -12,7 +12,6 @@ from hf_condlr.robustness.evaluation.attack_checks import attack_checks, checked
 from hf_condlr.robustness.evaluation.checks import Check, CheckBatch
 from hf_condlr.robustness.evaluation.model_checks import check_model
 from hf_condlr.robustness.evaluation.outcome_checks import check_outcomes
-from hf_condlr.robustness.evaluation.outcomes import BatchOutcome
 from hf_condlr.robustness.evaluation.report import RobustnessReport
 from hf_condlr.robustness.evaluation.samples import Samples
 
@@ -23,7 +22,6 @@ def run_checks(
     samples: Samples,
     attacks: Sequence[Attack],
     report: RobustnessReport,
-    outcomes: Sequence[BatchOutcome],
     *,
     check_samples: int,
     batch_size: int,
@@ -37,7 +35,7 @@ def run_checks(
     cases = checked_cases(samples.model, batches, report.correct, report.worst_cases, steps)
     further = [check for case in cases for check in attack_checks(case)]
     found = [
-        *check_outcomes(attacks, outcomes, len(samples)),
+        *check_outcomes(attacks, report, len(samples)),
         *check_model(samples, batches[0], report.settings["model_digest"]),
         *further,
     ]

@@ -1,7 +1,7 @@
 """Each sanity check has a model, or an attack, made to fail it; a sound evaluation passes them all."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 from hf_condlr import evaluate_robustness
 from hf_condlr.robustness.attacks import FGSM, PGD, Corruption, PixelModel
 from hf_condlr.robustness.attacks.base import Attack
+from hf_condlr.robustness.evaluation import AttackResult, RobustnessReport
 from hf_condlr.robustness.evaluation.outcome_checks import check_outcomes
-from hf_condlr.robustness.evaluation.outcomes import AttackOutcome, BatchOutcome
 from tests import classifiers
 
 SOUND = [PGD(k / 255, steps=20) for k in (4, 16, 32)]
@@ -253,26 +253,25 @@ def test_examples_that_rounding_undoes():
     assert "examples hold as 8-bit images" in fails(checks)
 
 
+def outcome_checks(attacks, survived, expected=200):
+    n = max(map(len, survived))
+    results = [AttackResult(a.name, a.threat, a.epsilon, flags) for a, flags in zip(attacks, survived, strict=True)]
+    report = RobustnessReport("m", [0] * n, [True] * n, results)
+    return {check.name: check.passed for check in check_outcomes(attacks, report, expected)}
+
+
 def test_more_survivors_than_allowed_are_counted_as_integers_and_corruptions_left_out():
-    attacks = [PGD(0.1), PGD(0.2)]
     for more, passed in ((1, True), (2, False)):
-        flags = [[True] * 100 + [False] * 100, [True] * (100 + more) + [False] * (100 - more)]
-        batch = BatchOutcome([0] * 200, [True] * 200, [AttackOutcome(survived) for survived in flags])
-        found = {check.name: check for check in check_outcomes(attacks, [batch], expected=200)}
-        assert found["robust accuracy falls with ε"].passed is passed
+        survived = [[True] * 100 + [False] * 100, [True] * (100 + more) + [False] * (100 - more)]
+        assert outcome_checks([PGD(0.1), PGD(0.2)], survived)["robust accuracy falls with ε"] is passed
     noise = [Corruption("shot_noise", 1), Corruption("shot_noise", 2)]
-    found = {check.name: check for check in check_outcomes(noise, [batch], expected=200)}
-    assert found["robust accuracy falls with ε"].passed is None
+    assert outcome_checks(noise, survived)["robust accuracy falls with ε"] is None
 
 
-def test_a_missing_batch_or_attack_is_noticed():
-    attack = PGD(0.1)
-    batch = BatchOutcome([0, 1], [True, True], [AttackOutcome([True, False], moved=0.1)])
-    found = {check.name: check for check in check_outcomes([attack], [batch, batch], expected=4)}
-    assert found["every sample counted once"].passed
-    for batches, expected in (([batch], 4), ([batch, batch, batch], 4), ([batch, replace(batch, attacks=[])], 4)):
-        [check, *_] = check_outcomes([attack] if batches[-1].attacks else [], batches, expected)
-        assert check.passed is False
+def test_a_missing_batch_is_noticed():
+    for samples, passed in ((200, True), (199, False), (400, False)):
+        assert outcome_checks([PGD(0.1)], [[True] * samples])["every sample counted once"] is passed
+    assert outcome_checks([PGD(0.1), PGD(0.2)], [[True] * 200, []])["every sample counted once"] is False
 
 
 def test_checks_that_do_not_apply():
