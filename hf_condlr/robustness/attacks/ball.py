@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks.base import Attack, require_bounds, require_choice
+from hf_condlr.robustness.attacks.base import Attack, require, require_bounds, require_choice
 
 Norm = Literal["linf", "l2"]
 
@@ -24,6 +24,13 @@ class BallAttack(Attack):
         super().__post_init__()
         require_bounds(self.bounds)
         require_choice("norm", self.norm, ("linf", "l2"))
+        width = self.bounds[1] - self.bounds[0]
+        require(
+            self.norm == "l2" or self.epsilon <= width,
+            f"epsilon of an ℓ∞ attack must be at most {width:g}, the width of the bounds",
+            f"{self.epsilon:g}",
+            f"For {self.epsilon:g} levels of an 8-bit image give {self.epsilon:g}/255.",
+        )
 
     @property
     def threat(self) -> str:

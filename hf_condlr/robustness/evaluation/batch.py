@@ -36,7 +36,7 @@ def attack_batch(
     if known is not None and known.digest == digest:
         return known
     correct, _ = predict(model, inputs, labels)
-    outcome = BatchOutcome(labels.tolist(), correct.tolist(), digest=digest)
+    outcome = BatchOutcome(samples.data_labels(labels.tolist()), correct.tolist(), digest=digest)
     for i, attack in enumerate(attacks):
         index = correct.nonzero().squeeze(1).cpu() if attack.adversarial else torch.arange(len(labels))
         if not len(index):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks.base import attacked
+from hf_condlr.robustness.attacks import PixelModel
+from hf_condlr.robustness.attacks.base import Inputs, attacked
 from hf_condlr.robustness.evaluation.checks import Check, CheckBatch
 from hf_condlr.robustness.evaluation.provenance import parameters_digest
 from hf_condlr.robustness.evaluation.samples import Samples
@@ -33,6 +34,7 @@ def check_model(samples: Samples, batch: CheckBatch, digest: str) -> Iterator[Ch
         f"values from {logits.min().item():.3g} to {logits.max().item():.3g}",
         "Rows sum to 1: after a softmax the gradients of confident samples vanish. Return the logits before it.",
     )
+    yield _spread(model, batch.inputs)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     yield Check(
         "float32 in the attack",
@@ -48,6 +50,23 @@ def check_model(samples: Samples, batch: CheckBatch, digest: str) -> Iterator[Ch
         ("its parameters stayed" if same else "its parameters changed")
         + ("" if gap is None else f"; logits differ by {gap:.1e} from those of its own preprocessing"),
         "Another normalisation, tokenisation or state than the one in use was attacked.",
+    )
+
+
+def _spread(model: nn.Module, pixels: Inputs) -> Check:
+    """Check that normalised pixels have roughly the mean 0 and the standard deviation 1 that normalisation aims at."""
+    passed, found = None, "no normalisation"
+    if isinstance(model, PixelModel) and isinstance(pixels, Tensor) and bool((model.std < 1).any()):
+        values, ends = model.normalize(pixels), (pixels == 0) | (pixels == 1)
+        mean, deviation = values.mean().item(), values.std().item()
+        passed = 0.25 <= deviation <= 4 and (abs(mean) <= 2 or deviation >= 0.5)
+        found = f"normalised pixels of mean {mean:.2g} and standard deviation {deviation:.2g}"
+        found += f"; {ends.float().mean().item():.1%} of them black or white"
+    return Check(
+        "pixels are spread as the processor expects",
+        passed,
+        found,
+        "Images are almost black, white or flat for this normalisation: their type or range was read wrongly.",
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from transformers import DataCollatorWithPadding, default_data_collator
 from hf_condlr.errors import EvaluationError, require
 from hf_condlr.robustness.attacks import PixelModel, TextModel
 from hf_condlr.robustness.attacks.base import Inputs, attacked, logits_of
+from hf_condlr.robustness.evaluation.classes import match_classes
 from hf_condlr.robustness.evaluation.images import as_8_bit
 from hf_condlr.robustness.evaluation.rows import LABELS, TEXTS, choose, class_numbers, recognise, with_pictures
 
 
 class Samples:
     """The samples of a data set that are evaluated, and the model that takes them.
+
+    Labels are the model's class numbers: where both know the names of their classes, these are matched.
 
     The first row tells the kind: pairs (pixels of [0, 1] or an image, label); `pixel_values` that an image processor
     has normalised; images; `input_ids`; one or two columns of text.
@@ -39,6 +43,7 @@ class Samples:
     Attributes:
         model: The attacked model: `PixelModel` for images, `TextModel` for texts.
         indices: Numbers of the samples in the data set, ascending.
+        classes: The model's class number for each of the data set's; None where they agree.
         kind: What the rows hold: `tensors`, `pixel_values`, `images`, `input_ids` or `texts`.
     """
 
@@ -72,6 +77,7 @@ class Samples:
             error=EvaluationError,
         )
         self.model: Any = self._attacked(model)
+        self.classes = match_classes(getattr(self.model, "model", model), dataset, self.label_column)
         self.data_collator = data_collator or (
             DataCollatorWithPadding(self.processor)
             if self.kind == "input_ids" and self.processor
@@ -84,7 +90,13 @@ class Samples:
     def batch(self, positions: Sequence[int]) -> tuple[Inputs, Tensor]:
         """Inputs of the attacked model, and labels (B,), for positions among the samples."""
         rows = self._rows(positions)
-        return self._inputs(rows), class_numbers(rows, self.label_column).to(self.device)
+        labels = class_numbers(rows, self.label_column)
+        labels = labels if self.classes is None else torch.tensor(self.classes)[labels]
+        return self._inputs(rows), labels.to(self.device)
+
+    def data_labels(self, labels: Sequence[int]) -> list[int]:
+        """The data set's class numbers for the model's."""
+        return list(labels) if self.classes is None else [self.classes.index(label) for label in labels]
 
     def own_logits(self, positions: Sequence[int]) -> Tensor | None:  # -> (B, classes)
         """Logits of the model with its own preprocessing; None where the attacked model has no other."""
@@ -112,10 +124,26 @@ class Samples:
         digest = hashlib.sha256()
         for start in (0, max(0, len(self) - batch_size)):
             inputs, labels = self.batch(range(start, min(start + batch_size, len(self))))
-            with attacked(self.model), torch.no_grad():
+            with attacked(self.model), torch.no_grad(), self._size_explained(inputs):
                 largest = self.model(inputs).abs().max().item()
             digest.update(contents(inputs) + contents(labels) + f"{largest:.2g}".encode())
         return digest.hexdigest()
+
+    @contextmanager
+    def _size_explained(self, inputs: Inputs) -> Iterator[None]:
+        """Name both sizes where the model fails on images of another size than its config's."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            size = getattr(getattr(getattr(self.model, "model", self.model), "config", None), "image_size", None)
+            expected = (size, size) if isinstance(size, int) else tuple(size or ())
+            if isinstance(inputs, Tensor) and expected and tuple(inputs.shape[-2:]) != expected:
+                raise EvaluationError(
+                    f"images must have the size that the model takes, {expected[0]}×{expected[1]}",
+                    received="×".join(map(str, inputs.shape[-2:])),
+                    remedy="Resize them, or give the images themselves and the processor of this model.",
+                ) from error
+            raise
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_condlr.errors import AttackError
-from hf_condlr.robustness.attacks import FGSM, PGD
+from hf_condlr.robustness.attacks import FGSM, PGD, EmbeddingPGD
 from tests.robustness.attacks.problems import EPSILON, Flat, cross_entropy
 
 
@@ -112,14 +112,13 @@ def test_a_misclassified_iterate_beats_a_larger_loss():
     assert torch.equal(adversarial, model.seen[0])
 
 
-def test_errors_of_pgd():
-    with pytest.raises(AttackError, match="norm must be linf or l2; received 'l1'"):
-        PGD(0.1, "l1")
+@pytest.mark.parametrize("attack", [PGD, EmbeddingPGD])
+def test_errors(attack):
     with pytest.raises(AttackError, match="loss must be ce, margin or dlr; received 'l1'"):
-        PGD(0.1, loss="l1")
+        attack(0.1, loss="l1")
     for options in ({"steps": 0}, {"restarts": 0}, {"steps": -1}):
         with pytest.raises(AttackError, match=r"steps and restarts must be ≥ 1; received steps=-?\d+, restarts=\d"):
-            PGD(0.1, **options)
+            attack(0.1, **options)
     for step_size in (0.0, -1.0, float("nan")):
         with pytest.raises(AttackError, match=f"step_size must be > 0; received {step_size}"):
-            PGD(0.1, step_size=step_size)
+            attack(0.1, step_size=step_size)

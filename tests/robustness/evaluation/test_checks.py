@@ -23,6 +23,7 @@ NAMES = (
     "examples hold as 8-bit images",
     "logits are repeatable",
     "outputs are logits",
+    "pixels are spread as the processor expects",
     "float32 in the attack",
     "the attacked model is the model",
     "no change at ε = 0",
@@ -54,7 +55,7 @@ def test_a_sound_evaluation_passes_every_check(norm, caplog):
     assert set(checks) == set(NAMES) and len(report.checks) == len(NAMES)
     assert fails(checks) == set() and not report.failed_checks
     assert {name for name, check in checks.items() if check.passed is None} == set()
-    assert "FAILED" not in caplog.text and "15 passed, 0 failed, 0 not applicable" in str(report)
+    assert "FAILED" not in caplog.text and "16 passed, 0 failed, 0 not applicable" in str(report)
 
 
 def test_a_failed_check_is_warned_of_and_shown(caplog):
@@ -140,6 +141,14 @@ def test_another_normalisation_than_the_models_own():
     _, checks = checked(wrong, dataset=classifiers.images(), processor=classifiers.processor())
     assert fails(checks) == {"the attacked model is the model"}
     assert "logits differ by" in checks["the attacked model is the model"].found
+
+
+@pytest.mark.parametrize("flat", [0.004, 0.996])
+def test_pixels_that_are_all_black_or_white(flat):
+    """As images of another range are when they are read as 8 bits."""
+    pixels = (torch.rand(64, 1, 8, 8) < flat).float()
+    _, checks = checked(classifiers.pixel_mlp(), dataset=torch.utils.data.TensorDataset(pixels, torch.arange(64) % 10))
+    assert "pixels are spread as the processor expects" in fails(checks)
 
 
 class Undecided(Wrapped):
@@ -278,8 +287,12 @@ def test_checks_that_do_not_apply():
     report, checks = checked(classifiers.pixel_mlp(), [FGSM(0.1, clip=False)])
     assert checks["examples hold as 8-bit images"].passed is None
     assert "converged" not in checks  # a threat of its own, which no other attack has
-    assert len(report.checks) == 8
+    assert len(report.checks) == 9
 
 
-def test_checks_can_be_left_out():
+def test_checks_can_be_quick_or_left_out():
+    attacks = [PGD(16 / 255, steps=1, step_size=1e-5)]
+    report, checks = checked(classifiers.pixel_mlp(), attacks, checks="quick")
+    assert list(checks) == list(NAMES[: NAMES.index("converged")]) and report.settings["checks"] == "quick"
+    assert fails(checks) == {"no weaker than one step"}
     assert checked(classifiers.pixel_mlp(), checks=False)[0].checks == []
