@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_condlr.errors import EvaluationError, require
 from hf_condlr.robustness.attacks import PGD, CharacterAttack, EmbeddingPGD
@@ -18,6 +17,7 @@ from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.attacks.transfer import name_of
 from hf_condlr.robustness.evaluation.batch import attack_batch
 from hf_condlr.robustness.evaluation.outcomes import BatchOutcome, Outcomes
+from hf_condlr.robustness.evaluation.progress import Progress
 from hf_condlr.robustness.evaluation.provenance import evaluation_key, normalisation, parameters_digest, versions
 from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport
 from hf_condlr.robustness.evaluation.rows import TEXTS
@@ -40,7 +40,7 @@ def evaluate_robustness(
     batch_size: int = 64,
     max_samples: int | None = None,
     seed: int = 0,
-    checks: bool = True,
+    checks: bool | Literal["quick"] = True,
     check_samples: int = 128,
     output_dir: str | Path | None = None,
     save_examples: bool = False,
@@ -61,7 +61,8 @@ def evaluate_robustness(
         attacks: Attacks of `hf_condlr.robustness.attacks`; by default PGD with cross entropy and margin loss at ε = 2,
             4, 8 of 255, for texts on embeddings at ε = 0.01, 0.02, 0.05, and the character attack on 10 % of the words.
         processor: The model's image processor or tokenizer.
-        name: Name of the model in the report; by default where it was loaded from, or its class.
+        name: Name of the model in the report; by default where it was loaded from, or its class, with the first digits
+            of its parameters' digest, which tell fine-tuned models of one origin apart.
         data_collator: Joins rows of `pixel_values` or `input_ids`.
         image_column: Column of images, where there are several.
         text_columns: Columns of texts, where there are several and not a pair of usual names (premise and hypothesis).
@@ -69,13 +70,14 @@ def evaluate_robustness(
         batch_size: Samples attacked together, in each process.
         max_samples: Number of samples, drawn with `seed`, the same for every model; None for all.
         seed: Seed of that choice. Attacks have seeds of their own.
-        checks: Whether to look for signs that the numbers are too good, by further attacks on a few samples.
+        checks: Whether to look for signs that the numbers are too good, by further attacks on a few samples; "quick"
+            leaves out the attacks of more than one step, which may take longer than the evaluation itself.
         check_samples: Number of samples that are attacked again.
         output_dir: Folder for the outcomes, from which an interrupted evaluation resumes, and for `report.json`.
         save_examples: Write adversarial examples to `output_dir/examples-KEY`, a folder of parquet files for each
             attack. The report states the key, which differs for another model, data set or choice of attacks.
         accelerator: The one in use, if there is one.
-        progress: Show progress.
+        progress: Show a bar in a terminal, and lines with the time left elsewhere.
 
     Returns:
         The report: table, figures, per-sample outcomes, checks, parameters and versions.
@@ -88,7 +90,7 @@ def evaluate_robustness(
         >>> report = evaluate_robustness(model, test, [PGD(4 / 255, steps=20)], processor=processor, max_samples=1000)
         >>> print(report)
     """
-    _require_arguments(batch_size, check_samples, save_examples and output_dir is None)
+    _require_arguments(batch_size, checks, check_samples, save_examples and output_dir is None)
     accelerator = accelerator or Accelerator()
     model = extract_model_from_parallel(model)
     if getattr(model, "hf_device_map", None) is None:
@@ -123,23 +125,37 @@ def evaluate_robustness(
     accelerator.wait_for_everyone()  # nobody writes before all have read what is there
     positions = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
     mine = range(len(positions))[accelerator.process_index :: accelerator.num_processes]
-    silent = None if progress and accelerator.is_local_main_process else True  # None: a bar where there is a terminal
-    for number in tqdm(mine, desc="attacks", unit="batch", disable=silent):
-        known = outcomes.batches.get(number)
-        outcome = attack_batch(samples, positions[number], chosen, number, known=known, examples=examples)
-        outcomes.add(number, outcome)
-    report = _report(name or Path(name_of(model)).name, chosen, outcomes.gather(mine))
+    show = progress and accelerator.is_local_main_process
+    title = f"{len(chosen)} attack{'s' * (len(chosen) > 1)} on {len(samples)} samples"
+    with Progress(title, len(mine), show=show) as shown:
+        for number in mine:
+            known = outcomes.batches.get(number)
+            outcome = attack_batch(samples, positions[number], chosen, number, known=known, examples=examples)
+            outcomes.add(number, outcome)
+            shown.advance()
+    report = _report(
+        name or f"{Path(name_of(model)).name}@{settings['model_digest'][:7]}", chosen, outcomes.gather(mine)
+    )
     report.settings = settings | {
         "key": key,
         "samples_digest": samples.digest(report.labels),
+        "checks": checks,
         "check_samples": check_samples if checks else 0,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
     report.versions = versions()
     if checks:
-        options = {"check_samples": check_samples, "batch_size": batch_size, "seed": seed}
-        report.checks = run_checks(samples, chosen, report, **options)
+        report.checks = run_checks(
+            samples,
+            chosen,
+            report,
+            check_samples=check_samples,
+            batch_size=batch_size,
+            seed=seed,
+            quick=checks == "quick",
+            show=show,
+        )
     if folder is not None and accelerator.is_main_process:
         report.save(folder / "report.json")
     return report
@@ -185,7 +201,10 @@ def _report(name: str, attacks: Sequence[Attack], batches: Sequence[BatchOutcome
     return RobustnessReport(name, labels, [flag for batch in batches for flag in batch.correct], results)
 
 
-def _require_arguments(batch_size: int, check_samples: int, no_folder: bool) -> None:
+def _require_arguments(batch_size: int, checks: object, check_samples: int, no_folder: bool) -> None:
+    known = checks in (True, False, "quick")
+    rule = "checks must be True, False or 'quick'"
+    require(known, rule, received=repr(checks), remedy="Choose one.", error=EvaluationError)
     for name, value in (("batch_size", batch_size), ("check_samples", check_samples)):
         remedy = "checks=False leaves the checks out."
         require(value >= 1, f"{name} must be ≥ 1", received=value, remedy=remedy, error=EvaluationError)

@@ -7,6 +7,7 @@ from datasets import DatasetDict
 from hf_condlr import evaluate_robustness
 from hf_condlr.errors import EvaluationError
 from hf_condlr.robustness.attacks import EmbeddingPGD
+from hf_condlr.robustness.evaluation.rows import class_numbers
 from tests import classifiers
 from tests.robustness.evaluation.evaluation import ATTACKS
 
@@ -16,6 +17,7 @@ from tests.robustness.evaluation.evaluation import ATTACKS
     [
         ({"attacks": [EmbeddingPGD(0.1)]}, "attacks must take what the data set holds, tensors; .*pgd-embedding"),
         ({"batch_size": 0}, "batch_size must be ≥ 1; received 0"),
+        ({"checks": "all"}, "checks must be True, False or 'quick'; received 'all'"),
         ({"check_samples": 0}, "check_samples must be ≥ 1"),
         ({"max_samples": 0}, "max_samples must be ≥ 1"),
         ({"save_examples": True}, "save_examples needs a folder"),
@@ -43,3 +45,8 @@ def test_errors(options, message):
     arguments = {"model": classifiers.pixel_mlp(), "dataset": classifiers.Pairs(), "attacks": ATTACKS} | options
     with pytest.raises(EvaluationError, match=message):
         evaluate_robustness(**arguments)
+
+
+def test_labels_of_two_classes_may_be_true_and_false():
+    labels = class_numbers([{"label": True}, {"label": False}, {"label": True}], "label")
+    assert labels.dtype == torch.int64 and labels.tolist() == [1, 0, 1]
