@@ -30,8 +30,7 @@ from transformers import HfArgumentParser
 
 from hf_condlr.robustness.attacks import FGSM, PGD, Attack, AutoAttack, CharacterAttack, Corruption, EmbeddingPGD
 from hf_condlr.robustness.attacks.corruptions import KINDS
-from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
-from hf_condlr.robustness.evaluation.curves import draw
+from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness, plot_reports
 
 logger = logging.getLogger("robustness_study")
 
@@ -211,7 +210,7 @@ def main() -> None:
         tables += attack_tables(reports)
         if part.name == "attacks":
             tables += [area_table(reports)]
-            draw(reports, folder / "curves.png")  # runs of one method as one line
+            plot_reports(reports, folder / "curves.png")  # runs of one method as one line
         pairs = zip(attacked, reports, strict=True)
         doubts = [f"- {t.method}, seed {t.seed}: {check}" for t, report in pairs for check in report.failed_checks]
         if doubts:

@@ -16,9 +16,13 @@ from hf_condlr.robustness.attacks import PixelModel
 MEAN, STD = 0.3, 0.35
 
 
-@functools.cache
 def digits():
     """1,797 digits: pixels (N, 1, 8, 8) that are exact in 8 bits, and labels (N,)."""
+    return tuple(values.clone() for values in _digits())  # else a test could change them for the others
+
+
+@functools.cache
+def _digits():
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 1, 8, 8) * 255 / 16) / 255
     return torch.from_numpy(pixels).float(), torch.from_numpy(labels)

@@ -1,5 +1,9 @@
-"""Tiny sequence classifiers and tokenizers for the attacks on texts, built offline."""
+"""Tiny sequence classifiers and tokenizers for the attacks on texts, built offline.
 
+Models are built once and copied for each caller, so that no test sees what another one did to its model.
+"""
+
+import copy
 from functools import cache
 
 import tokenizers
@@ -60,9 +64,13 @@ ARCHITECTURES = {
 }
 
 
-@cache
 def classifier(name, dtype=torch.float32, **overrides):
     """A random sequence classifier of an architecture, in evaluation mode."""
+    return copy.deepcopy(_classifier(name, dtype, **overrides))
+
+
+@cache
+def _classifier(name, dtype, **overrides):
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **ARCHITECTURES.get(name, {}), **overrides})
     return build(getattr(transformers, f"{name}ForSequenceClassification"), config).to(dtype)
 
@@ -152,9 +160,13 @@ def reviews(number, seed=0):
     return texts, torch.tensor(labels)
 
 
-@cache
 def trained_reviewer():
     """A tiny BERT that tells good reviews from bad ones, and its tokenizer; of more than 95 % accuracy."""
+    return copy.deepcopy(_trained_reviewer())
+
+
+@cache
+def _trained_reviewer():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = word_tokenizer(GOOD + BAD + FILLER)

@@ -1,4 +1,14 @@
-"""Adversarial attacks: callables on (model, inputs, labels). They know bounds, never data sets or factored layers."""
+"""Adversarial attacks: callables on (model, inputs, labels). They know bounds, never data sets or factored layers.
+
+How to add an attack:
+
+1. Write a frozen dataclass of its parameters in a file of its own, derived from `Attack`, or from `BallAttack` (ℓ∞ and
+   ℓ2 balls), `EmbeddingAttack` (embeddings of tokens) or `GradientAscent` (several steps and restarts).
+2. Implement `name`, `threat`, `__call__` and, where it can be measured, `distance`.
+3. Run the model inside `attacked(model)`, and check parameters and inputs with `require`.
+4. Name it in `registry.ATTACKS`, and export it here.
+5. Add it to `tests/robustness/attacks/test_contract.py`, which tests what every attack must keep.
+"""
 
 from hf_condlr.robustness.attacks.autoattack import AutoAttack
 from hf_condlr.robustness.attacks.base import Attack
@@ -7,8 +17,8 @@ from hf_condlr.robustness.attacks.corruptions import Corruption
 from hf_condlr.robustness.attacks.embeddings import EmbeddingFGM, EmbeddingPGD, EmbeddingSearch
 from hf_condlr.robustness.attacks.gradient import FGSM, PGD
 from hf_condlr.robustness.attacks.pixels import PixelModel
-from hf_condlr.robustness.attacks.published import L2FGSM, Jitter
 from hf_condlr.robustness.attacks.registry import ATTACKS, make_attack, make_attacks, parse_epsilon
+from hf_condlr.robustness.attacks.robustdlrt import L2FGSM, Jitter
 from hf_condlr.robustness.attacks.square import Square
 from hf_condlr.robustness.attacks.text import TextModel
 from hf_condlr.robustness.attacks.transfer import Transfer

@@ -1,4 +1,4 @@
-"""`AutoAttack` (Croce and Hein 2020, arXiv 2003.01690), as the optional package `pyautoattack` has it."""
+"""`AutoAttack` (Croce and Hein 2020, arXiv 2003.01690), by the optional package `pyautoattack`."""
 
 from __future__ import annotations
 
@@ -6,43 +6,36 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_condlr.errors import MissingExtraError
+from hf_condlr.robustness.attacks.ball import BallAttack, Norm
 from hf_condlr.robustness.attacks.base import (
-    Attack,
+    at_least_float32,
     attacked,
     logits_of,
     require,
     require_choice,
-    require_inputs,
-    require_radius,
+    require_images,
 )
-from hf_condlr.robustness.attacks.gradient import at_least_float32, norms
 from hf_condlr.robustness.attacks.losses import classes, is_correct
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-
-
 FEW_CLASSES = ("apgd-ce", "fab", "square")
-
-
+# How many classes each needs: the DLR loss takes the third largest logit, the targeted one the fourth.
 LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
 
 
-"""{attack: how many classes it needs}: the DLR loss takes the third largest logit, the targeted one the fourth."""
-
-
 @dataclass(frozen=True)
-class AutoAttack(Attack):
-    """Each attack of a fixed set on the samples that the ones before it left: the common yardstick of robustness.
+class AutoAttack(BallAttack):
+    """A fixed set of attacks in turn, each on the samples that resisted the ones before: the standard benchmark.
 
     Standard: APGD-CE and targeted APGD-DLR (100 steps), targeted FAB (100 steps), Square (5000 queries), against
     min(9, C − 1) target classes. With 2 or 3 classes, for which the targeted DLR loss is not defined: APGD-CE and FAB
-    with five restarts each, and Square. A sample that none of them fooled comes back as it was.
+    with five restarts each, and Square. A sample that resists all of them is returned unchanged.
 
     Needs `pip install 'hf_condlr[autoattack]'`. That package's logger, `auto-attack`, warns of randomised models,
     probabilities in place of logits, zero gradients, and a Square attack that was stronger than the gradient attacks.
@@ -50,21 +43,20 @@ class AutoAttack(Attack):
     Args:
         epsilon: Radius, in pixels of [0, 1].
         norm: `linf` or `l2`.
-        attacks: Those to run, in order, of `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t` and `square`; None: the
-            standard ones. Accuracy under a choice of one's own must not be called AutoAttack's.
-        bounds: (0, 1), which pyautoattack takes for granted.
-        seed: Of its random numbers.
+        attacks: Those to run, in order, among `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t` and `square`; None for
+            the standard ones. Accuracy under any other choice must not be called AutoAttack's.
+        bounds: (0, 1), which pyautoattack assumes.
+        seed: Seed of its random numbers.
     """
 
     epsilon: float
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     attacks: tuple[str, ...] | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_radius(self.epsilon)
-        require_choice("norm", self.norm, ("linf", "l2"))
+        super().__post_init__()
         remedy = "Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std)."
         require(tuple(self.bounds) == (0, 1), "bounds must be (0, 1) for AutoAttack", self.bounds, remedy)
         if self.attacks is not None:
@@ -78,22 +70,16 @@ class AutoAttack(Attack):
         """`autoattack-linf` or `autoattack-l2`, with the attacks where they were chosen."""
         return f"autoattack-{self.norm}" + ("" if self.attacks is None else f"({', '.join(self.attacks)})")
 
-    @property
-    def threat(self) -> str:
-        """The norm."""
-        return self.norm
-
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (B, C, H, W), in at least float32; the model is left as it was found.
+        """Adversarial images (B, C, H, W), in at least float32.
 
         Raises:
-            AttackError: The inputs are no images, or too small for Square; the attacks need more classes; or a
-                gradient is not finite: pyautoattack would stand still in ℓ∞, and count NaN as a success in ℓ2.
+            AttackError: The inputs are not images, or too small for Square; the attacks need more classes; or a
+                gradient is not finite: pyautoattack would not move in ℓ∞, and count NaN as a success in ℓ2.
             MissingExtraError: pyautoattack is not installed; an `ImportError`.
         """
         build = load()
-        require_inputs(inputs, self.bounds)
-        require(inputs.dim() == 4, "inputs must be images (B, C, H, W)", tuple(inputs.shape), "Reshape them.")
+        require_images(inputs, self.bounds)
         x0, labels = at_least_float32(inputs).clone(), classes(labels).long()
         x = x0.float().contiguous()  # its views fail on memory in channels-last order
 
@@ -116,7 +102,7 @@ class AutoAttack(Attack):
         return x0
 
     def _options(self, clean: Tensor, inputs: Tensor) -> dict[str, Any]:
-        """For pyautoattack's constructor; refuses what would fail in the middle of it."""
+        """Options of pyautoattack's constructor; refuses a combination that would fail later."""
         count, height = clean.shape[1], inputs.shape[2]
         names = self.attacks or (STANDARD if count >= LEAST_CLASSES["apgd-t"] else FEW_CLASSES)
         least = max(LEAST_CLASSES[name] for name in names)
@@ -128,14 +114,10 @@ class AutoAttack(Attack):
         return {**options, "eps": float(self.epsilon), "seed": self.seed}
 
     def _tune(self, attack: Any, count: int) -> None:
-        """As its own standard version, whose nine target classes fail with fewer."""
+        """Set what its standard version sets; its nine target classes fail with fewer than ten classes."""
         attack.verbose = False
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, count - 1)
         attack.apgd.n_restarts = attack.fab.n_restarts = 5 if tuple(attack.attacks_to_run) == FEW_CLASSES else 1
-
-    def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
-        """‖x' − x‖ in the attack's norm."""
-        return norms(adversarial - inputs, self.norm)
 
 
 def load() -> Callable[..., Any]:
@@ -156,17 +138,17 @@ def load() -> Callable[..., Any]:
 
 
 def require_finite(gradient: Tensor) -> None:
-    """A hook on the inputs."""
-    remedy = "Mend the gradient, or take Square, which needs none."
+    """Hook on the inputs."""
+    remedy = "Correct the model, or use Square, which needs no gradient."
     require(gradient.isfinite().all(), "the model must have finite gradients", "infinite or NaN", remedy)
 
 
 @contextmanager
 def contained(model: nn.Module) -> Iterator[None]:
-    """Takes back what pyautoattack would leave behind, beyond what `attacked` does.
+    """Undo the side effects of pyautoattack that `attacked` does not.
 
     FAB adds to the gradients of the parameters, its check for dynamic models removes a debugger's trace function, and
-    every attack seeds the current CUDA device, wherever the model is.
+    every attack seeds the current CUDA device, even for a model on the CPU.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trace = sys.gettrace()

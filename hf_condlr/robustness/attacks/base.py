@@ -1,4 +1,4 @@
-"""`Attack`, what all attacks have in common, and the care that a model is treated with while it is attacked."""
+"""`Attack`, the interface of all attacks, and `attacked`, which protects a model while it is attacked."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.errors import AttackError
+from hf_condlr import errors
 
-Inputs = Any
-
-
-"""A batch as the attacked model takes it: a tensor of pixels, a dictionary of token tensors, or a list of texts."""
+Inputs = Any  # a batch as the attacked model takes it: pixels, a dictionary of token tensors, or a list of texts
 
 
 class Attack(ABC):
     """A callable on (model, inputs, labels) that returns inputs of the same kind, made to be misclassified.
 
     Subclasses are frozen dataclasses of their parameters. `epsilon` is the adversary's budget: a radius in pixels of
-    [0, 1], a share of a token's norm, a share of words, a severity. The model maps inputs to logits (B, classes) and
-    is left exactly as it was found: training flags, gradients, parameters, random states.
+    [0, 1], a share of a token's norm, a share of words, a severity. The model maps inputs to logits (B, classes). An
+    attack leaves its training flags, gradients, parameters and random states as they were.
     """
 
     epsilon: float
     takes: ClassVar[Literal["pixels", "tokens", "texts"]] = "pixels"
-    """Kind of inputs; what takes tokens takes texts too, and tokenises them."""
+    """Kind of inputs. An attack on tokens also takes texts, and tokenises them."""
     adversarial: ClassVar[bool] = True
-    """False for corruptions: they are drawn without regard to the model, and may mend an error."""
+    """False for corruptions, which ignore the model and may correct an error."""
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.epsilon < float("inf")
+        require(finite, "epsilon must be finite and ≥ 0", self.epsilon, "For pixels, 8/255, say.")
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """As `make_attack` takes it: `pgd-linf`."""
+        """The name in `make_attack`, such as `pgd-linf`."""
 
     @property
     @abstractmethod
@@ -48,12 +49,12 @@ class Attack(ABC):
         """Adversarial inputs for a batch and its labels (B,)."""
 
     def distance(self, model: nn.Module, inputs: Inputs, adversarial: Inputs) -> Tensor | None:
-        """How far each sample was moved (B,), in units of `epsilon`, which it must not exceed; None: not measured."""
+        """Distance (B,) of each sample from its original, at most `epsilon`; None where it is not measured."""
         return None
 
     @property
     def within_bounds(self) -> bool:
-        """Whether it promises to keep to the bounds of the inputs."""
+        """Whether results stay within the bounds of the inputs."""
         return bool(getattr(self, "clip", True))
 
     def with_epsilon(self, epsilon: float) -> Self:
@@ -61,12 +62,12 @@ class Attack(ABC):
         return replace(self, epsilon=epsilon)  # type: ignore[type-var]
 
     def reseeded(self, index: int) -> Self:
-        """The same attack with random numbers of its own, for batch `index` of a data set."""
+        """The same attack with the random numbers of batch `index` of a data set."""
         seed = getattr(self, "seed", None)
         return self if seed is None else replace(self, seed=seed + 1_000_003 * index)  # type: ignore[type-var]
 
     def settings(self) -> dict[str, Any]:
-        """Every parameter, as JSON values."""
+        """Name, threat and every parameter, as JSON values."""
         values = asdict(self)  # type: ignore[call-overload]
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"attack": self.name, "threat": self.threat, **values}
@@ -74,16 +75,16 @@ class Attack(ABC):
 
 @contextmanager
 def attacked(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), gradients on, autocast off; training flags and random states as before afterwards.
+    """Evaluation mode (no dropout), gradients on, autocast off; afterwards flags and random states are as before.
 
-    Attack arithmetic is in float32 whatever autocast says outside: a gradient's sign in half precision is often noise.
+    Attacks compute in float32 even inside autocast: in half precision the sign of a gradient is often noise.
     """
     training = [module for module in model.modules() if module.training]
     wrapped = [module for module in model.modules() if {"forward", "_original_forward"} <= set(module.__dict__)]
     forwards = [module.forward for module in wrapped]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     model.eval()
-    for module in wrapped:  # accelerate writes autocast into a prepared model's forward, which no context ends
+    for module in wrapped:  # accelerate puts autocast into a prepared model's forward, where no context can end it
         module.forward = cast(Any, module)._original_forward
     try:
         with (
@@ -102,10 +103,16 @@ def attacked(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(output: Any) -> Tensor:  # -> (B, classes)
-    """Float32 (or float64) logits from whatever a model returns: a tensor, a transformers output, a tuple."""
+    """Logits in float32 (or float64) from a model's output: a tensor, a transformers output, or a tuple."""
     if not isinstance(output, Tensor):
         output = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output[0])
     return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def at_least_float32(inputs: Tensor) -> Tensor:
+    """Detached inputs in float32 (or float64): rounding to half precision would leave the ball."""
+    inputs = inputs.clone() if inputs.is_inference() else inputs.detach()  # inference tensors have no gradients
+    return inputs.to(torch.promote_types(inputs.dtype, torch.float32))
 
 
 def count(inputs: Inputs) -> int:
@@ -123,29 +130,23 @@ def take(inputs: Inputs, index: Tensor) -> Inputs:
 
 
 def require(condition: object, rule: str, received: object, remedy: str) -> None:
-    """An `AttackError` unless the condition holds."""
-    if not condition:
-        raise AttackError(rule, received=received, remedy=remedy)
-
-
-def require_radius(epsilon: float) -> None:
-    """ε must be finite and ≥ 0."""
-    require(0 <= epsilon < float("inf"), "epsilon must be finite and ≥ 0", epsilon, "For pixels, 8/255, say.")
-
-
-def require_bounds(bounds: tuple[float, float]) -> None:
-    """(least, largest) admissible input value."""
-    require(bounds[0] < bounds[1], "bounds must be (least, largest)", bounds, "(0, 1) for pixels.")
+    """`errors.require` with `AttackError`."""
+    errors.require(condition, rule, received=received, remedy=remedy, error=errors.AttackError)
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """One of a few names."""
+    """Require one of a few names."""
     listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
     require(value in choices, f"{name} must be {listed}", repr(value), "Choose one.")
 
 
+def require_bounds(bounds: tuple[float, float]) -> None:
+    """Require (least, largest) admissible input value."""
+    require(bounds[0] < bounds[1], "bounds must be (least, largest)", bounds, "(0, 1) for pixels.")
+
+
 def require_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
-    """Floating point values within bounds, at least one sample."""
+    """Require floating point values within bounds, and at least one sample."""
     require(inputs.is_floating_point(), "inputs must be floating point", inputs.dtype, "Divide 8-bit pixels by 255.")
     require(len(inputs), "inputs must hold at least one sample", "none", "Skip empty batches.")
     low, high = inputs.min().item(), inputs.max().item()
@@ -155,3 +156,9 @@ def require_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
         f"values from {low:.3g} to {high:.3g}",
         "Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std).",
     )
+
+
+def require_images(inputs: Tensor, bounds: tuple[float, float]) -> None:
+    """Require `require_inputs` of images (B, C, H, W)."""
+    require_inputs(inputs, bounds)
+    require(inputs.dim() == 4, "inputs must be images (B, C, H, W)", tuple(inputs.shape), "Reshape them.")

@@ -12,37 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.ascent import score_and_gradient
-from hf_condlr.robustness.attacks.base import Attack, attacked, require, require_radius
+from hf_condlr.robustness.attacks.base import Attack, attacked, require
 from hf_condlr.robustness.attacks.losses import scores
 from hf_condlr.robustness.attacks.text import Text, TextModel, require_text_model, require_texts
 from hf_condlr.robustness.attacks.token_ball import TokenBall
 from hf_condlr.robustness.attacks.words import Place, Words, typos
 
-LEAST_BATCH = 32
-
-
-"""So many texts are judged at once, or as many as the attacked batch has if those are more."""
+LEAST_BATCH = 32  # texts for one call of the model, or the size of the attacked batch if that is larger
 
 
 @dataclass(frozen=True)
 class CharacterAttack(Attack):
     """Typing errors in at most max(1, ⌊ε · words⌋) words of a text, in none at ε = 0.
 
-    Words, as spaces part them, are ranked once, by the norm of the margin's gradient at the embeddings of their
-    tokens. (Slow tokenizers do not tell which tokens are a word's. There, words are ranked by the margin of the text
-    without them, a query for each.) Then each word in turn is given the best of a few typos, see `typos`, if it raises
-    the margin max_{j≠y} z_j − z_y, until the text is misclassified or so many words are changed. A word that no typo
-    helps stays, and so does one of fewer than two letters. Of pairs both texts are attacked; their words count
-    together.
+    Words, separated by whitespace, are ranked once, by the norm of the margin's gradient at the embeddings of their
+    tokens. (Slow tokenizers do not tell which tokens belong to a word. There, words are ranked by the margin of the
+    text without them, one query for each.) Then each word in turn gets the best of a few `typos` if it raises the
+    margin max_{j≠y} z_j − z_y, until the text is misclassified or the budget is used. Words that no typo helps and
+    words of fewer than two letters stay. Both texts of a pair are attacked; their words count together.
 
-    There is no guarantee that the meaning stays: "bad" and "bed" are a typo apart. And the search is greedy: other
-    typos may do more harm.
+    There is no guarantee that the meaning stays: "bad" and "bed" are one typo apart. The search is greedy: other typos
+    may do more harm.
 
     Args:
         epsilon: Share of a text's words that may be changed, in [0, 1].
-        edits: Typos in one word at most, each the best on top of the last.
-        candidates: Typos that each is chosen from.
-        seed: Of these. They follow from it and the text alone, not from the batch that the text is in.
+        edits: Largest number of typos in one word, each the best on top of the last.
+        candidates: Number of typos that each is chosen from.
+        seed: Seed of the candidates, which depend on it and the text alone, not on the text's batch.
     """
 
     epsilon: float = 0.2
@@ -50,29 +46,20 @@ class CharacterAttack(Attack):
     candidates: int = 16
     seed: int = 0
     takes: ClassVar[Literal["pixels", "tokens", "texts"]] = "texts"
+    name = threat = "characters"
 
     def __post_init__(self) -> None:
-        require_radius(self.epsilon)
+        super().__post_init__()
         require(self.epsilon <= 1, "epsilon must be a share of words, in [0, 1]", self.epsilon, "0.1 means 10 %.")
         received = f"edits={self.edits}, candidates={self.candidates}"
         require(min(self.edits, self.candidates) >= 1, "edits and candidates must be ≥ 1", received, "Raise them.")
 
-    @property
-    def name(self) -> str:
-        """`characters`."""
-        return "characters"
-
-    @property
-    def threat(self) -> str:
-        """What is changed."""
-        return "characters"
-
     def reseeded(self, index: int) -> Self:
-        """The same attack: every text has random numbers of its own."""
+        """The same attack: random numbers depend on the text, not on its batch."""
         return self
 
     def __call__(self, model: nn.Module, inputs: Sequence[Text], labels: Tensor) -> list[Text]:
-        """The texts, or pairs, with typos; the model, a `TextModel`, is left as it was found."""
+        """The texts, or pairs, with typos; the model is a `TextModel`."""
         model = require_text_model(model)
         require(
             not isinstance(inputs, (Mapping, Tensor)),
@@ -94,11 +81,11 @@ class CharacterAttack(Attack):
         return [draft.words.text(draft.changes) for draft in drafts]
 
     def budget(self, words: int) -> int:
-        """How many words of so many may be changed: one at least, or short texts would be safe at any small ε."""
+        """How many of `words` words may be changed: at least one, or short texts would be safe at any small ε."""
         return max(1, math.floor(self.epsilon * words + 1e-9)) if self.epsilon > 0 else 0
 
     def distance(self, model: nn.Module, inputs: Sequence[Text], adversarial: Sequence[Text]) -> Tensor:  # -> (B,)
-        """Share of words changed, where a single one, free at every ε > 0, counts as ε at most.
+        """Share of words changed; a single one, allowed at every ε > 0, counts at most ε.
 
         It is inf for a text that differs in more than its words.
         """
@@ -113,18 +100,18 @@ class CharacterAttack(Attack):
 
 @dataclass
 class Draft:
-    """A text that is being worked on."""
+    """A text under attack, and what is known of it."""
 
     words: Words
     attack: CharacterAttack
     margin: float = math.inf
-    """max_{j≠y} z_j − z_y as the text stands, inf once it is misclassified."""
+    """max_{j≠y} z_j − z_y of the current text, inf once it is misclassified."""
     order: list[Place] = field(default_factory=list)
-    """Words to try."""
+    """Words to change, the most promising first."""
     changes: dict[Place, str] = field(default_factory=dict)
 
     def search(self) -> Generator[list[Text], list[float] | None, None]:
-        """Yields texts to choose from, and is sent their margins."""
+        """Yield texts to choose from, and receive their margins."""
         budget = self.attack.budget(len(self.words.places))
         random = Random(f"{self.attack.seed} {self.words.text()!r}")
         for place in self.order:
@@ -141,7 +128,7 @@ class Draft:
 
 
 def resume(search: Generator[list[Text], list[float] | None, None], margins: list[float] | None) -> list[Text] | None:
-    """What a search asks next, None at its end; `margins` answers what it asked last, None begins it."""
+    """The texts that a search yields after `margins` (None at its start); None at its end."""
     try:
         return search.send(margins)
     except StopIteration:
@@ -150,7 +137,7 @@ def resume(search: Generator[list[Text], list[float] | None, None], margins: lis
 
 @dataclass
 class Judge:
-    """The model's opinion of many texts, `size` at once."""
+    """Margins of texts under the model, `size` texts at once."""
 
     model: TextModel
     labels: Tensor
@@ -161,7 +148,9 @@ class Judge:
         """{sample: texts} ↦ {sample: margins}, inf for the misclassified."""
         rows = [(sample, text) for sample, texts in asked.items() for text in texts]
         values = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda row: len("".join(rows[row][1])))  # of like length: little padding
+        order = sorted(
+            range(len(rows)), key=lambda row: len("".join(rows[row][1]))
+        )  # similar lengths need little padding
         for chunk in (order[start : start + self.size] for start in range(0, len(order), self.size)):
             logits = self.model([rows[row][1] for row in chunk])
             labels = self.labels[[rows[row][0] for row in chunk]].to(logits.device)
@@ -172,7 +161,7 @@ class Judge:
 
 
 def rank_by_gradient(drafts: Sequence[Draft], judge: Judge) -> None:
-    """Words by ‖∇margin‖₂ at the embeddings of their tokens; words beyond the longest input have none and are left."""
+    """Rank words by ‖∇margin‖₂ at their tokens' embeddings; words beyond the longest input are left out."""
     encoded = judge.model.encode([draft.words.text() for draft in drafts])
     ball = TokenBall(judge.model, encoded, 0.0)
     margins, gradient = score_and_gradient(ball.logits, ball.zero(), judge.labels.to(ball.radius.device), "margin")
@@ -188,7 +177,7 @@ def rank_by_gradient(drafts: Sequence[Draft], judge: Judge) -> None:
 
 
 def rank_by_deletion(drafts: Sequence[Draft], judge: Judge) -> None:
-    """Words by the margin of the text without them."""
+    """Rank words by the margin of the text without them."""
     texts = {
         i: [draft.words.text(), *(draft.words.text({place: ""}) for place in draft.words.editable)]
         for i, draft in enumerate(drafts)

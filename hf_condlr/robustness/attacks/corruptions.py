@@ -1,9 +1,9 @@
-"""`Corruption`: common, not adversarial, changes of an image in five severities, in torch and Pillow alone.
+"""`Corruption`: common, not adversarial, changes of an image in five severities, with torch and Pillow only.
 
-A named subset of the kinds of Hendrycks and Dietterich (2019, arXiv 1903.12261), with code and strengths of its own:
-accuracies under them are *not* those on CIFAR-10-C or ImageNet-C. Strengths are about those, or lie between the two.
-Those of colour are the same at every size; blurs' radii are in pixels for images whose shorter side is at most 32, and
-grow in proportion beyond.
+A subset of the kinds of Hendrycks and Dietterich (2019, arXiv 1903.12261), with code and strengths of its own:
+accuracies under them are *not* those on CIFAR-10-C or ImageNet-C. Strengths are similar to those of the two sets, or
+lie between them. The radii of blurs are in pixels for images whose shorter side is at most 32, and grow in proportion
+above; all other strengths are the same at every size.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from hf_condlr.robustness.attacks.base import Attack, require, require_choice, require_inputs
-from hf_condlr.robustness.attacks.gradient import at_least_float32
+from hf_condlr.robustness.attacks.base import Attack, at_least_float32, require, require_choice, require_images
 
 
 @dataclass(frozen=True)
 class Corruption(Attack):
-    """One kind of corruption, see `STRENGTHS`, of images (B, C, H, W) in [0, 1] with one or three channels.
+    """One kind of corruption of images (B, C, H, W) in [0, 1] with one or three channels.
 
-    It is no adversary: it ignores model and labels, and changes every sample, also a misclassified one, which it may
-    thereby mend. Its accuracy is that on all corrupted images, as is usual.
+    It is not an adversary: it ignores model and labels, and changes every sample, including misclassified ones, which
+    it may correct. Its accuracy is that on all corrupted images, as is usual.
 
-    Randomness follows the sample: an image meets the same noise whatever batch it is in, so that one severity is one
-    fixed corrupted data set. `reseeded` therefore changes nothing; `seed` gives another such set.
+    The noise of an image depends on the image and `seed` alone, not on its batch, so that one severity is one fixed
+    corrupted data set. `reseeded` therefore changes nothing.
 
     Args:
         kind: One of `KINDS`.
         epsilon: Severity: 1, 2, 3, 4 or 5; 0 leaves the images as they are.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     adversarial: ClassVar[bool] = False
@@ -47,7 +46,7 @@ class Corruption(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, KINDS)
+        require_choice("kind", self.kind, tuple(KINDS))
         require(self.epsilon in range(6), "severity must be a whole number from 0 to 5", self.epsilon, "Choose one.")
 
     @property
@@ -60,38 +59,29 @@ class Corruption(Attack):
         """`corruption-` and the kind: none is a worst case of another."""
         return f"corruption-{self.kind}"
 
-    @property
-    def severity(self) -> int:
-        """`epsilon` under its usual name."""
-        return int(self.epsilon)
-
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Corrupted images (B, C, H, W) in [0, 1], in at least float32."""
-        require_inputs(inputs, (0.0, 1.0))
-        shape = tuple(inputs.shape)
-        require(
-            len(shape) == 4 and shape[1] in (1, 3),
-            "inputs must be images (B, C, H, W) with one or three channels",
-            shape,
-            "Corrupt pixels, before anything else is done to them.",
-        )
+        require_images(inputs, (0.0, 1.0))
+        channels = inputs.shape[1]
+        require(channels in (1, 3), "images must have one or three channels", channels, "Corrupt the original pixels.")
         images = at_least_float32(inputs)
-        if self.severity == 0:
+        if self.epsilon == 0:
             return images.clone()
-        corrupt, strength = FUNCTIONS[self.kind], STRENGTHS[self.kind][self.severity - 1]
-        corrupted = [  # one by one and on the CPU: the same on every device and in every batch
+        corrupt, strengths = KINDS[self.kind]
+        strength = strengths[int(self.epsilon) - 1]
+        corrupted = [  # one by one on the CPU, for the same result on every device and in every batch
             corrupt(image, strength, Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), self.seed)))
             for image in images.float().cpu().contiguous()
         ]
         return torch.stack(corrupted).clamp(0, 1).to(images)
 
     def reseeded(self, index: int) -> Self:
-        """Itself: the noise of a sample does not depend on its batch."""
+        """The same attack: noise does not depend on the batch."""
         return self
 
 
 def gaussian_noise(x: Tensor, deviation: float, generator: Generator) -> Tensor:
-    """X + deviation·N(0, 1)."""
+    """x + deviation·N(0, 1)."""
     return x + deviation * torch.randn(x.shape, generator=generator)
 
 
@@ -114,7 +104,7 @@ def gaussian_blur(x: Tensor, sigma: float, generator: Generator) -> Tensor:
 
 
 def defocus_blur(x: Tensor, radius: float, generator: Generator) -> Tensor:
-    """Convolved with a disk, whose border pixels count by the share that it covers of them."""
+    """Convolved with a disk; a border pixel counts by the share that the disk covers."""
     radius *= enlargement(x)
     distance = torch.hypot(offsets(radius)[:, None], offsets(radius))
     return convolve(x, (radius + 0.5 - distance).clamp(0, 1))
@@ -143,7 +133,7 @@ def pixelate(x: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def jpeg(x: Tensor, quality: float, generator: Generator) -> Tensor:
-    """8-bit pixels, written by Pillow in this quality and read again."""
+    """8-bit pixels, written by Pillow with this quality and read again."""
     pixels = (255 * x).round().byte().movedim(0, 2).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if len(x) == 1 else pixels).save(file, "JPEG", quality=int(quality))
@@ -151,54 +141,33 @@ def jpeg(x: Tensor, quality: float, generator: Generator) -> Tensor:
     return read.reshape(pixels.shape).movedim(2, 0) / 255
 
 
-FUNCTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
-    function.__name__: function
-    for function in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        gaussian_blur,
-        defocus_blur,
-        brightness,
-        contrast,
-        pixelate,
-        jpeg,
-    )
+# The function of each kind, and its parameter at each severity.
+KINDS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple[float, float, float, float, float]]] = {
+    "gaussian_noise": (gaussian_noise, (0.04, 0.07, 0.11, 0.17, 0.25)),
+    "shot_noise": (shot_noise, (200, 75, 30, 14, 7)),
+    "impulse_noise": (impulse_noise, (0.01, 0.03, 0.06, 0.11, 0.18)),
+    "gaussian_blur": (gaussian_blur, (0.4, 0.55, 0.7, 0.85, 1.0)),
+    "defocus_blur": (defocus_blur, (0.6, 0.8, 1.0, 1.25, 1.5)),
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": (contrast, (0.75, 0.55, 0.4, 0.25, 0.15)),
+    "pixelate": (pixelate, (0.9, 0.75, 0.6, 0.45, 0.3)),
+    "jpeg": (jpeg, (60, 40, 25, 15, 8)),
 }
-
-
-STRENGTHS: dict[str, tuple[float, float, float, float, float]] = {
-    "gaussian_noise": (0.04, 0.07, 0.11, 0.17, 0.25),
-    "shot_noise": (200, 75, 30, 14, 7),
-    "impulse_noise": (0.01, 0.03, 0.06, 0.11, 0.18),
-    "gaussian_blur": (0.4, 0.55, 0.7, 0.85, 1.0),
-    "defocus_blur": (0.6, 0.8, 1.0, 1.25, 1.5),
-    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
-    "contrast": (0.75, 0.55, 0.4, 0.25, 0.15),
-    "pixelate": (0.9, 0.75, 0.6, 0.45, 0.3),
-    "jpeg": (60, 40, 25, 15, 8),
-}
-
-
-"""{kind: strength at each severity}; its unit is explained at the function of that name."""
-
-
-KINDS = tuple(STRENGTHS)
 
 
 def enlargement(x: Tensor) -> float:
-    """Of radii, for images larger than 32 pixels."""
+    """Factor of radii for images larger than 32 pixels."""
     return max(1.0, min(x.shape[1:]) / 32)
 
 
 def offsets(radius: float) -> Tensor:  # -> (2k + 1,), k = ⌊radius⌋ + 1
-    """−k, ..., k: all pixels within the radius of the middle one, and those that it touches."""
+    """−k, ..., k: the pixels that a disk of this radius around the middle one touches."""
     reach = int(radius) + 1
     return torch.arange(-reach, reach + 1).float()
 
 
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:  # (C, H, W), (2j + 1, 2k + 1) -> (C, H, W)
-    """Each channel's mean in the weights of the kernel; the border pixels are continued outwards."""
+    """Each channel averaged with the kernel as weights; border pixels are repeated outwards."""
     down, across = (side // 2 for side in kernel.shape)
     padded = F.pad(x[:, None], [across, across, down, down], mode="replicate")
     return F.conv2d(padded, (kernel / kernel.sum())[None, None])[:, 0]

@@ -1,7 +1,7 @@
 """Attacks on the embeddings of a text's tokens: FGM (Miyato et al. 2017), PGD, and a search without gradients.
 
 All share one ball: δ_i ≠ 0 only for tokens that are neither special nor padding, ‖δ_i‖₂ ≤ ε‖E_i‖₂ for each of them,
-E_i the output of the input embedding. The radius is relative since tokens' norms differ, between models by far.
+E_i the output of the input embedding. The radius is relative, as norms differ between tokens and between models.
 """
 
 from __future__ import annotations
@@ -13,37 +13,30 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks.ascent import require_iterations, score_and_gradient, worst_iterates
-from hf_condlr.robustness.attacks.base import Attack, Inputs, attacked, require, require_choice, require_radius
-from hf_condlr.robustness.attacks.losses import LOSSES, scores
+from hf_condlr.robustness.attacks.ascent import GradientAscent, score_and_gradient
+from hf_condlr.robustness.attacks.base import Attack, Inputs, attacked, require
+from hf_condlr.robustness.attacks.losses import scores
 from hf_condlr.robustness.attacks.text import require_text_model
 from hf_condlr.robustness.attacks.token_ball import TokenBall
 
-WIDEST_TURN, NARROWEST_TURN = 0.6, 0.1
-
-
-"""s of the first and the last query of `EmbeddingSearch`."""
+WIDEST_TURN, NARROWEST_TURN = 0.6, 0.1  # s of the first and the last query of `EmbeddingSearch`
 
 
 class EmbeddingAttack(Attack):
     """Texts or token tensors in, token tensors with a `perturbation` (B, T, d) out; the model is a `TextModel`.
 
-    No text has these embeddings: what falls here need not fall to any edit of the text, and the reverse.
+    No text has these embeddings: a model may resist every edit of a text and not these attacks, and the reverse.
     """
 
     takes: ClassVar[Literal["pixels", "tokens", "texts"]] = "tokens"
-
-    @property
-    def threat(self) -> str:
-        """What is moved."""
-        return "embedding"
+    threat = "embedding"
 
     def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Inputs:
-        """The batch as token tensors with a perturbation; the model is left as it was found.
+        """The batch as token tensors with a perturbation.
 
         Args:
             model: A `TextModel`.
-            inputs: Texts, pairs of texts or token tensors; a perturbation that they have is replaced.
+            inputs: Texts, pairs of texts or token tensors; an existing perturbation is replaced.
             labels: Classes (B,), or probabilities (B, classes).
         """
         model = require_text_model(model)
@@ -53,10 +46,10 @@ class EmbeddingAttack(Attack):
 
     @abstractmethod
     def _perturbation(self, ball: TokenBall, labels: Tensor) -> Tensor:
-        """The δ (B, T, d) of the attack."""
+        """The attack's δ (B, T, d)."""
 
     def distance(self, model: nn.Module, inputs: Inputs, adversarial: Inputs) -> Tensor:  # -> (B,)
-        """max_i ‖δ_i‖₂/‖E_i‖₂; inf where a special or padding token was moved, or a token is another one."""
+        """max_i ‖δ_i‖₂/‖E_i‖₂; inf where a special or padding token was moved, or a token replaced."""
         model = require_text_model(model)
         ball = TokenBall(model, inputs, 1.0)
         length = adversarial["perturbation"].to(ball.radius.device).norm(dim=-1)
@@ -67,21 +60,14 @@ class EmbeddingAttack(Attack):
 
 @dataclass(frozen=True)
 class EmbeddingFGM(EmbeddingAttack):
-    """δ_i = ε‖E_i‖₂ g_i/‖g_i‖₂, g_i = ∇_{E_i} CE: one full step, plain as FGSM, also where a sample is misclassified.
+    """δ_i = ε‖E_i‖₂ g_i/‖g_i‖₂, g_i = ∇_{E_i} CE: one full step, even where a sample is already misclassified.
 
     Args:
         epsilon: Radius, as a share of a token's norm.
     """
 
     epsilon: float
-
-    def __post_init__(self) -> None:
-        require_radius(self.epsilon)
-
-    @property
-    def name(self) -> str:
-        """`fgm-embedding`."""
-        return "fgm-embedding"
+    name = "fgm-embedding"
 
     def _perturbation(self, ball: TokenBall, labels: Tensor) -> Tensor:
         _, gradient = score_and_gradient(ball.logits, ball.zero(), labels, "ce")
@@ -89,88 +75,58 @@ class EmbeddingFGM(EmbeddingAttack):
 
 
 @dataclass(frozen=True)
-class EmbeddingPGD(EmbeddingAttack):
+class EmbeddingPGD(GradientAscent, EmbeddingAttack):
     """Projected gradient ascent, δ_i ← Π_i(δ_i + α‖E_i‖₂ g_i/‖g_i‖₂), from a random point of every token's ball.
 
-    Each token has a ball of its own, so the product of the balls is the unit ball of max_i ‖δ_i‖₂/(ε‖E_i‖₂). Steepest
-    ascent in that norm moves every token by its full step. A step normalised over the whole sentence, as in FreeLB
-    (Zhu et al. 2020), belongs to a ball of the whole sentence: here it would leave most tokens inside their balls.
-
-    A sample's result is a misclassified iterate where there was one, else that of the largest loss.
+    Each token has its own ball, so the product of the balls is the unit ball of max_i ‖δ_i‖₂/(ε‖E_i‖₂). Steepest
+    ascent in that norm moves every token by its full step. A step normalised over the sentence, as in FreeLB (Zhu et
+    al. 2020), belongs to one ball for the sentence: here it would leave most tokens inside their balls. Steps, restarts
+    and loss are those of `GradientAscent`.
 
     Args:
         epsilon: Radius, as a share of a token's norm.
-        steps: Gradient steps of each restart.
-        step_size: α, as a share of a token's norm; None for 2.5 ε/steps.
-        restarts: Independent runs, the worst counts.
-        loss: `ce`, `margin` or `dlr`, see `losses`.
-        seed: Of the random starts.
-        early_stop: Attack a sample no further once it is misclassified.
     """
 
     epsilon: float
-    steps: int = 10
-    step_size: float | None = None
-    restarts: int = 1
-    loss: Literal["ce", "margin", "dlr"] = "ce"
-    seed: int = 0
-    early_stop: bool = True
-
-    def __post_init__(self) -> None:
-        require_radius(self.epsilon)
-        require_iterations(self.steps, self.restarts, self.step_size)
-        require_choice("loss", self.loss, LOSSES)
-
-    @property
-    def name(self) -> str:
-        """`pgd-embedding`."""
-        return "pgd-embedding"
+    name = "pgd-embedding"
 
     def _perturbation(self, ball: TokenBall, labels: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         step = 2.5 / self.steps  # as a share of the radius
         if self.step_size is not None:
             step = self.step_size / self.epsilon if self.epsilon > 0 else 0.0
-        return worst_iterates(
+        return self.worst_iterates(
             ball.logits,
             ball.zero(),
             labels,
             start=lambda: ball.uniform(generator),
             move=lambda x, g, index: ball.project(x + step * ball.steepest(g, index), index),
-            steps=self.steps,
-            restarts=self.restarts,
-            loss=self.loss,
-            early_stop=self.early_stop,
         )
 
 
 @dataclass(frozen=True)
 class EmbeddingSearch(EmbeddingAttack):
-    """Random search on the spheres ‖δ_i‖₂ = ε‖E_i‖₂, blind to gradients, as `Square` is for images.
+    """Random search on the spheres ‖δ_i‖₂ = ε‖E_i‖₂, without gradients, as `Square` for images.
 
-    Each query turns all tokens of a sample by s along a direction of its own, δ_i ← ε‖E_i‖₂ unit(δ_i/(ε‖E_i‖₂) + s u),
-    and keeps this where the margin max_{j≠y} z_j − z_y grows; where it does not, the next query tries −u, as SimBA
-    (Guo et al. 2019). u leads from one random token of the vocabulary to another. A gradient attack that is weaker
-    was misled by a masked gradient.
+    Each query turns all tokens of a sample by s along one direction u, δ_i ← ε‖E_i‖₂ unit(δ_i/(ε‖E_i‖₂) + s u),
+    and keeps it where the margin max_{j≠y} z_j − z_y grows; where it does not, the next query tries −u, as SimBA
+    (Guo et al. 2019). u leads from one random token of the vocabulary to another. A gradient attack weaker than this
+    one was misled by masked gradients.
 
     Args:
         epsilon: Radius, as a share of a token's norm.
-        queries: Proposals for each sample at most; the first that is misclassified is the result.
-        seed: Of the proposals.
+        queries: Largest number of proposals for each sample; the first that is misclassified is the result.
+        seed: Seed of the proposals.
     """
 
     epsilon: float
     queries: int = 100
     seed: int = 0
+    name = "search-embedding"
 
     def __post_init__(self) -> None:
-        require_radius(self.epsilon)
+        super().__post_init__()
         require(self.queries >= 1, "queries must be ≥ 1", self.queries, "100, say.")
-
-    @property
-    def name(self) -> str:
-        """`search-embedding`."""
-        return "search-embedding"
 
     @torch.no_grad()
     def _perturbation(self, ball: TokenBall, labels: Tensor) -> Tensor:
@@ -179,10 +135,10 @@ class EmbeddingSearch(EmbeddingAttack):
         score = scores(ball.logits(best), labels, "margin")
         direction, retry = torch.zeros_like(best[:, :1]), torch.zeros_like(score, dtype=torch.bool)
         for query in range(self.queries):
-            going = (score < torch.inf).nonzero()[:, 0]  # an attack never mends an error
+            going = (score < torch.inf).nonzero()[:, 0]  # an attack never corrects an error
             if not len(going):
                 break
-            fresh = ball.directions(generator)  # for all samples: none depends on which were stopped
+            fresh = ball.directions(generator)  # for all samples, so that none depends on which were stopped
             direction = torch.where(retry[:, None, None], -direction, fresh)
             turn = WIDEST_TURN + (NARROWEST_TURN - WIDEST_TURN) * query / self.queries
             delta = ball.steepest(best + turn * ball.radius[..., None] * direction)[going]

@@ -1,4 +1,4 @@
-"""The look-up of a text's tokens inside a transformers model: where it happens, and how its result is perturbed."""
+"""The input embedding of a transformers model: which module it is, and how its output is perturbed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_condlr.robustness.attacks.base import require
 def input_embedding(model: Any) -> Any:
     """The module that looks `input_ids` up, with a `weight` (vocabulary, d).
 
-    T5 and BART call an encoder's module that shares its weight with `model.get_input_embeddings()`, never that one.
+    T5 and BART never call `model.get_input_embeddings()`, but a module of the encoder that shares its weight.
 
     Raises:
-        AttackError: There is none.
+        AttackError: The model has no such module.
     """
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     try:
@@ -38,13 +38,13 @@ def input_embedding(model: Any) -> Any:
 
 @contextmanager
 def perturbed(embedding: nn.Module, ids: Tensor, perturbation: Tensor) -> Iterator[None]:
-    """While it lasts, the first look-up of `ids` (B, T) gives E + perturbation (B, T, d), added in float32.
+    """A context in which the first look-up of `ids` (B, T) gives E + perturbation (B, T, d), added in float32.
 
-    Only the first, and only of these ids: GPT-2 looks token types up in the same table, and before transformers 5 a
-    decoder its own input. A model may have padded the ids to the right (Longformer).
+    Only the first look-up, and only of these ids, is perturbed: GPT-2 looks token types up in the same table, and
+    before transformers 5 a decoder its own input. A model may have padded the ids on the right (Longformer).
 
     Raises:
-        AttackError: The dimensions differ, or the ids were never looked up, so that nothing would be attacked.
+        AttackError: The dimensions differ, or the ids were never looked up, so that nothing was perturbed.
     """
     waiting = True
 

@@ -1,4 +1,4 @@
-"""What a gradient attack climbs, and the score that says which of a sample's iterates is the worst."""
+"""The losses that gradient attacks maximise, and the score that decides which iterate is the worst."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ LOSSES = ("ce", "margin", "dlr")
 
 
 def losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
-    """The loss of each sample, larger where the model is more wrong.
+    """The loss of each sample.
 
     - `ce`: cross entropy −log softmax(z)_y. With probabilities (B, classes) as labels, their cross entropy: the
       Kullback-Leibler divergence up to a constant.
-    - `margin`: max_{j≠y} z_j − z_y, which logits of a large scale cannot saturate.
+    - `margin`: max_{j≠y} z_j − z_y, which does not saturate for large logits.
     - `dlr`: the same over z_(1) − z_(3), the largest less the third largest logit, so that scale and shift of the
       logits do not matter (Croce and Hein 2020); with two classes it is the margin.
     """
@@ -23,8 +23,8 @@ def losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes)
     labels = classes(labels)
     own = logits.gather(1, labels[:, None]).squeeze(1)
     if loss == "ce":
-        # log(1 + Σ_{j≠y} e^{z_j − z_y}): the gradient p_y − 1 of z_y, which is rounded to 0 where p_y is to 1, is here
-        # the sum of the others' p_j, so that it points the right way up to a gap of about 100 in float32.
+        # log(1 + Σ_{j≠y} e^{z_j − z_y}): the gradient p_y − 1 of z_y, which is 0 where p_y rounds to 1, is here the sum
+        # of the other p_j, which points the right way up to a gap of about 100 in float32.
         return (logits - own[:, None]).scatter(1, labels[:, None], 0.0).logsumexp(1)
     margin = logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
     if loss == "margin" or logits.shape[1] < 3:
@@ -34,16 +34,16 @@ def losses(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes)
 
 
 def scores(logits: Tensor, labels: Tensor, loss: str) -> Tensor:  # (B, classes), (B,) -> (B,)
-    """The loss, or inf where a sample is misclassified or its logits are not finite: that is the worst iterate."""
+    """The loss, or inf (the worst) where a sample is misclassified or its logits are not finite."""
     values = losses(logits, labels, loss)
     return torch.where(is_correct(logits, labels) & ~values.isnan(), values, torch.inf)
 
 
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:  # (B, classes), (B,) -> (B,) bool
-    """Whether the label has the largest logit; logits that are not finite are no answer, hence wrong."""
+    """Whether the label has the largest logit; logits that are not finite count as wrong."""
     return (logits.argmax(1) == classes(labels)) & logits.isfinite().all(1)
 
 
 def classes(labels: Tensor) -> Tensor:  # (B,) or (B, classes) -> (B,)
-    """Class numbers, also of labels given as probabilities."""
+    """Class numbers, of labels given as such or as probabilities."""
     return labels.argmax(1) if labels.is_floating_point() else labels

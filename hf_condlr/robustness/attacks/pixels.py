@@ -16,8 +16,8 @@ class PixelModel(nn.Module):
 
     Args:
         model: Returns a tensor of logits, or a transformers output that has `.logits`.
-        mean: A number, or one per channel.
-        std: A number, or one per channel.
+        mean: Mean of the normalisation, a number or one for each channel.
+        std: Standard deviation of the normalisation, a number or one for each channel.
     """
 
     mean: Tensor
@@ -33,11 +33,11 @@ class PixelModel(nn.Module):
 
     @classmethod
     def from_processor(cls, model: nn.Module, processor: Any) -> Self:
-        """With the mean and the standard deviation of an image processor of transformers.
+        """A `PixelModel` with the mean and the standard deviation of an image processor of transformers.
 
         Raises:
-            AttackError: It is no image processor, or it does not scale 8-bit pixels to [0, 1] and normalise them once,
-                so that ε would have no unit.
+            AttackError: It is not an image processor, or it does not scale 8-bit pixels to [0, 1] and normalise them
+                once, so that ε would have no unit.
         """
         require(
             hasattr(processor, "do_normalize"),
@@ -64,7 +64,7 @@ class PixelModel(nn.Module):
         return cls(model, processor.image_mean, processor.image_std)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
-        """Logits of the normalised pixels, in float32 whatever the model's dtype."""
+        """Logits of the normalised pixels in float32, for a model of any dtype."""
         parameter = next(self.model.parameters(), pixels)
         return logits_of(self.model(self.normalize(pixels).to(parameter.dtype)))
 
@@ -73,7 +73,7 @@ class PixelModel(nn.Module):
         return (pixels.float() - self.mean.to(pixels.device)) / self.std.to(pixels.device)
 
     def denormalize(self, values: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        """Pixels of [0, 1] from normalised values; rounding beyond the bounds, less than 1e-4, is cut off.
+        """Pixels of [0, 1] from normalised values; excesses below 1e-4, from rounding, are cut off.
 
         Raises:
             AttackError: The values are not pixels normalised with this mean and standard deviation.

@@ -1,4 +1,4 @@
-"""Attacks by name, as the command line, YAML files and the Trainer's arguments give them."""
+"""Attacks by name, for the command line, YAML files and the Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hf_condlr.robustness.attacks.characters import CharacterAttack
 from hf_condlr.robustness.attacks.corruptions import KINDS, Corruption
 from hf_condlr.robustness.attacks.embeddings import EmbeddingFGM, EmbeddingPGD, EmbeddingSearch
 from hf_condlr.robustness.attacks.gradient import FGSM, PGD
-from hf_condlr.robustness.attacks.published import L2FGSM, Jitter
+from hf_condlr.robustness.attacks.robustdlrt import L2FGSM, Jitter
 from hf_condlr.robustness.attacks.square import Square
 
+# What builds each attack from `epsilon` and its options.
 ATTACKS: Mapping[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
     "fgsm-unclipped": partial(FGSM, clip=False),
@@ -39,19 +40,16 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {
 }
 
 
-"""{name: what builds the attack from `epsilon` and its options}."""
-
-
 def make_attack(name: str, epsilon: float | str, **options: Any) -> Attack:
     """The attack of that name.
 
     Args:
         name: A key of `ATTACKS`.
-        epsilon: Its budget, a number or a fraction such as "8/255"; a severity of 1 to 5 for corruptions.
-        options: Its other parameters; one that is None keeps its default.
+        epsilon: Budget, a number or a fraction such as "8/255"; for corruptions a severity from 1 to 5.
+        options: Other parameters of the attack; None stands for the default.
 
     Raises:
-        AttackError: No such attack, an option that it does not have, or a value that it does not take.
+        AttackError: There is no such attack, or it does not have such an option, or not such a value.
     """
     known = options_of(name)
     options = {option: value for option, value in options.items() if value is not None}
@@ -61,14 +59,14 @@ def make_attack(name: str, epsilon: float | str, **options: Any) -> Attack:
 
 
 def make_attacks(names: Iterable[str], epsilons: Iterable[float | str], **options: Any) -> list[Attack]:
-    """Every attack at every budget; each takes those of the options that it has.
+    """Every attack at every budget; each is given the options that it has.
 
     Raises:
-        AttackError: As `make_attack`; or none of the attacks has an option that is given.
+        AttackError: As for `make_attack`; or there is an option that none of the attacks has.
     """
     names = list(names)
     given = {option for option, value in options.items() if value is not None}
-    require(names, "at least one attack must be named", "none", f"Choose of {', '.join(ATTACKS)}.")
+    require(names, "at least one attack must be named", "none", f"Choose among {', '.join(ATTACKS)}.")
     taken = {name: given & set(options_of(name)) for name in names}
     ignored = sorted(given - set().union(*taken.values()))
     require(not ignored, f"one of {', '.join(names)} must have each option", ", ".join(ignored), "Drop it.")
@@ -78,14 +76,14 @@ def make_attacks(names: Iterable[str], epsilons: Iterable[float | str], **option
 
 
 def options_of(name: str) -> list[str]:
-    """The parameters of the attack of that name, `epsilon` and those that the name says among them."""
+    """The parameters of an attack, including `epsilon` and those that its name fixes."""
     require(name in ATTACKS, f"attack must be one of {', '.join(ATTACKS)}", repr(name), "Choose one.")
     build: Any = ATTACKS[name]
     return [field.name for field in fields(getattr(build, "func", build))]
 
 
 def parse_epsilon(value: float | str) -> float:
-    """A number, or a fraction of two numbers as text, such as "8/255".
+    """The value of a number, or of a fraction such as "8/255".
 
     Raises:
         AttackError: It is neither.

@@ -1,53 +1,47 @@
-"""`Square` (Andriushchenko et al. 2020, arXiv 1912.00049): random search on the logits alone, blind to gradients."""
+"""`Square` (Andriushchenko et al. 2020, arXiv 1912.00049): random search without gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks import base
-from hf_condlr.robustness.attacks.base import Attack, attacked, logits_of, require
-from hf_condlr.robustness.attacks.gradient import at_least_float32, norms, per_sample, unit
+from hf_condlr.robustness.attacks.ball import BallAttack, Norm, norms, per_sample, unit
+from hf_condlr.robustness.attacks.base import at_least_float32, attacked, logits_of, require, require_images
 from hf_condlr.robustness.attacks.losses import scores
 
+# Of 10,000 queries, those after which the share of the image that a square covers is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-"""Of 10,000 queries, those after which the share of the image that a square covers is halved."""
-
-
 @dataclass(frozen=True)
-class Square(Attack):
+class Square(BallAttack):
     """Proposes a square for each sample, and keeps it where the margin max_{j≠y} z_j − z_y rises.
 
     ℓ∞: vertical stripes of ±ε first, then squares of ±ε, a sign for each channel. ℓ2: a grid of bumps first, then a
     bump that takes over the norm of another, erased square, and what is left of ε. Squares of side s cover the share
-    s²/(H·W) of the image, from `p_init` down. A gradient attack that is weaker than this one was misled by a gradient
-    that is masked. Unlike in the reference code, each sample has squares of its own, in the last row and column too.
+    s²/(H·W) of the image, which falls from `p_init`. A gradient attack weaker than this one was misled by masked
+    gradients. Unlike in the reference code, each sample has its own squares, which also reach the last row and column.
 
     Args:
         epsilon: Radius, in units of the inputs.
         norm: `linf` or `l2`.
-        queries: Proposals for each sample at most; the first that is misclassified is the result.
+        queries: Largest number of proposals for each sample; the first that is misclassified is the result.
         p_init: Share of the image that the first squares cover.
         bounds: Least and largest admissible input value.
-        seed: Of the squares.
+        seed: Seed of the squares.
     """
 
     epsilon: float
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     queries: int = 5000
     p_init: float = 0.8
     bounds: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        base.require_radius(self.epsilon)
-        base.require_bounds(self.bounds)
-        base.require_choice("norm", self.norm, ("linf", "l2"))
+        super().__post_init__()
         require(self.queries >= 1, "queries must be ≥ 1", self.queries, "5000, say.")
         require(0 < self.p_init <= 1, "p_init must be a share in (0, 1]", self.p_init, "0.8, say.")
 
@@ -56,26 +50,20 @@ class Square(Attack):
         """`square-linf` or `square-l2`."""
         return f"square-{self.norm}"
 
-    @property
-    def threat(self) -> str:
-        """The norm."""
-        return self.norm
-
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Images (B, C, H, W), in at least float32; the model is left as it was found."""
-        base.require_inputs(inputs, self.bounds)
-        require(inputs.dim() == 4, "inputs must be images (B, C, H, W)", tuple(inputs.shape), "Reshape them.")
+        """Images (B, C, H, W), in at least float32."""
+        require_images(inputs, self.bounds)
         generator = torch.Generator().manual_seed(self.seed)
         with attacked(model), torch.no_grad():
             x0 = at_least_float32(inputs)
             best, score = x0.clone(), scores(logits_of(model(x0)), labels, "margin")
             for query in range(self.queries):
-                going = (score < torch.inf).nonzero()[:, 0]  # an attack never mends an error
+                going = (score < torch.inf).nonzero()[:, 0]  # an attack never corrects an error
                 if not len(going):
                     break
                 if query == 0:
                     delta = self._start(x0, generator)[going]
-                else:  # draws for all samples: none depends on which were stopped
+                else:  # drawn for all samples, so that none depends on which were stopped
                     draws = torch.rand(len(x0), 5 + x0.shape[1], generator=generator).to(x0)[going]
                     delta = self._propose(best[going] - x0[going], draws, query)
                 x = (x0[going] + delta).clamp(*self.bounds)
@@ -120,10 +108,6 @@ class Square(Attack):
         if self.norm == "l2":
             side = max(side, 3) // 2 * 2 + 1  # odd, so that the bump has a middle
         return min(side, height, width)
-
-    def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
-        """‖x' − x‖ in the attack's norm."""
-        return norms(adversarial - inputs, self.norm)
 
 
 def signs(draws: Tensor) -> Tensor:

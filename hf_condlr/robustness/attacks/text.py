@@ -1,7 +1,7 @@
 """`TextModel`: a transformers classifier as a map from texts, or tokens with perturbed embeddings, to logits.
 
-A perturbation is added by a forward hook on the input embedding. `inputs_embeds` would not do: without token ids,
-models that pool the last token take padding for it (GPT-2, Llama), and encoder-decoders refuse it (BART, T5).
+A perturbation is added by a forward hook on the input embedding, not through `inputs_embeds`: without token ids, models
+that pool the last token (GPT-2, Llama) take padding for it, and encoder-decoders (BART, T5) refuse it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from hf_condlr.robustness.attacks.base import Inputs, count, logits_of, require
 from hf_condlr.robustness.attacks.lookup import input_embedding, perturbed
 
-Text = str | tuple[str, str]
-
-
-"""A text, or a pair such as (premise, hypothesis)."""
-
+Text = str | tuple[str, str]  # a text, or a pair such as (premise, hypothesis)
 
 SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 
@@ -31,14 +27,15 @@ class TextModel(nn.Module):
 
     A batch is a list of strings or of pairs of strings, or a mapping of token tensors as a tokenizer gives them:
     `input_ids` (B, T), `attention_mask` (B, T), perhaps `token_type_ids`. It may have one more entry, `perturbation`
-    (B, T, d) in float32, which is added to the output of the input embedding for this call, in float32 also where the
-    model is in half precision. The decoder of an encoder-decoder reads the tokens as they are.
+    (B, T, d) in float32, which is added to the output of the input embedding for this call, in float32 even where the
+    model is in half precision. The decoder of an encoder-decoder reads unperturbed tokens.
 
     Args:
         model: A sequence classifier of transformers.
-        tokenizer: Of the model. Without one, batches must be token tensors, and special tokens are known only as far
-            as the model's config names them (BERT's does not name [CLS] and [SEP]).
-        max_length: Texts are cut to so many tokens; None, or more than they allow, for what model and tokenizer allow.
+        tokenizer: The model's tokenizer. Without one, batches must be token tensors, and only those special tokens are
+            known that the model's config names (BERT's does not name [CLS] and [SEP]).
+        max_length: Texts are cut to this number of tokens, at most the number that model and tokenizer allow; None for
+            that number.
 
     Raises:
         AttackError: There is no input embedding, or tokenizer and model disagree on the padding token.
@@ -63,7 +60,7 @@ class TextModel(nn.Module):
         )
 
     def forward(self, inputs: Inputs) -> Tensor:  # -> (B, classes)
-        """Logits, in float32 whatever the model's dtype."""
+        """Logits in float32, for a model of any dtype."""
         tokens = self.tokens(inputs)
         delta = tokens.pop("perturbation", None)
         hook = nullcontext() if delta is None else perturbed(self._embedding, tokens["input_ids"], delta)
@@ -81,7 +78,7 @@ class TextModel(nn.Module):
         """A `BatchEncoding` of the texts, padded and cut to `max_length`, on the model's device.
 
         Raises:
-            AttackError: No texts, something that is not a text, no tokenizer, or no padding token for several texts.
+            AttackError: There are no texts, something else than texts, no tokenizer, or no padding token for several.
         """
         require_texts(texts)
         received = f"{len(texts)} texts and tokenizer=None"
@@ -123,7 +120,7 @@ class TextModel(nn.Module):
         return self._embedding(self.tokens(inputs)["input_ids"]).float()
 
     def editable(self, inputs: Inputs) -> Tensor:  # -> (B, T) bool
-        """Tokens that carry the text: neither special nor padding. The unknown token stands for a word of the text."""
+        """Tokens of the text itself, neither special nor padding; the unknown token stands for a word of the text."""
         tokens = self.tokens(inputs)
         ids = tokens["input_ids"]
         mask = ~torch.isin(ids, torch.tensor(sorted(self._special_ids()), dtype=ids.dtype, device=ids.device))
@@ -131,12 +128,12 @@ class TextModel(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that the model has embeddings for."""
+        """Number of token ids that the model has embeddings for."""
         return len(self._embedding.weight)
 
     @property
     def device(self) -> torch.device:
-        """Of the embedding."""
+        """Device of the embedding."""
         return self._embedding.weight.device
 
     @property
@@ -147,7 +144,7 @@ class TextModel(nn.Module):
         return getattr(self.config, f"{name}_token_id", None)
 
     def _special_ids(self) -> set[int]:
-        """GPT-2's unknown token is also the end of a text, and therefore special."""
+        """Ids of special tokens; GPT-2's unknown token, which also ends a text, is one."""
         named: set[int] = set()
         for known in [self._id(name) for name in SPECIAL] + [
             getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL
@@ -159,7 +156,7 @@ class TextModel(nn.Module):
 
 
 def positions(model: nn.Module) -> int | None:
-    """Most tokens that the model has positions for; RoBERTa and its kin count from padding_idx + 1."""
+    """Largest number of tokens that the model has positions for; RoBERTa's positions start at padding_idx + 1."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
@@ -168,14 +165,14 @@ def positions(model: nn.Module) -> int | None:
 
 
 def require_text_model(model: nn.Module) -> TextModel:
-    """The model, which attacks on texts ask for tokens and embeddings."""
+    """Require a `TextModel`, and return it."""
     remedy = "Wrap the classifier: TextModel(model, tokenizer)."
     require(isinstance(model, TextModel), "attacks on texts need a TextModel", type(model).__name__, remedy)
     return model  # type: ignore[return-value]
 
 
 def require_texts(texts: Sequence[Text]) -> None:
-    """Strings only, or pairs of strings only, at least one."""
+    """Require strings only, or pairs of strings only, at least one."""
     require(len(texts), "a batch must hold at least one text", "none", "Skip empty batches.")
     shapes = {
         tuple(isinstance(part, str) for part in text) if isinstance(text, (tuple, list)) else isinstance(text, str)
@@ -190,7 +187,7 @@ def require_texts(texts: Sequence[Text]) -> None:
 
 
 def require_ids(tokens: Mapping[str, Tensor], *, vocabulary: int) -> None:
-    """`input_ids` (B, T), at least one, all in the vocabulary."""
+    """Require `input_ids` (B, T), at least one, all in the vocabulary."""
     require("input_ids" in tokens, "token tensors must have input_ids", sorted(tokens), "Pass a tokenizer's output.")
     ids = tokens["input_ids"]
     require(

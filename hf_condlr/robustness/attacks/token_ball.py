@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hf_condlr.robustness.attacks.ball import into_ball, uniform_in_ball, unit
 from hf_condlr.robustness.attacks.base import Inputs, take
-from hf_condlr.robustness.attacks.gradient import into_ball, uniform_in_ball, unit
 from hf_condlr.robustness.attacks.text import TextModel
 
 
@@ -19,7 +19,7 @@ class TokenBall:
 
     Args:
         model: Gives embeddings and logits.
-        inputs: Texts, or token tensors; a perturbation that they have is left out.
+        inputs: Texts, or token tensors, whose perturbation is ignored.
         epsilon: Radius as a share of a token's norm.
     """
 
@@ -30,7 +30,7 @@ class TokenBall:
         self.radius = epsilon * self.embedded.norm(dim=-1) * model.editable(self.tokens)  # (B, T)
 
     def logits(self, delta: Tensor, index: Tensor | None = None) -> Tensor:  # (k, T, d), (k,) -> (k, classes)
-        """Of the samples `index`, without it of all, perturbed by δ."""
+        """Logits of the samples `index` (all without it), perturbed by δ."""
         tokens = self.tokens if index is None else take(self.tokens, index)
         return self.model({**tokens, "perturbation": delta})
 
@@ -44,9 +44,9 @@ class TokenBall:
         return self.radius[..., None] * noise.view(self.embedded.shape).to(self.radius)
 
     def directions(self, generator: torch.Generator) -> Tensor:  # (B, 1, d), of norm 1
-        """For each sample, from one random token of the vocabulary to another.
+        """For each sample a direction from one random token of the vocabulary to another.
 
-        There the model answers more strongly than in a direction uniform on the sphere, where hardly any token lies.
+        The model responds more to these than to directions uniform on the sphere, where hardly any token lies.
         """
         ids = torch.randint(self.model.vocabulary, (len(self.embedded), 2), generator=generator)
         embedded = self.model.embed({"input_ids": ids})

@@ -1,4 +1,4 @@
-"""`Transfer`: an attack without access to the attacked model, crafted on another one."""
+"""`Transfer`: an attack made on another model than the attacked one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from hf_condlr.robustness.attacks.ball import per_sample
 from hf_condlr.robustness.attacks.base import Attack, Inputs, attacked, logits_of, require
-from hf_condlr.robustness.attacks.gradient import per_sample
 from hf_condlr.robustness.attacks.losses import is_correct
 
 
@@ -17,14 +17,13 @@ from hf_condlr.robustness.attacks.losses import is_correct
 class Transfer(Attack):
     """x' = attack(source, x, y), where the attacked model classifies x correctly; else x.
 
-    A model that resists white-box attacks but not this one has a masked gradient: it does not resist.
+    A model that resists white-box attacks but not this one is not robust: its gradients are masked.
 
-    An attack that may go on after a success is made to (`early_stop=False`): an example barely beyond the source's
-    border is rarely beyond another model's.
+    `early_stop` is switched off: an example just beyond the source's decision boundary is rarely beyond another's.
 
     Args:
-        attack: On pixels or texts; a perturbation of embeddings means nothing to another model.
-        source: The model that examples are crafted on. It takes the same inputs as the attacked one, with its own
+        attack: An attack on pixels or texts; a perturbation of embeddings has no meaning for another model.
+        source: The model that examples are made on. It takes the same inputs as the attacked one, with its own
             normalisation inside, and gives logits of the same classes.
     """
 
@@ -64,16 +63,16 @@ class Transfer(Attack):
         return self.attack.within_bounds
 
     def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Inputs:
-        """Adversarial inputs of the same kind; both models are left as they were found."""
+        """Adversarial inputs of the same kind."""
         adversarial = self.attack(self.source, inputs, labels)
-        with attacked(model), torch.no_grad():  # an attack never mends an error
+        with attacked(model), torch.no_grad():  # an attack never corrects an error
             correct = is_correct(logits_of(model(inputs)), labels)
         if isinstance(inputs, Tensor):
             return torch.where(per_sample(correct, inputs), adversarial, inputs.to(adversarial))
         return [new if kept else old for new, old, kept in zip(adversarial, inputs, correct.tolist(), strict=True)]
 
     def distance(self, model: nn.Module, inputs: Inputs, adversarial: Inputs) -> Tensor | None:
-        """The attack's, on the source: units of normalised inputs are those of the source."""
+        """The attack's distance on the source, whose normalisation defines the units."""
         return self.attack.distance(self.source, inputs, adversarial)
 
     def with_epsilon(self, epsilon: float) -> Self:
@@ -81,11 +80,11 @@ class Transfer(Attack):
         return replace(self, attack=self.attack.with_epsilon(epsilon))
 
     def reseeded(self, index: int) -> Self:
-        """With the attack's random numbers for batch `index`."""
+        """The same source and attack with the random numbers of batch `index`."""
         return replace(self, attack=self.attack.reseeded(index))
 
     def settings(self) -> dict[str, Any]:
-        """The attack's, and the source by its name on the Hub, its folder, or its class."""
+        """The attack's settings, and the name of the source."""
         return {**self.attack.settings(), "attack": self.name, "source": name_of(self.source)}
 
 

@@ -1,4 +1,4 @@
-"""`Words`: a text taken apart into words and what lies between them, so that words can be replaced."""
+"""`Words`, a text split into words that can be replaced, and `typos` of a word."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_condlr.robustness.attacks.text import Text
 
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
-
+# Neighbouring keys on a QWERTY keyboard, whose rows are shifted by half a key.
 NEIGHBOURS = {
     letter: [
         ROWS[y][x]
@@ -25,15 +25,14 @@ NEIGHBOURS = {
     for i, letter in enumerate(letters)
 }
 
-
-"""Keys beside each other on a QWERTY keyboard, whose rows are shifted by half a key."""
+Place = tuple[int, int]  # of a piece: the part of a pair, 0 or 1, and the number of the piece in it
 
 
 def typos(word: str, number: int, random: Random) -> list[str]:
-    """At most `number` different words, one slip away from `word`, of all kinds in turn.
+    """At most `number` different words, one typing error away from `word`, of all kinds in turn.
 
     Two neighbouring letters swapped, a letter deleted (never the last one), inserted beside another, or substituted.
-    What is no letter stays; spaces are neither made nor removed, so that a word stays one word.
+    Other characters stay, and no space is inserted, so that a word stays one word.
     """
     letters = [i for i, character in enumerate(word) if character.isalpha()]
     swaps = [word[:i] + word[j] + word[i] + word[j + 1 :] for i, j in pairwise(letters) if j == i + 1]
@@ -48,27 +47,21 @@ def typos(word: str, number: int, random: Random) -> list[str]:
 
 
 def nearby(letter: str, word: str) -> list[str]:
-    """Letters of the same case that a finger hits instead: neighbours on the keyboard, else others of the word."""
+    """Letters of the same case to type by mistake: neighbours on the keyboard, else other letters of the word."""
     if letter.lower() in NEIGHBOURS:
         return [key.upper() if letter.isupper() else key for key in NEIGHBOURS[letter.lower()]]
     others = dict.fromkeys(other for other in word if other.isalpha() and other.isupper() == letter.isupper())
     return [other for other in others if other != letter and other.lower() not in NEIGHBOURS]
 
 
-Place = tuple[int, int]
-
-
-"""Of a piece: the part of a pair, 0 or 1, and the number of the piece in it."""
-
-
 class Words:
-    """A text, or a pair of texts, as pieces: runs of space, and what lies between them.
+    """A text, or a pair of texts, as pieces: runs of whitespace, and the text between them.
 
-    A word is a piece that has a letter or a digit; it is editable if it has two letters at least.
+    A word is a piece with a letter or a digit; it is editable if it has at least two letters.
     """
 
     def __init__(self, text: Text) -> None:
-        self._whole: Callable[[list[str]], Any] = "".join if isinstance(text, str) else type(text)
+        self._join: Callable[[list[str]], Any] = "".join if isinstance(text, str) else type(text)
         self.parts = [re.split(r"(\s+)", part) for part in ([text] if isinstance(text, str) else text)]
         places = [(part, piece) for part, pieces in enumerate(self.parts) for piece in range(len(pieces))]
         self.places = [place for place in places if any(map(str.isalnum, self[place]))]
@@ -79,8 +72,8 @@ class Words:
         return self.parts[place[0]][place[1]]
 
     def text(self, changes: Mapping[Place, str] = MappingProxyType({})) -> Text:
-        """The text, with other words in some places."""
-        return self._whole(
+        """The text, with words replaced by `changes`."""
+        return self._join(
             [
                 "".join(changes.get((part, piece), old) for piece, old in enumerate(pieces))
                 for part, pieces in enumerate(self.parts)
@@ -88,11 +81,11 @@ class Words:
         )
 
     def place(self, part: int, character: int) -> Place:
-        """Of the piece that has this character of the part."""
+        """The piece that contains this character of the part."""
         return part, bisect_right(self._ends[part], character)
 
     def changed(self, other: Words) -> list[Place] | None:
-        """Words that differ in `other`; None if it differs in more than its words."""
+        """Words that differ in `other`; None if anything but words differs."""
         if [len(pieces) for pieces in self.parts] != [len(pieces) for pieces in other.parts]:
             return None
         differ = [

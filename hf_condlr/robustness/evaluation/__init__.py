@@ -4,7 +4,7 @@ from hf_condlr.robustness.evaluation.checks import Check
 from hf_condlr.robustness.evaluation.comparison import RobustnessComparison, compare
 from hf_condlr.robustness.evaluation.data import load_split
 from hf_condlr.robustness.evaluation.evaluate import evaluate_robustness
-from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport
+from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport, plot_reports
 
 __all__ = [
     "AttackResult",
@@ -14,4 +14,5 @@ __all__ = [
     "compare",
     "evaluate_robustness",
     "load_split",
+    "plot_reports",
 ]

@@ -1,82 +1,64 @@
-"""Further attacks on a few samples: what they break that the evaluation calls robust says its numbers are too good."""
+"""Further attacks on a few samples: if they break what the evaluation calls robust, its numbers are too good."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from hf_condlr.robustness.attacks import FGSM, PGD, EmbeddingFGM, EmbeddingPGD, EmbeddingSearch, Square
+from hf_condlr.robustness.attacks import TextModel, make_attack
 from hf_condlr.robustness.attacks.base import Attack, Inputs, take
 from hf_condlr.robustness.evaluation.batch import predict
 from hf_condlr.robustness.evaluation.checks import Check, CheckBatch, allowed
 from hf_condlr.robustness.evaluation.report import AttackResult
 
 LEAST_STEPS = 20
-
-
 QUERIES = 300
 
 
 @dataclass(frozen=True)
 class Family:
-    """The attacks of one threat that a check needs."""
+    """Names of the attacks of one threat that the checks need."""
 
-    gradient: Callable[..., Any]
-    one_step: Callable[..., Attack]
-    black_box: Callable[..., Attack]
+    gradient: str
+    one_step: str
+    black_box: str
     huge: Callable[[Inputs], float]
     """A budget that contains every input."""
 
 
 FAMILIES = {
-    "linf": Family(
-        gradient=lambda epsilon, **options: PGD(epsilon, "linf", **options),
-        one_step=FGSM,
-        black_box=lambda epsilon: Square(epsilon, "linf", queries=QUERIES),
-        huge=lambda inputs: 1.0,
-    ),
-    "l2": Family(
-        gradient=lambda epsilon, **options: PGD(epsilon, "l2", **options),
-        one_step=lambda epsilon: FGSM(epsilon, norm="l2"),
-        black_box=lambda epsilon: Square(epsilon, "l2", queries=QUERIES),
-        huge=lambda inputs: inputs[0].numel() ** 0.5,
-    ),
-    "embedding": Family(
-        gradient=EmbeddingPGD,
-        one_step=EmbeddingFGM,
-        black_box=lambda epsilon: EmbeddingSearch(epsilon, queries=QUERIES),
-        huge=lambda inputs: 10.0,
-    ),
+    "linf": Family("pgd-linf", "fgsm", "square-linf", huge=lambda inputs: 1.0),
+    "l2": Family("pgd-l2", "fgm-l2", "square-l2", huge=lambda inputs: inputs[0].numel() ** 0.5),
+    "embedding": Family("pgd-embedding", "fgm-embedding", "search-embedding", huge=lambda inputs: 10.0),
 }
 
 
 @dataclass
-class Challenger:
-    """The model, the samples to check on, and what the evaluation called robust at one budget of one threat."""
+class CheckedCase:
+    """The model, the samples to attack again, and the worst case that the evaluation reports for one budget."""
 
     model: nn.Module
     batches: Sequence[CheckBatch]
     case: AttackResult
-    """The worst case reported."""
     correct: list[bool]
+    """For each sample of the evaluation: classified correctly without an attack."""
     steps: int
 
     @property
     def family(self) -> Family:
-        """The attacks to choose from."""
+        """The attacks of the case's threat."""
         return FAMILIES[self.case.threat]
 
     @property
     def samples(self) -> int:
-        """To check on."""
+        """Number of samples to attack again."""
         return sum(len(batch.positions) for batch in self.batches)
 
     def broken(self, attack: Attack, among: list[bool]) -> tuple[int, int]:
-        """How many of those samples that `among` marks the attack has misclassified, and how many they are."""
+        """How many of the samples that `among` marks the attack has misclassified, and how many it marks."""
         wrong = total = 0
         for batch in self.batches:
             index = torch.tensor([i for i, p in enumerate(batch.positions) if among[p]], dtype=torch.long)
@@ -88,61 +70,75 @@ class Challenger:
             total += len(index)
         return wrong, total
 
-    def still(self) -> int:
-        """How many samples a gradient step does not move."""
-        attack, still = self.family.one_step(max(self.case.epsilon, 1e-3)), 0
+    def unmoved(self) -> tuple[int, int]:
+        """How many samples a gradient step does not move, and how many could be moved: texts need editable tokens."""
+        attack = make_attack(self.family.one_step, max(self.case.epsilon, 1e-3))
+        unmoved = total = 0
         for batch in self.batches:
             distance = attack.distance(self.model, batch.inputs, attack(self.model, batch.inputs, batch.labels))
-            still += int((distance == 0).sum()) if distance is not None else 0
-        return still
+            still = torch.as_tensor(distance == 0)
+            movable = torch.ones_like(still)
+            if isinstance(self.model, TextModel):
+                movable = self.model.editable(batch.inputs).any(1)
+            unmoved, total = unmoved + int((still & movable).sum()), total + int(movable.sum())
+        return unmoved, total
+
+    def costs(self, quick: bool) -> list[float]:
+        """Relative durations of the checks that `attack_checks` yields, in gradient steps."""
+        further = [6 * self.steps, self.steps, QUERIES / 2, 100 / len(self.batches)]
+        return [1.0, 1.0, 1.0, *([] if quick else further)]
 
 
-def challenges(c: Challenger) -> Iterator[Check]:
-    """Every check of one threat, at the budget of `c.case`."""
+def attack_checks(c: CheckedCase, *, quick: bool = False) -> Iterator[Check]:
+    """Every check of one threat, at the budget of `c.case`; `quick`: only those of a single step."""
     family, threat, epsilon = c.family, c.case.threat, c.case.epsilon
-    where = f" ({threat}, ε = {epsilon:.4g})"
 
-    def challenge(name: str, attack: Attack, share: float, suspicion: str) -> Check:
+    def robust_to(attack: Attack, name: str, share: float, suspicion: str) -> Check:
         wrong, total = c.broken(attack, c.case.survived)
         found = f"{attack.name} breaks {wrong} of {total} samples called robust, {c.samples} checked"
-        return Check(name + where, wrong <= allowed(c.samples, share) if total else None, found, suspicion)
+        passed = wrong <= allowed(c.samples, share) if total else None
+        return Check(f"{name} ({threat}, ε = {epsilon:.4g})", passed, found, suspicion)
 
-    wrong, total = c.broken(family.gradient(0.0), c.correct)
+    wrong, total = c.broken(make_attack(family.gradient, 0.0, steps=1), c.correct)
     yield Check(
         f"no change at ε = 0 ({threat})",
         wrong == 0 if total else None,
         f"{wrong} of {total} correct samples misclassified",
         "The attacked model is another one than the evaluated one, or its answers are random.",
     )
-    still = c.still()
+    unmoved, movable = c.unmoved()
     yield Check(
         f"gradients are not zero ({threat})",
-        still <= allowed(c.samples, 0.05),
-        f"zero for {still} of {c.samples} samples",
+        unmoved <= allowed(movable, 0.05) if movable else None,
+        f"zero for {unmoved} of {movable} samples",
         "Saturated or quantised outputs mask the gradient: add the margin loss and a black-box attack.",
     )
-    yield challenge("no weaker than one step", family.one_step(epsilon), 0.002, "The attack is badly set: raise steps.")
-    yield challenge(
+    one_step = make_attack(family.one_step, epsilon)
+    yield robust_to(one_step, "no weaker than one step", 0.002, "The attack is badly set: raise steps.")
+    if quick:
+        return
+    yield robust_to(
+        make_attack(family.gradient, epsilon, steps=2 * c.steps, restarts=3, seed=1),
         "converged",
-        family.gradient(epsilon, steps=2 * c.steps, restarts=3, seed=1),
         0.02,
         f"{2 * c.steps} steps and 3 restarts find more: raise both until nothing changes.",
     )
-    yield challenge(
+    yield robust_to(
+        make_attack(family.gradient, epsilon, steps=c.steps, loss="margin", seed=2),
         "margin loss finds no more",
-        family.gradient(epsilon, steps=c.steps, loss="margin", seed=2),
         0.02,
         "Large logits saturate the cross entropy: attack with the margin loss beside it.",
     )
-    yield challenge(
+    yield robust_to(
+        make_attack(family.black_box, epsilon, queries=QUERIES),
         "no gradient masking",
-        family.black_box(epsilon),
         0.002,
         "A search without gradients beats the attack that has them: gradients are masked, robustness is not proven.",
     )
     huge = family.huge(c.batches[0].inputs)
-    few = replace(c, batches=c.batches[:1])
-    wrong, total = few.broken(family.gradient(huge, steps=50, loss="margin", restarts=2), c.correct)
+    first = replace(c, batches=c.batches[:1])
+    attack = make_attack(family.gradient, huge, steps=50, loss="margin", restarts=2)
+    wrong, total = first.broken(attack, c.correct)
     yield Check(
         f"nothing survives a huge ε ({threat})",
         total - wrong <= allowed(total, 0.05) if total else None,
@@ -151,16 +147,16 @@ def challenges(c: Challenger) -> Iterator[Check]:
     )
 
 
-def challengers(
+def checked_cases(
     model: nn.Module, batches: Sequence[CheckBatch], correct: list[bool], cases: Sequence[AttackResult], steps: int
-) -> Iterator[Challenger]:
-    """One for each threat that has gradient attacks, at the budget where about half of what was correct survives.
+) -> Iterator[CheckedCase]:
+    """For each threat with gradient attacks, the budget where about half of the correct samples survive.
 
-    There most samples lie near the border, where a weak attack is told from a strong one.
+    There most samples lie near the decision boundary, where weak and strong attacks differ most.
     """
     right = sum(correct)
     for threat in FAMILIES:
         found = [case for case in cases if case.threat == threat and case.epsilon > 0]
         if found and right:
             case = min(found, key=lambda case: (abs(sum(case.survived) - right / 2), -case.epsilon))
-            yield Challenger(model, batches, case, correct, max(steps, LEAST_STEPS))
+            yield CheckedCase(model, batches, case, correct, max(steps, LEAST_STEPS))

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_condlr.errors import EvaluationError
-from hf_condlr.robustness.evaluation.curves import draw
-from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport, columns
+from hf_condlr.errors import EvaluationError, require
+from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport, columns, plot_reports
 
 
 @dataclass
 class RobustnessComparison:
-    """What `compare` returns; `str()` is a table, the first model is what the others are compared with."""
+    """The result of `compare`; `str()` is a table. The other models are compared with the first."""
 
     reports: list[RobustnessReport]
 
@@ -25,9 +24,9 @@ class RobustnessComparison:
         return [(case.threat, case.epsilon) for case in self.reports[0].worst_cases]
 
     def difference(self, report: RobustnessReport, case: tuple[str, float] | None) -> tuple[float, float]:
-        """Accuracy of `report` less that of the first, and its standard error, from the paired outcomes.
+        """Accuracy of `report` less that of the first, and its standard error, from paired outcomes.
 
-        With d_i ∈ {−1, 0, 1} the difference at sample i: mean(d) ± √(var(d)/n). `case` None: without an attack.
+        With d_i ∈ {−1, 0, 1} the difference at sample i: mean(d) ± √(var(d)/n). `case` None means without an attack.
         """
         ours, theirs = _outcomes(report, case), _outcomes(self.reports[0], case)
         d = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
@@ -49,7 +48,7 @@ class RobustnessComparison:
         return "\n".join([*columns(rows, texts=1), note, *doubts])
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON values: differences to the first model, and every report."""
+        """JSON values: differences from the first model, and every report."""
         return {
             "differences": [
                 {
@@ -68,40 +67,48 @@ class RobustnessComparison:
 
     def plot(self, path: str | Path) -> Path:
         """Worst-case accuracy over ε, a panel for each threat, a line for each model."""
-        return draw(self.reports, path)
+        return plot_reports(self.reports, path)
 
 
 def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
-    """Put reports of several models on the same samples and under the same attacks side by side.
+    """Compare reports of several models on the same samples under the same attacks.
 
     Raises:
         EvaluationError: There are none, two share a name, or they were not measured on the same samples, or not by the
             same attacks.
     """
-    if not reports:
-        raise EvaluationError("there must be reports to compare", received="none", remedy="Evaluate two models.")
+    require(
+        reports,
+        "there must be reports to compare",
+        received="none",
+        remedy="Evaluate two models.",
+        error=EvaluationError,
+    )
     digests = {report.settings.get("samples_digest"): report.model for report in reports}
-    if len(digests) > 1:
-        raise EvaluationError(
-            "reports must be of the same samples to be compared",
-            received=f"different ones for {', '.join(digests.values())}",
-            remedy="Evaluate all models with the same data, max_samples and seed.",
-        )
+    require(
+        len(digests) == 1,
+        "reports must be of the same samples to be compared",
+        received=f"different ones for {', '.join(digests.values())}",
+        remedy="Evaluate all models with the same data, max_samples and seed.",
+        error=EvaluationError,
+    )
     names = [report.model for report in reports]
-    if len(set(names)) < len(names):
-        raise EvaluationError(
-            "reports must have names of their own to be compared",
-            received=", ".join(names),
-            remedy="Give evaluate_robustness a name for each model.",
-        )
+    require(
+        len(set(names)) == len(names),
+        "reports must have names of their own to be compared",
+        received=", ".join(names),
+        remedy="Give evaluate_robustness a name for each model.",
+        error=EvaluationError,
+    )
     asked = [[attack.settings for attack in report.attacks] for report in reports]
     different = [report.model for report, attacks in zip(reports, asked, strict=True) if attacks != asked[0]]
-    if different:
-        raise EvaluationError(
-            "reports must be of the same attacks to be compared",
-            received=f"others than for {reports[0].model} for {', '.join(different)}",
-            remedy="Evaluate all models with the same attacks.",
-        )
+    require(
+        not different,
+        "reports must be of the same attacks to be compared",
+        received=f"others than for {reports[0].model} for {', '.join(different)}",
+        remedy="Evaluate all models with the same attacks.",
+        error=EvaluationError,
+    )
     return RobustnessComparison(list(reports))
 
 

@@ -1,4 +1,4 @@
-"""`load_split`: the split of a data set that a model is tested on, from the Hub, a folder or a file."""
+"""`load_split`: the split of a data set to test a model on, from the Hub, a folder or a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def load_split(name: str | Path, config: str | None = None, split: str | None = 
     """A split with known labels: by default the test split, else the validation split, else the training split.
 
     Args:
-        name: On the Hub, a folder of images or parquet, or a parquet file.
-        config: Configuration of a data set that has several.
-        split: Its name.
+        name: A data set's name on the Hub, a folder of images or parquet files, or a parquet file.
+        config: Name of the configuration, where the data set has several.
+        split: Name of the split.
 
     Raises:
         EvaluationError: There is no such split.
@@ -32,6 +32,6 @@ def load_split(name: str | Path, config: str | None = None, split: str | None = 
 
 
 def _secret(rows: Dataset) -> bool:
-    """Whether the labels are kept back, as those of GLUE's test splits: -1 everywhere."""
+    """Whether the labels are secret: -1 everywhere, as in GLUE's test splits."""
     label = next((name for name in ("labels", "label") if name in rows.column_names), None)
     return label is not None and len(rows) > 0 and rows[0][label] == -1

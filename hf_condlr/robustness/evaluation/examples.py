@@ -1,4 +1,4 @@
-"""Adversarial examples as parquet, a file for each batch, exactly as the model saw them."""
+"""Adversarial examples as parquet, a file for each batch, exactly as the model received them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_examples(
 
 
 def _nested(values: Tensor) -> pa.Array:  # (B, ...) -> B lists of lists
-    """Without a Python object for each number."""
+    """A pyarrow array, made without a Python object for each number."""
     values = values.detach().cpu()
     array = pa.array(values.reshape(-1).numpy())
     for size in reversed(values.shape[1:]):

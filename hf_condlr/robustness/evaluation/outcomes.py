@@ -1,4 +1,4 @@
-"""What became of each batch under each attack; kept in files where asked, so that an evaluation can be gone on with."""
+"""The outcome of each batch under each attack, kept in files so that an interrupted evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class AttackOutcome:
     """One attack on one batch."""
 
     survived: list[bool]
-    """Of each sample: classified correctly without the attack and under it."""
+    """For each sample: classified correctly without the attack and under it."""
     survived_rounded: list[bool] | None = None
-    """The same after the pixels were rounded to 8 bits; None for what has no pixels."""
+    """The same after pixels were rounded to 8 bits; None where there are no pixels."""
     moved: float | None = None
     """The largest distance of a sample, in units of the attack's epsilon; None where it is not measured."""
     outside: float = 0.0
-    """How far a value lies outside the bounds of the inputs, at most."""
+    """Largest excess of a value over the bounds of the inputs."""
     seconds: float = 0.0
 
 
 @dataclass
 class BatchOutcome:
-    """Labels, correctness without an attack, and what each attack, by its place in the list, left of it."""
+    """Labels, correctness without an attack, and the outcome of each attack, in the order of the attacks."""
 
     labels: list[int]
     correct: list[bool]
     attacks: list[AttackOutcome] = field(default_factory=list)
     digest: str = ""
-    """Of inputs and labels."""
+    """Digest of inputs and labels."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -48,8 +48,8 @@ class Outcomes:
     """{number of the batch: outcome}, and the folder that keeps them.
 
     Args:
-        folder: Where each batch's outcome is written as soon as it is known; None: nowhere. What an earlier evaluation
-            that was interrupted left there is read. Processes must see the same folder to share it.
+        folder: Where each batch's outcome is written as soon as it is known; None for nowhere. Outcomes of an
+            interrupted evaluation are read from it. Processes must see the same folder to share it.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -68,7 +68,7 @@ class Outcomes:
                 temporary.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
 
     def gather(self, mine: Iterable[int]) -> list[BatchOutcome]:
-        """Those of all processes in the order of the batches, on every process; each gives the batches it looked at."""
+        """Outcomes of all batches, in order, on every process, from the batches `mine` of each process."""
         gathered = dict(pair for pairs in gather_object([[(i, self.batches[i]) for i in mine]]) for pair in pairs)
         self.batches = dict(sorted(gathered.items()))
         return list(self.batches.values())

@@ -1,4 +1,4 @@
-"""What an evaluation was made with: everything that may move a figure, and a key that names the same evaluation."""
+"""What may change the numbers of an evaluation, and a key that identifies the evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parameters_digest(model: nn.Module) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything whose version may move a figure."""
+    """Versions of all packages that may change the numbers."""
     found = {"python": platform.python_version()}
     for package in ("hf_condlr", "torch", "transformers", "datasets", "accelerate", "numpy", "pyautoattack"):
         try:
@@ -36,13 +36,13 @@ def versions() -> dict[str, str]:
 
 
 def evaluation_key(settings: dict[str, Any], attacks: Sequence[Attack], examples: bool) -> str:
-    """Names an evaluation: only the same one is gone on with."""
+    """Identifies an evaluation: only the same one is resumed."""
     sources = [parameters_digest(source) for attack in attacks if (source := getattr(attack, "source", None))]
     text = json.dumps([settings, [attack.settings() for attack in attacks], sources, examples], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def normalisation(model: nn.Module) -> dict[str, Any]:
-    """Mean and standard deviation that pixels are normalised with."""
+    """Mean and standard deviation of the normalisation of pixels."""
     values = {key: getattr(model, key, None) for key in ("mean", "std")}
     return {key: value.flatten().tolist() for key, value in values.items() if isinstance(value, Tensor)}

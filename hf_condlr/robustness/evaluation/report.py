@@ -1,4 +1,4 @@
-"""`RobustnessReport`: accuracy under each attack and under all of them; a table, a dictionary, JSON, a picture."""
+"""`RobustnessReport`: accuracy under each attack and under all of them, as a table, JSON or a picture."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from hf_condlr.files import replacing
 from hf_condlr.robustness.evaluation.checks import Check
+from hf_condlr.robustness.evaluation.curves import Curve, draw_curves
 
 
 @dataclass
@@ -22,15 +23,17 @@ class AttackResult:
     """What the adversary may change: `linf`, `l2`, `embedding`, `characters`, ..."""
     epsilon: float
     survived: list[bool]
-    """Of each sample: classified correctly under it, and for an adversary's attack without it too."""
+    """For each sample: classified correctly under the attack, and without it unless it is a corruption."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Every parameter of the attack."""
     rounded_accuracy: float | None = None
-    """Robust accuracy once pixels are rounded to 8 bits; samples that this mends are attacked beyond the border."""
+    """Robust accuracy after rounding to 8 bits; samples that rounding corrects are attacked further before it."""
     largest_distance: float | None = None
-    """Of all samples, in units of epsilon."""
+    """Largest distance of a sample from its original, in units of epsilon."""
+    largest_excess: float = 0.0
+    """Largest excess of a value over the bounds of the inputs."""
     seconds: float = 0.0
-    """Spent on it, by all processes together."""
+    """Time of all processes together."""
 
     @property
     def robust_accuracy(self) -> float:
@@ -39,8 +42,9 @@ class AttackResult:
 
     @property
     def standard_error(self) -> float:
-        """√(p(1 − p)/n) of the robust accuracy, from the choice of the samples alone."""
-        return standard_error(self.robust_accuracy, len(self.survived))
+        """√(p(1 − p)/n) of the robust accuracy p: the error of the choice of samples alone."""
+        p = self.robust_accuracy
+        return math.sqrt(p * (1 - p) / len(self.survived))
 
 
 @dataclass
@@ -50,16 +54,16 @@ class RobustnessReport:
     model: str
     labels: list[int]
     correct: list[bool]
-    """Of each sample: classified correctly without an attack."""
+    """For each sample: classified correctly without an attack."""
     attacks: list[AttackResult]
     checks: list[Check] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the evaluation: data, seed, batch size, digests of the model and of the choice of samples."""
+    """Data, seed, batch size, digests of the model and of the choice of samples."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
-        """How many were evaluated: the denominator of every accuracy."""
+        """Number of samples, the denominator of every accuracy."""
         return len(self.correct)
 
     @property
@@ -69,12 +73,12 @@ class RobustnessReport:
 
     @property
     def robust_accuracy(self) -> float:
-        """The headline: share of samples that survive every attack of the evaluation, each sample's worst case."""
+        """Share of samples that survive every attack of the evaluation: each sample's worst case."""
         return sum(map(all, self._survived(self.attacks))) / self.samples
 
     @property
     def worst_cases(self) -> list[AttackResult]:
-        """Each threat and budget, with every sample's worst case over the attacks of it."""
+        """For each threat and budget, every sample's worst case over its attacks."""
         groups: dict[tuple[str, float], list[AttackResult]] = {}
         for attack in self.attacks:
             groups.setdefault((attack.threat, attack.epsilon), []).append(attack)
@@ -99,15 +103,13 @@ class RobustnessReport:
 
     @property
     def threats(self) -> list[str]:
-        """Of the attacks, in their order."""
+        """Threats of the attacks, in their order."""
         return list(dict.fromkeys(attack.threat for attack in self.attacks))
 
     @property
     def failed_checks(self) -> list[Check]:
-        """Reasons to doubt the numbers."""
+        """Checks that failed: reasons to doubt the numbers."""
         return [check for check in self.checks if check.passed is False]
-
-    # ------------------------------------------------------------------------------------------------ outputs
 
     def __str__(self) -> str:
         rows = [("attack", "threat", "ε", "robust accuracy", "8-bit")]
@@ -182,7 +184,7 @@ class RobustnessReport:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def card_entries(self) -> list[dict[str, Any]]:
-        """What `write_model_card` takes as `robustness`."""
+        """Entries of `robustness` for `write_model_card`."""
         shown = ("norm", "steps", "restarts", "queries", "kind")
         return [
             {"attack": attack.name, "epsilon": attack.epsilon}
@@ -192,19 +194,26 @@ class RobustnessReport:
         ]
 
     def plot(self, path: str | Path) -> Path:
-        """Draw worst-case accuracy over ε, a panel for each threat (the file's ending chooses the format).
-
-        Raises:
-            MissingExtraError: matplotlib is not installed; an `ImportError`.
-        """
-        from hf_condlr.robustness.evaluation.curves import draw
-
-        return draw([self], path)
+        """Draw worst-case accuracy over ε, a panel for each threat; see `plot_reports`."""
+        return plot_reports([self], path)
 
 
-def standard_error(share: float, samples: int) -> float:
-    """√(p(1 − p)/n)."""
-    return math.sqrt(share * (1 - share) / samples)
+def plot_reports(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
+    """Draw worst-case accuracy over ε, a panel for each threat, a line for each model.
+
+    Args:
+        reports: Reports with the same model name are runs with different seeds: their mean is drawn, with a band.
+        path: File to write, whose suffix chooses the format.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        EvaluationError: The reports have no attacks.
+    """
+    panels: dict[str, dict[str, list[Curve]]] = {}
+    for report in reports:
+        for threat in report.threats:
+            panels.setdefault(threat, {}).setdefault(report.model, []).append(report.curve(threat))
+    return draw_curves(panels, path)
 
 
 def percent(result: AttackResult) -> str:
@@ -213,7 +222,7 @@ def percent(result: AttackResult) -> str:
 
 
 def columns(rows: Sequence[tuple[str, ...]], texts: int) -> list[str]:
-    """Lines with their cells below one another, the first `texts` to the left, a rule below the head."""
+    """Lines of an aligned table, the first `texts` columns to the left, a rule below the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -223,7 +232,7 @@ def columns(rows: Sequence[tuple[str, ...]], texts: int) -> list[str]:
 
 
 def bits(values: list[bool]) -> str:
-    """A character a sample keeps files small."""
+    """One character for each sample, which keeps files small."""
     return "".join("1" if value else "0" for value in values)
 
 

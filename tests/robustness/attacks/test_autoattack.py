@@ -198,10 +198,6 @@ def test_names_and_settings():
 
 
 def test_errors_of_parameters():
-    with pytest.raises(AttackError, match=r"epsilon must be finite and ≥ 0; received -0\.1"):
-        AutoAttack(-0.1)
-    with pytest.raises(AttackError, match="norm must be linf or l2; received 'l1'"):
-        AutoAttack(0.1, "l1")
     with pytest.raises(
         AttackError, match=r"bounds must be \(0, 1\) for AutoAttack; received \(-1.0, 1.0\).*PixelModel"
     ):

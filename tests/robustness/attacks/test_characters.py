@@ -11,19 +11,10 @@ from torch import nn
 from hf_condlr.errors import AttackError
 from hf_condlr.robustness.attacks import CharacterAttack, TextModel
 from hf_condlr.robustness.attacks.characters import Draft, Judge, rank_by_deletion, rank_by_gradient
-from hf_condlr.robustness.attacks.words import NEIGHBOURS, Words, typos
-from tests.robustness.attacks.test_gradient import random_states
+from hf_condlr.robustness.attacks.words import Words, typos
+from tests.robustness.attacks.problems import random_states
+from tests.robustness.attacks.test_words import STRANGE, UNICODE
 from tests.text_models import FILLER, bert_for, byte_tokenizer, classifier, reviews, trained_reviewer, word_tokenizer
-
-STRANGE = ["", " ", "...", "a", "I !", "7 42", "☃ 🎬", "\t\n", "x - y"]
-UNICODE = [
-    "naïve Übergrößen façade",
-    "очень хороший фильм",
-    "とても良い映画 でした",
-    "e\u0301clat de\u0301ja\u0300 vu",
-    "great🎬film don't well-made",
-    "  spaced\u00a0out\twords \n here ",
-]
 
 
 @torch.no_grad()
@@ -43,7 +34,7 @@ def trained():
     return TextModel(*trained_reviewer()), *reviews(64, seed=3)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bytewise():
     """A random `TextModel` that reads bytes: every typo moves its logits."""
     tokenizer = byte_tokenizer()
@@ -255,54 +246,6 @@ def test_distance_is_infinite_where_more_than_words_changed(bytewise):
     assert CharacterAttack(0.0).distance(bytewise, ["a film"], ["a fylm"]).item() == 0.5
 
 
-@pytest.mark.parametrize("text", [*STRANGE, *UNICODE, " a b", ("one two", ""), ("x", "y\nz")])
-def test_words_can_be_put_together_again(text):
-    words = Words(text)
-    assert words.text() == text
-    for part, whole in enumerate([text] if isinstance(text, str) else text):
-        for i, character in enumerate(whole):
-            assert character in words[words.place(part, i)]
-
-
-# -------------------------------------------------------------------------------------------------------- typos
-
-
-def slips(word, typo):
-    """Whether `typo` is one swap of neighbours, deletion, insertion or substitution away from `word`."""
-    start = next((i for i, (c, d) in enumerate(zip(word, typo, strict=False)) if c != d), min(len(word), len(typo)))
-    rest, other = word[start:], typo[start:]
-    return (
-        rest[1:] == other  # deletion
-        or rest == other[1:]  # insertion
-        or rest[1:] == other[1:]  # substitution
-        or (rest[1:2] + rest[:1] == other[:2] and rest[2:] == other[2:])  # swap
-    )
-
-
-@pytest.mark.parametrize(
-    "word", ["film", "It", "don't", "well-made", "AAA", "ß", "Übergröße", "好い映画", "x2y", "(no)."]
-)
-def test_typos_are_one_slip_away(word):
-    found = typos(word, 1000, random.Random(0))
-    assert found and len(set(found)) == len(found) and word not in found
-    assert all(slips(word, typo) and any(map(str.isalpha, typo)) and not re.search(r"\s", typo) for typo in found)
-    signs = [c for c in word if not c.isalpha()]
-    assert all([c for c in typo if not c.isalpha()] == signs for typo in found)
-    assert (
-        typos(word, 3, random.Random(1)) == typos(word, 3, random.Random(1))
-        and len(typos(word, 2, random.Random(0))) <= 2
-    )
-    if len(word) > 3 and word.isascii():
-        lengths = [len(typo) - len(word) for typo in typos(word, 4, random.Random(0))]
-        assert sorted(lengths) == [-1, 0, 0, 1]  # a kind each
-
-
-def test_keyboard_neighbours_are_mutual_and_keep_their_case():
-    assert sorted(NEIGHBOURS["g"]) == ["b", "f", "h", "t", "v", "y"]
-    assert all(letter in NEIGHBOURS[other] for letter, others in NEIGHBOURS.items() for other in others)
-    assert all(typo.isupper() for typo in typos("GOOD", 1000, random.Random(0)))
-
-
 # -------------------------------------------------------------------------------------- what stays as it was, errors
 
 
@@ -318,19 +261,10 @@ def test_the_model_is_left_as_it_was(bytewise):
     assert all(module.training for module in model.modules()) and (last.grad == 1).all()
     assert [parameter.grad is None for parameter in model.parameters()].count(False) == 1
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    last.grad = None
-    model.eval()
-
-
-def test_name_and_threat():
-    attack = CharacterAttack(0.1)
-    assert (attack.name, attack.threat, attack.takes) == ("characters", "characters", "texts")
 
 
 def test_errors(bytewise):
     labels = torch.zeros(1, dtype=torch.long)
-    with pytest.raises(AttackError, match="epsilon must be finite and ≥ 0; received nan"):
-        CharacterAttack(float("nan"))
     with pytest.raises(AttackError, match=r"epsilon must be a share of words, in \[0, 1\]; received 10"):
         CharacterAttack(10)
     for options in ({"edits": 0}, {"candidates": 0}):

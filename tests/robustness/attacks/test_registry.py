@@ -8,6 +8,7 @@ import pytest
 from hf_condlr.errors import AttackError
 from hf_condlr.robustness.attacks import ATTACKS, FGSM, PGD, make_attack, make_attacks, parse_epsilon
 from hf_condlr.robustness.attacks.base import Attack
+from hf_condlr.robustness.attacks.corruptions import KINDS
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -19,6 +20,13 @@ def test_a_name_builds_the_attack_of_that_name(name):
     assert settings == attack.settings() and settings["attack"] == name
     assert {field.name for field in fields(attack)} <= set(settings)
     assert attack.with_epsilon(0).epsilon == 0 and type(attack.with_epsilon(0)) is type(attack)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - KINDS.keys()))
+def test_budgets_that_are_no_radius_are_refused(name):
+    for epsilon in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(AttackError, match=f"epsilon must be finite and ≥ 0; received {epsilon}"):
+            make_attack(name, epsilon)
 
 
 def test_options_reach_the_attack():
@@ -45,6 +53,7 @@ def test_other_budgets_are_refused(value):
         (lambda: make_attack("fgsm", 0.1, steps=3), "fgsm takes the options epsilon, bounds, .*; received steps"),
         (lambda: make_attack("jpeg", "8/255"), "severity must be a whole number"),
         (lambda: make_attacks(["fgsm"], [0.1], steps=3), "one of fgsm must have each option; received steps"),
+        (lambda: make_attack("pgd-linf", 4), "must be at most 1, the width of the bounds; received 4. .* give 4/255"),
         (lambda: make_attacks([], [0.1]), "at least one attack must be named"),
         (lambda: make_attacks(["fgsm"], []), "at least one epsilon must be given"),
         (lambda: make_attacks(["fgsm", "nothing"], [0.1]), "attack must be one of .*; received 'nothing'"),

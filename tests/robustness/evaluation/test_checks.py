@@ -1,7 +1,7 @@
 """Each sanity check has a model, or an attack, made to fail it; a sound evaluation passes them all."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 from hf_condlr import evaluate_robustness
 from hf_condlr.robustness.attacks import FGSM, PGD, Corruption, PixelModel
 from hf_condlr.robustness.attacks.base import Attack
-from hf_condlr.robustness.evaluation.checks import check_outcomes
-from hf_condlr.robustness.evaluation.outcomes import AttackOutcome, BatchOutcome
+from hf_condlr.robustness.evaluation import AttackResult, RobustnessReport
+from hf_condlr.robustness.evaluation.outcome_checks import check_outcomes
 from tests import classifiers
 
 SOUND = [PGD(k / 255, steps=20) for k in (4, 16, 32)]
@@ -23,6 +23,7 @@ NAMES = (
     "examples hold as 8-bit images",
     "logits are repeatable",
     "outputs are logits",
+    "pixels are spread as the processor expects",
     "float32 in the attack",
     "the attacked model is the model",
     "no change at ε = 0",
@@ -54,7 +55,7 @@ def test_a_sound_evaluation_passes_every_check(norm, caplog):
     assert set(checks) == set(NAMES) and len(report.checks) == len(NAMES)
     assert fails(checks) == set() and not report.failed_checks
     assert {name for name, check in checks.items() if check.passed is None} == set()
-    assert "FAILED" not in caplog.text and "15 passed, 0 failed, 0 not applicable" in str(report)
+    assert "FAILED" not in caplog.text and "16 passed, 0 failed, 0 not applicable" in str(report)
 
 
 def test_a_failed_check_is_warned_of_and_shown(caplog):
@@ -140,6 +141,14 @@ def test_another_normalisation_than_the_models_own():
     _, checks = checked(wrong, dataset=classifiers.images(), processor=classifiers.processor())
     assert fails(checks) == {"the attacked model is the model"}
     assert "logits differ by" in checks["the attacked model is the model"].found
+
+
+@pytest.mark.parametrize("flat", [0.004, 0.996])
+def test_pixels_that_are_all_black_or_white(flat):
+    """As images of another range are when they are read as 8 bits."""
+    pixels = (torch.rand(64, 1, 8, 8) < flat).float()
+    _, checks = checked(classifiers.pixel_mlp(), dataset=torch.utils.data.TensorDataset(pixels, torch.arange(64) % 10))
+    assert "pixels are spread as the processor expects" in fails(checks)
 
 
 class Undecided(Wrapped):
@@ -253,34 +262,37 @@ def test_examples_that_rounding_undoes():
     assert "examples hold as 8-bit images" in fails(checks)
 
 
+def outcome_checks(attacks, survived, expected=200):
+    n = max(map(len, survived))
+    results = [AttackResult(a.name, a.threat, a.epsilon, flags) for a, flags in zip(attacks, survived, strict=True)]
+    report = RobustnessReport("m", [0] * n, [True] * n, results)
+    return {check.name: check.passed for check in check_outcomes(attacks, report, expected)}
+
+
 def test_more_survivors_than_allowed_are_counted_as_integers_and_corruptions_left_out():
-    attacks = [PGD(0.1), PGD(0.2)]
     for more, passed in ((1, True), (2, False)):
-        flags = [[True] * 100 + [False] * 100, [True] * (100 + more) + [False] * (100 - more)]
-        batch = BatchOutcome([0] * 200, [True] * 200, [AttackOutcome(survived) for survived in flags])
-        found = {check.name: check for check in check_outcomes(attacks, [batch], expected=200)}
-        assert found["robust accuracy falls with ε"].passed is passed
+        survived = [[True] * 100 + [False] * 100, [True] * (100 + more) + [False] * (100 - more)]
+        assert outcome_checks([PGD(0.1), PGD(0.2)], survived)["robust accuracy falls with ε"] is passed
     noise = [Corruption("shot_noise", 1), Corruption("shot_noise", 2)]
-    found = {check.name: check for check in check_outcomes(noise, [batch], expected=200)}
-    assert found["robust accuracy falls with ε"].passed is None
+    assert outcome_checks(noise, survived)["robust accuracy falls with ε"] is None
 
 
-def test_a_missing_batch_or_attack_is_noticed():
-    attack = PGD(0.1)
-    batch = BatchOutcome([0, 1], [True, True], [AttackOutcome([True, False], moved=0.1)])
-    found = {check.name: check for check in check_outcomes([attack], [batch, batch], expected=4)}
-    assert found["every sample counted once"].passed
-    for batches, expected in (([batch], 4), ([batch, batch, batch], 4), ([batch, replace(batch, attacks=[])], 4)):
-        [check, *_] = check_outcomes([attack] if batches[-1].attacks else [], batches, expected)
-        assert check.passed is False
+def test_a_missing_batch_is_noticed():
+    for samples, passed in ((200, True), (199, False), (400, False)):
+        assert outcome_checks([PGD(0.1)], [[True] * samples])["every sample counted once"] is passed
+    assert outcome_checks([PGD(0.1), PGD(0.2)], [[True] * 200, []])["every sample counted once"] is False
 
 
 def test_checks_that_do_not_apply():
     report, checks = checked(classifiers.pixel_mlp(), [FGSM(0.1, clip=False)])
     assert checks["examples hold as 8-bit images"].passed is None
     assert "converged" not in checks  # a threat of its own, which no other attack has
-    assert len(report.checks) == 8
+    assert len(report.checks) == 9
 
 
-def test_checks_can_be_left_out():
+def test_checks_can_be_quick_or_left_out():
+    attacks = [PGD(16 / 255, steps=1, step_size=1e-5)]
+    report, checks = checked(classifiers.pixel_mlp(), attacks, checks="quick")
+    assert list(checks) == list(NAMES[: NAMES.index("converged")]) and report.settings["checks"] == "quick"
+    assert fails(checks) == {"no weaker than one step"}
     assert checked(classifiers.pixel_mlp(), checks=False)[0].checks == []

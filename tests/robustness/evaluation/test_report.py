@@ -10,8 +10,7 @@ from PIL import Image
 
 from hf_condlr import RobustnessReport, compare
 from hf_condlr.errors import EvaluationError, MissingExtraError
-from hf_condlr.robustness.evaluation import AttackResult, Check
-from hf_condlr.robustness.evaluation.curves import draw
+from hf_condlr.robustness.evaluation import AttackResult, Check, plot_reports
 
 
 def flags(text):
@@ -122,7 +121,7 @@ def test_curves_are_drawn_a_panel_for_each_threat(tmp_path):
     blue, orange = (np.abs(one - color).sum(-1) < 40 for color in ((43, 108, 176), (209, 128, 47)))
     assert blue.sum() > 200 and orange.sum() > 200
     assert np.nonzero(blue)[0].min() < np.nonzero(orange)[0].max()
-    draw([report(outcomes={("characters", "characters", 0.4): "1000000000"})], tmp_path / "two.png")
+    plot_reports([report(outcomes={("characters", "characters", 0.4): "1000000000"})], tmp_path / "two.png")
     with Image.open(tmp_path / "two.png") as two:
         assert two.size[0] > 1.6 * one.shape[1]
     assert report().plot(tmp_path / "curves.svg").read_text().startswith("<?xml")

@@ -1,4 +1,4 @@
-"""The attacks that RobustDLRT (arXiv 2505.08022) reports, by its formulas: for comparison with its tables only.
+"""ℓ2-FGSM and Jitter by the formulas of RobustDLRT (arXiv 2505.08022), only for comparison with its tables.
 
 Both move normalised inputs z = (x − mean)/std, leave the range of pixels, and measure ε as ‖δ_z‖_∞. They take and
 return pixels like every attack: ∇_z = std·∇_x and δ_x = std·δ_z, with the std of the attacked `PixelModel`.
@@ -13,36 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.ascent import require_iterations, score_and_gradient
+from hf_condlr.robustness.attacks.ball import linf_unit, norms
 from hf_condlr.robustness.attacks.base import (
     Attack,
+    at_least_float32,
     attacked,
     logits_of,
     require,
     require_bounds,
     require_inputs,
-    require_radius,
 )
-from hf_condlr.robustness.attacks.gradient import at_least_float32, norms, per_sample
 from hf_condlr.robustness.attacks.losses import classes, is_correct
 from hf_condlr.robustness.attacks.pixels import PixelModel
 
 
 class NormalizedAttack(Attack):
-    """What both have in common: ε in normalised units, and bounds that are left as published, or kept.
+    """An attack with ε in normalised units, which leaves the bounds, as published, or keeps them.
 
-    ℓ∞ in these units is a box whose sides are proportional to each channel's std: a threat of its own.
+    The ℓ∞ ball in these units is a box with sides proportional to each channel's std: a threat of its own.
     """
 
     bounds: tuple[float, float]
     clip: bool
 
     def __post_init__(self) -> None:
-        require_radius(self.epsilon)
+        super().__post_init__()
         require_bounds(self.bounds)
 
     @property
     def threat(self) -> str:
-        """ℓ∞ of normalised inputs, without or with bounds."""
+        """`normalised-linf`, with `-unclipped` where it leaves the bounds."""
         return "normalised-linf" if self.clip else "normalised-linf-unclipped"
 
     def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
@@ -54,13 +54,13 @@ class NormalizedAttack(Attack):
 class L2FGSM(NormalizedAttack):
     """z' = z + ε g/‖g‖_∞, g = ∇_z CE(model, y): RobustDLRT's "ℓ2-FGSM" (arXiv 2505.08022).
 
-    One step along the gradient itself, as in ℓ2, whose largest entry is ε, as in ℓ∞. It reaches neither ball's
-    border, so it is far weaker than PGD at the same ε.
+    One step along the gradient itself, as in ℓ2, whose largest entry is ε, as in ℓ∞. It reaches the border of
+    neither ball, so it is far weaker than PGD at the same ε.
 
     Args:
         epsilon: The largest entry of the step, in normalised units: ε·std of a channel in pixels.
         bounds: Least and largest admissible input value; the inputs lie within.
-        clip: True keeps the result within `bounds`; the published formula does not.
+        clip: Keep the result within `bounds`; the published formula does not.
     """
 
     epsilon: float
@@ -69,11 +69,11 @@ class L2FGSM(NormalizedAttack):
 
     @property
     def name(self) -> str:
-        """`l2-fgsm`, as published, or `l2-fgsm-clipped`."""
+        """`l2-fgsm` (published) or `l2-fgsm-clipped`."""
         return "l2-fgsm-clipped" if self.clip else "l2-fgsm"
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs (B, C, H, W), in at least float32; the model is left as it was found."""
+        """Adversarial inputs (B, C, H, W), in at least float32."""
         require_inputs(inputs, self.bounds)
         with attacked(model):
             x, std = at_least_float32(inputs), std_of(model, inputs)
@@ -94,11 +94,11 @@ class Jitter(NormalizedAttack):
     Args:
         epsilon: ‖δ_z‖_∞ at most, and the largest entry of each step, in normalised units.
         steps: Iterations.
-        scale: Of the logits, whatever their size.
-        noise: Standard deviation of what is added to the probabilities.
+        scale: Scale of the logits after division by ‖ẑ‖_∞.
+        noise: Standard deviation of the noise added to the probabilities.
         bounds: Least and largest admissible input value; the inputs lie within.
-        clip: True keeps every iterate within `bounds`; the published attack does not.
-        seed: Of the noise.
+        clip: Keep every iterate within `bounds`; the published attack does not.
+        seed: Seed of the noise.
     """
 
     epsilon: float
@@ -111,17 +111,17 @@ class Jitter(NormalizedAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_iterations(self.steps, 1)
+        require_iterations(self.steps)
         received = f"scale={self.scale}, noise={self.noise}"
         require(self.scale > 0 and self.noise >= 0, "scale must be > 0 and noise ≥ 0", received, "10 and 0.1, say.")
 
     @property
     def name(self) -> str:
-        """`jitter`, as published, or `jitter-clipped`."""
+        """`jitter` (published) or `jitter-clipped`."""
         return "jitter-clipped" if self.clip else "jitter"
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs (B, C, H, W), in at least float32; the model is left as it was found."""
+        """Adversarial inputs (B, C, H, W), in at least float32."""
         require_inputs(inputs, self.bounds)
         generator = torch.Generator().manual_seed(self.seed)
         with attacked(model):
@@ -135,7 +135,7 @@ class Jitter(NormalizedAttack):
                 if self.clip:
                     delta = ((x0 + std * delta).clamp(*self.bounds) - x0) / std
             x = x0 + std * delta
-            return x.clamp(*self.bounds) if self.clip else x  # again: δ·std rounds beyond the bounds
+            return x.clamp(*self.bounds) if self.clip else x  # again, since δ·std may round beyond the bounds
 
     def _losses(self, logits: Tensor, labels: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:  # -> (B,)
         largest = logits.abs().amax(1, keepdim=True).clamp_min(1e-12)
@@ -149,14 +149,8 @@ class Jitter(NormalizedAttack):
 
 
 def std_of(model: nn.Module, like: Tensor) -> Tensor:  # -> (C, 1, 1) or (1, 1, 1)
-    """The std of the `PixelModel` that the attacked model is, or holds; 1 where there is none."""
+    """The std of the `PixelModel` that the attacked model is or contains; 1 without one."""
     for module in model.modules():
         if isinstance(module, PixelModel):
             return module.std.to(like.device)
     return torch.ones(1, 1, 1, device=like.device)
-
-
-def linf_unit(x: Tensor) -> Tensor:  # (B, ...) -> (B, ...), each sample of ℓ∞ norm 1, or 0
-    """x/‖x‖_∞ for each sample."""
-    largest = per_sample(norms(x, "linf"), x)
-    return x / torch.where(largest > 0, largest, 1.0)

@@ -1,0 +1,60 @@
+"""`Progress`: what runs and how long it will take, as a bar in a terminal and as lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = 30.0  # seconds between two lines
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
+
+
+class Progress:
+    """A bar in a terminal. Elsewhere a line at the start, after the first part, every half minute, and at the end.
+
+    Lines go to the log at level INFO, or to stderr where that level is not logged.
+
+    Args:
+        title: What runs.
+        total: Amount of work.
+        show: False shows nothing.
+    """
+
+    def __init__(self, title: str, total: float, *, show: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self.title, self.total, self.done = title, total, 0.0
+        self.bar = tqdm(total=total, desc=title, disable=not (show and terminal), bar_format=BAR)
+        self.lines = show and not terminal and total > 0
+        self.started, self.last = time.monotonic(), -INTERVAL
+
+    def __enter__(self) -> Self:
+        self._say("started")
+        return self
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Count an amount of work as done."""
+        self.done += amount
+        self.bar.update(amount)
+        now = time.monotonic()
+        if self.done < self.total and now - self.last >= INTERVAL:
+            left = (now - self.started) * (self.total / self.done - 1)
+            self._say(f"{self.done / self.total:.0%} after {now - self.started:.0f} s, about {left:.0f} s left")
+            self.last = now
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.bar.close()
+        if kind is None:
+            self._say(f"finished after {time.monotonic() - self.started:.0f} s")
+
+    def _say(self, text: str) -> None:
+        if self.lines and logger.isEnabledFor(logging.INFO):
+            logger.info("%s: %s", self.title, text)
+        elif self.lines:
+            sys.stderr.write(f"{self.title}: {text}\n")
+            sys.stderr.flush()
