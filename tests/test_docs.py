@@ -3,12 +3,14 @@
 import ast
 import importlib
 import re
+import shlex
 from dataclasses import fields
 
 import pytest
 import torch
 
 from hf_condlr import CondLRConfig, CondLRTrainingArguments
+from hf_condlr.cli import main
 from tests.models import vit
 from tests.paths import ROOT
 
@@ -125,3 +127,14 @@ def test_documented_options_exist(page, options):
 def test_every_field_of_the_config_is_documented():
     own = {name for name in CondLRConfig.__annotations__ if name != "peft_type"}
     assert [name for name in sorted(own) if f"| `{name}` |" not in text("docs/configuration.md")] == []
+
+
+def test_documented_options_of_the_command_condlr_exist(capsys):
+    lines = {line for page in PAGES for line in re.findall(r"^condlr (\w+ .*)$", text(page), re.MULTILINE)}
+    assert lines
+    for line in sorted(lines):
+        command, *arguments = shlex.split(line, comments=True)
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        known = re.findall(r"--\w+", capsys.readouterr().out)
+        assert [argument for argument in arguments if argument.startswith("--") and argument not in known] == []
