@@ -24,7 +24,7 @@ from hf_condlr.checkpoints.verify import (
     require_regular_files,
     verify_files,
 )
-from hf_condlr.distributed.shards import reshard
+from hf_condlr.distributed.shards import reshard, write_full
 from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import factored_layers
 
