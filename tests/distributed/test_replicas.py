@@ -15,7 +15,7 @@ from hf_condlr.distributed.replicas import checksum, is_due
 from hf_condlr.errors import ConfigError, OptimizerError
 from tests.distributed import distributed_processes
 from tests.distributed.distributed_processes import BATCH, RESUMED_AT, STEPS
-from tests.manifold.test_step import make_model
+from tests.manifold.nets import make_model
 from tests.paths import ROOT
 
 TOLERANCE = 1e-10  # float64, six AdamW steps; measured beside each use
