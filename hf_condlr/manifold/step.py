@@ -86,14 +86,7 @@ def attach_manifold_step(
             or sharded otherwise than by rows, attached already, a frozen S that is worse conditioned than its bound,
             or a schedule-free optimizer.
     """
-    return ManifoldStep(
-        optimizer,
-        model,
-        warmup_steps=warmup_steps,
-        metric_scaling=metric_scaling,
-        projection_interval=projection_interval,
-        drift_check_interval=drift_check_interval,
-    )
+    return ManifoldStep(optimizer, model, warmup_steps, metric_scaling, projection_interval, drift_check_interval)
 
 
 class ManifoldStep:
@@ -109,11 +102,10 @@ class ManifoldStep:
         self,
         optimizer: Any,
         model: nn.Module,
-        *,
-        warmup_steps: int = 0,
-        metric_scaling: bool | None = None,
-        projection_interval: int = 1,
-        drift_check_interval: int = 100,
+        warmup_steps: int,
+        metric_scaling: bool | None,
+        projection_interval: int,
+        drift_check_interval: int,
     ) -> None:
         require_count("projection_interval", projection_interval, 1, "1 projects after every step.")
         require_count("drift_check_interval", drift_check_interval, 0, "0 never compares.")

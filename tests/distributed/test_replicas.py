@@ -23,7 +23,7 @@ TOLERANCE = 1e-10  # float64, six AdamW steps; measured beside each use
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What one process trains, then two: `distributed_processes.py` tells what they leave there."""
+    """Weights and results of one process, then of two, as `distributed_processes.py` writes them."""
     folder = tmp_path_factory.mktemp("distributed")
     one = distributed_processes.trainer(folder / "one", batch_size=BATCH)
     one.train()

@@ -4,6 +4,7 @@ import copy
 import io
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -210,11 +211,12 @@ def test_accumulated_gradients_equal_the_joined_batch():
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-9)
 
 
-def test_training_lowers_the_loss():
+@pytest.mark.parametrize("interval", [1, 5])
+def test_training_lowers_the_loss(interval):
     torch.manual_seed(0)
     model = make_model(0.1, rank_ratio=0.75)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    attach_manifold_step(optimizer, model)
+    attach_manifold_step(optimizer, model, projection_interval=interval)
     x = torch.randn(64, 2, 5, 5)
     y = (x.mean((1, 2, 3)) > 0).long()
     losses = []
