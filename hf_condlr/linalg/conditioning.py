@@ -38,16 +38,15 @@ def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "n
         center: The interval.
 
     Returns:
-        Cores with κ ≤ 1 + τ after rounding to their dtype: the interval is narrowed by what rounding can move, a
-        relative 2 eps (1+τ). Only where that would ask for less than κ = 1 (τ of the order of eps) an excess
-        remains, at most `ROUNDING_TOLERANCE`, in half precision eps.
+        Cores with κ ≤ 1 + τ after rounding to their dtype: the interval is narrowed by the effect of rounding, a
+        relative 2 eps (1+τ). Only where that would require κ < 1 (τ of the order of eps) an excess remains, at most
+        `ROUNDING_TOLERANCE`, in half precision eps.
 
     Raises:
         ConditioningError: A core is zero or not finite.
 
-    The spectrum is taken from the Gram matrix in float64, which squares κ: where that is not accurate enough, from an
-    SVD. (float32 `svd` itself is unusable here: after clipping many σ coincide, and LAPACK's gesdd then now and then
-    does not converge.)
+    The spectrum is taken from the Gram matrix in float64, which squares κ, and from an SVD where that is not accurate
+    enough. (float32 `svd` is unusable here: after clipping many σ coincide, and LAPACK's gesdd then sometimes fails.)
     """
     if center not in CENTERS:
         raise ConfigError("center must be one of nearest, rms, mean", received=repr(center), remedy="Choose one.")

@@ -1,4 +1,4 @@
-"""What the manifold step guarantees after every step, in numbers that each check of it uses."""
+"""The tolerances of the guarantee that holds after every manifold step. Every check uses these."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Conditioning by matrix products alone: what a GPU does in place of an eigendecomposition, which makes the host wait.
+"""Conditioning by matrix products alone, for GPUs, where an eigendecomposition would make the host wait.
 
-Every function takes float64 stacks (b, r, r), runs a fixed number of products and reads nothing back. Sources: Kovarik
-1970 and Chen & Chow, *A stable scaling of Newton–Schulz*, 2014 (polar factor); Higham, *Functions of Matrices*, 2008,
-chapters 5 and 8 (sign function, |X| = X sign(X)).
+Every function takes float64 stacks (b, r, r), computes a fixed number of products and reads nothing back. Sources:
+Kovarik 1970 and Chen & Chow, *A stable scaling of Newton–Schulz*, 2014 (polar factor); Higham, *Functions of Matrices*,
+2008, chapters 5 and 8 (sign function, |X| = X sign(X)).
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ from hf_condlr.linalg.conditioning import Center
 from hf_condlr.linalg.precision import per_matrix
 from hf_condlr.linalg.stiefel import inverse_cholesky
 
-LARGEST_CONDITION = 1e6  # cores up to this κ are clipped; the number of iterations follows from it
+LARGEST_CONDITION = 1e6
+"""Cores of a larger κ are not clipped. The number of iterations follows from it."""
 
+LARGEST_BOUND = 1e4
+"""Bounds above this are not for this module: Gram matrices square κ, so that float64 could not certify them."""
 
-LARGEST_BOUND = 1e4  # for larger ones float64 Gram matrices do not certify the guarantee: they square κ
+ESTIMATE_TOLERANCE = 1e-5
+"""Relative excess of κ over its bound that the error of `extreme_singular_values` alone can produce."""
 
-
-ESTIMATE_TOLERANCE = 1e-5  # relative excess of κ over its bound that the error of `extreme_singular_values` can feign
-
-
-CERTIFICATE_TOLERANCE = 2e-5  # what is certified is κ ≤ bound (1 + this)
-
+CERTIFICATE_TOLERANCE = 2e-5
+"""The certificate states κ ≤ bound (1 + this)."""
 
 _SQUARINGS = 20
-
-
 _NEWTON_STEPS = 2
-
-
 _COARSE, _FINE = 1e-3, 1e-8  # eigenvalues below this share of the norm have no accurate sign
 
 
@@ -40,17 +36,17 @@ def clip_by_products(S: Tensor, bound: Tensor, center: Center, margin: float = 0
 
     clip(H; a, b) = ½((a + b) I + |H − aI| − |H − bI|), |X| = X sign(X), O and sign(X) by Newton–Schulz. `nearest`
     solves h(a) = Σ_{σ<a} (a − σ) − β Σ_{σ>βa} (σ − βa) = 0 by two Newton steps between σ_min and σ_max/β; the sums are
-    traces of sign functions. a is near the minimiser only, and the bound holds for any a.
+    traces of sign functions. The resulting a is close to the minimiser; the bound holds for every a.
 
     Args:
         S: Finite cores (b, r, r), float64, max|S| = 1.
-        bound: β = 1 + τ of each, (b,), finite.
+        bound: β = 1 + τ of each core, (b,), finite.
         center: The interval, as in `clamp_singular_values`.
-        margin: Share of β that is left for rounding S' to another dtype, times β.
+        margin: β is divided by 1 + margin · β, to leave room for rounding S' to another dtype.
 
     Returns:
-        S'; which cores were feasible as given (those come back as they are); and which of the others are certified to
-        have κ(S') ≤ β (1 + `CERTIFICATE_TOLERANCE`): two Cholesky decompositions exist.
+        S'; which cores were feasible as given, and are returned unchanged; and which are feasible or certified to have
+        κ(S') ≤ β (1 + `CERTIFICATE_TOLERANCE`) by two Cholesky decompositions.
     """
     identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     largest, smallest = extreme_singular_values(S)
@@ -76,12 +72,18 @@ def clip_by_products(S: Tensor, bound: Tensor, center: Center, margin: float = 0
 def clip_core_by_products(S: Tensor, bound: Tensor, center: Center, start: Tensor) -> tuple[Tensor, Tensor]:
     """Condition cores (b, r, r) that are finite and not zero to κ ≤ `bound`, (b,), in their own dtype.
 
-    A core of κ > `LARGEST_CONDITION` / √r, which no step of training makes from a well-conditioned `start`, is not
-    followed: `start` is conditioned in its place. One whose clip has no certificate, and none is known, stays `start`,
-    which obeys the bound of the step before.
+    A core of κ > `LARGEST_CONDITION` / √r, which no step of training makes from a well-conditioned `start`, is replaced
+    by its `start`, conditioned. A core whose clip is not certified (no such core is known) is replaced by its `start`,
+    which obeys the bound of the previous step.
+
+    Args:
+        S: Cores (b, r, r).
+        bound: β = 1 + τ of each core, (b,), at most `LARGEST_BOUND`.
+        center: The interval, as in `clamp_singular_values`.
+        start: Cores (b, r, r) to fall back to.
 
     Returns:
-        The cores, and which of them follow S.
+        The conditioned cores, and which of them come from S.
     """
     followed = _is_clippable(S)
     S = torch.where(per_matrix(followed), S, start)
@@ -103,10 +105,10 @@ def _is_clippable(S: Tensor) -> Tensor:  # (b, r, r) -> (b,) bool
 
 
 def extreme_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:  # (b, r, r) -> (b,), (b,)
-    """An upper bound of σ_max and a lower bound of σ_min, both within a relative ln(r)/2²⁰; σ_min = 0 if unknown.
+    """An upper bound of σ_max and a lower bound of σ_min, both within a relative ln(r)/2²⁰.
 
-    λ_max(G)^p ≤ tr G^p ≤ r λ_max(G)^p for G = SᵀS and for its inverse, p = 2²⁰ by repeated squaring. G has rounded
-    away what σ_min is below about 1e-7 σ_max.
+    λ_max(G)^p ≤ tr G^p ≤ r λ_max(G)^p for G = SᵀS and for its inverse, p = 2²⁰ by repeated squaring. The bound of σ_min
+    is 0 where G has no Cholesky decomposition: rounding of G hides σ_min below about 1e-7 σ_max.
     """
     G = S.mT @ S
     inverse, exists = inverse_cholesky(G)
@@ -115,7 +117,7 @@ def extreme_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:  # (b, r, r) ->
 
 
 def _largest_eigenvalue(G: Tensor) -> Tensor:  # (*, r, r) -> (*,)
-    """(tr G^p)^{1/p} ≥ λ_max of symmetric positive G; the scale, taken off before each squaring, in logarithms."""
+    """(tr G^p)^{1/p} ≥ λ_max of symmetric positive G. Powers are divided by their traces; the logarithms add up."""
     scale = _trace(G)
     P, logarithm = G / per_matrix(scale), scale.log()
     for k in range(1, _SQUARINGS + 1):
@@ -142,7 +144,7 @@ def newton_schulz(X: Tensor, smallest: Tensor, iterations: int) -> Tensor:  # (*
 
 
 def _iterations(low: float) -> int:
-    """Until `newton_schulz` has brought `low` to 1, in float64, and one more against rounding."""
+    """Iterations that `newton_schulz` needs to bring `low` to 1 in float64, and one more against rounding."""
     count = 1
     while low < 1 - 1e-15:
         rho_squared = 3 / (1 + low + low**2)
@@ -175,7 +177,7 @@ def _interval_low(
 
 
 def _sign(X: Tensor, ends: Tensor, resolution: float) -> Tensor:  # (2, b, r, r), (2, b) -> (2, b, r, r)
-    """sign(X) of X = H − end·I with the spectrum of H in (0, 1]: of eigenvalues above `resolution`·‖X‖."""
+    """sign(X) of X = H − end·I, spectrum of H in (0, 1]; accurate for eigenvalues above `resolution`·‖X‖."""
     norm = torch.maximum(ends, 1 - ends).clamp_min(resolution)
     return newton_schulz(X / per_matrix(norm), torch.full_like(norm, resolution), _iterations(resolution))
 

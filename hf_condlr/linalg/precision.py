@@ -1,4 +1,4 @@
-"""Products in true float32, whatever precision is set outside."""
+"""At least float32, and products in true float32 whatever precision is set outside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def per_matrix(x: Tensor) -> Tensor:  # (*,) -> (*, 1, 1)
-    """A number for each matrix of a stack, to multiply or to mask it by."""
+    """One number for each matrix of a stack, shaped to multiply or mask the matrices."""
     return x.unsqueeze(-1).unsqueeze(-1)
 
 
@@ -21,7 +21,7 @@ def at_least_float32(X: Tensor) -> Tensor:
 
 
 def wide_device(X: Tensor) -> torch.device:
-    """Where float64 numbers of X can lie."""
+    """The device of X, or the CPU where that has no float64."""
     return torch.device("cpu") if X.device.type == "mps" else X.device  # MPS has no float64
 
 
@@ -31,14 +31,14 @@ def to_float64(X: Tensor) -> Tensor:
 
 
 def largest_entry(S: Tensor) -> Tensor:  # (*, m, n) -> (*, 1, 1)
-    """max|S| of each matrix in float64, 1 where S = 0: what a matrix is divided by so that no product overflows."""
+    """max|S| of each matrix in float64, 1 where S = 0. Divided by it, no product of a matrix overflows."""
     largest = to_float64(S.abs().amax(dim=(-2, -1), keepdim=True))
     return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products in true float32, whatever autocast or TF32 settings hold outside: half of it breaks the guarantee."""
+    """Compute products in true float32 whatever autocast or TF32 settings hold outside; less breaks the guarantee."""
     settings = _settings()
     previous = [_previous(backend, name) for backend, name, _ in settings]
     with ExitStack() as stack:
@@ -54,7 +54,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _settings() -> list[tuple[Any, str, Any]]:
-    """Backends, and what makes their products exact."""
+    """(backend, attribute, value) of every setting that makes products exact."""
     backends = [b for b in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if b]
     found: list[tuple[Any, str, Any]] = [
         (b, "fp32_precision", "ieee") for b in backends if hasattr(b, "fp32_precision")
@@ -63,7 +63,7 @@ def _settings() -> list[tuple[Any, str, Any]]:
 
 
 def _previous(backend: Any, name: str) -> Any:
-    """What to set afterwards. A value that may be the wider setting's is left to that, which may yet change."""
+    """The value to restore. A value equal to that of the wider setting is left to follow the wider setting."""
     value = getattr(backend, name)
     wider = torch.backends.cudnn if backend is torch.backends.cuda.matmul else torch.backends.mkldnn
     return "none" if name == "fp32_precision" and value == getattr(wider, name) else value

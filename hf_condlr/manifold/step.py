@@ -1,8 +1,17 @@
 """The manifold step: two hooks that keep U, V orthonormal and κ(S) ≤ 1 + τ under any Euclidean optimizer.
 
 Riemannian gradient flow on the factors, U̇ = −(I−UUᵀ) G_U (SSᵀ)⁻¹, V̇ = −(I−VVᵀ) G_V (SᵀS)⁻¹, Ṡ = −G_S (arXiv
-2306.01485). κ(S) ≤ 1 + τ makes (SSᵀ)⁻¹ ≈ c⁻² I, c² = ‖S‖_F²/r, so that an ordinary optimizer can integrate it: before
-its step gradients are projected on the tangent space, after it the displacement is, and the factors are retracted.
+2306.01485). κ(S) ≤ 1 + τ makes (SSᵀ)⁻¹ ≈ c⁻² I, c² = ‖S‖_F²/r, so that an ordinary optimizer can integrate it.
+
+Before `optimizer.step()`:
+1. gradients that are not finite become zero, and their factors are marked;
+2. G_U ← (I − UUᵀ)G_U, or G_U − U sym(UᵀG_U) where S is frozen; likewise G_V;
+3. G_U ← G_U / c² with metric scaling;
+4. U_old, V_old and S_old are kept.
+After it:
+5. marked factors get their old values back; of the others Δ ← (I − U_old U_oldᵀ)(U_new − U_old);
+6. U ← R(U_old + Δ), the retraction, by Cholesky-QR;
+7. the singular values of S are clipped so that κ(S) ≤ 1 + τ(t); a core that obeys the bound stays bitwise as it is.
 """
 
 from __future__ import annotations
@@ -77,14 +86,7 @@ def attach_manifold_step(
             or sharded otherwise than by rows, attached already, a frozen S that is worse conditioned than its bound,
             or a schedule-free optimizer.
     """
-    return ManifoldStep(
-        optimizer,
-        model,
-        warmup_steps=warmup_steps,
-        metric_scaling=metric_scaling,
-        projection_interval=projection_interval,
-        drift_check_interval=drift_check_interval,
-    )
+    return ManifoldStep(optimizer, model, warmup_steps, metric_scaling, projection_interval, drift_check_interval)
 
 
 class ManifoldStep:
@@ -100,11 +102,10 @@ class ManifoldStep:
         self,
         optimizer: Any,
         model: nn.Module,
-        *,
-        warmup_steps: int = 0,
-        metric_scaling: bool | None = None,
-        projection_interval: int = 1,
-        drift_check_interval: int = 100,
+        warmup_steps: int,
+        metric_scaling: bool | None,
+        projection_interval: int,
+        drift_check_interval: int,
     ) -> None:
         require_count("projection_interval", projection_interval, 1, "1 projects after every step.")
         require_count("drift_check_interval", drift_check_interval, 0, "0 never compares.")
@@ -130,7 +131,7 @@ class ManifoldStep:
             self.optimizer.register_step_post_hook(self._after),
         ]
 
-    # --------------------------------------------------------------- hooks; steps as numbered in docs/method.md
+    # --------------------------------------------- hooks; numbers refer to the list at the beginning of this file
 
     @torch.compiler.disable  # where optimizer.step is compiled: it counts steps, and each number would be traced anew
     @torch.no_grad()
@@ -147,9 +148,8 @@ class ManifoldStep:
         if not self._stacks.fit(self.step_count):
             self.settle()
             self._stacks.regroup(self.step_count)
-        # U_old ← U; then gradients that are not finite become zero, and G_U ← (I − UUᵀ)G_U, divided by c² if asked.
-        self._stacks.keep_values()
-        self._stacks.project_gradients(self.metric_scaling)
+        self._stacks.keep_values()  # 4
+        self._stacks.project_gradients(self.metric_scaling)  # 1 to 3
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -158,10 +158,9 @@ class ManifoldStep:
             return
         self.step_count += 1
         if self.step_count % self.projection_interval == 0:
-            # Δ ← (I − UUᵀ)(U_new − U_old), U ← R(U_old + Δ), and S is clipped to the bound in force.
-            self._project()
+            self._project()  # 5 to 7
         else:
-            self._stacks.hold_update(self.step_count)
+            self._stacks.hold_update(self.step_count)  # 5 without the projection of Δ
         if not self._stacks.run_ahead():
             self.check()
         self._check_drift()

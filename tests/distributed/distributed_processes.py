@@ -1,4 +1,4 @@
-"""What `test_distributed.py` lets two processes do by torchrun: plain loops and trainings, and what came of them."""
+"""What two processes do under torchrun for `test_replicas.py`: plain loops and trainings, and their results."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from transformers import TrainerCallback, set_seed
 
 from hf_condlr import CondLRTrainer, attach_manifold_step
 from hf_condlr.errors import CondLRError
-from tests.manifold.test_step import make_model
+from tests.manifold.nets import make_model
 from tests.training.test_trainer import arguments, convert, dense_vit, image_data
 
 STEPS, RESUMED_AT, BATCH = 6, 3, 16
 LEARNING_RATE = 2**-6
 
 
-# ------------------------------------------------------------------------------------------------ a loop of one's own
+# --------------------------------------------------------------------------------------------------- plain loops
 
 
 def loop(
@@ -63,7 +63,7 @@ def flip_one_bit(model, step):
 
 
 def error_of(call):
-    """What it raises, or says that it does not."""
+    """The text of the error that the call raises, or "nothing"."""
     try:
         call()
     except CondLRError as error:
@@ -89,14 +89,14 @@ def equal(first, second):
 
 
 def alone():
-    """Each process trains its own model, process 1 for longer, and nobody waits for anybody."""
+    """Each process trains its own model, process 1 for more steps, and none waits for the other."""
     steps = 3 + dist.get_rank()
     model = loop(steps, seed=dist.get_rank(), wrap=lambda model: model, drift_check_interval=0)
     return largest_difference(model)
 
 
 def loops():
-    """{what: what came of it}."""
+    """{what was done: its result}."""
     plain = loop()
     return {
         "difference between processes": largest_difference(plain),
@@ -113,7 +113,7 @@ def loops():
 
 
 def trainer(folder, *, batch_size, callbacks=(), **options):
-    """Of a model in float64 on 96 images: six steps of 16 samples in all."""
+    """A Trainer of a float64 model on 96 images: six steps of 16 samples over all processes."""
     set_seed(0)
     rows = [row | {"pixel_values": row["pixel_values"].double()} for row in image_data(STEPS * BATCH)]
     args = arguments(
@@ -130,7 +130,7 @@ def trainer(folder, *, batch_size, callbacks=(), **options):
 
 
 class WriteOnOneProcess(TrainerCallback):
-    """What users do by mistake: weights changed on one process only."""
+    """A mistake of a user: weights are changed on one process only."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2 and args.process_index == 1:
@@ -138,14 +138,14 @@ class WriteOnOneProcess(TrainerCallback):
 
 
 def trainings(folder):
-    """Whole, resumed from one process's checkpoint, and with a drift; weights are left in `folder`."""
+    """Uninterrupted, resumed from one process's checkpoint, and with a drift; writes the weights into `folder`."""
     half = BATCH // 2
-    whole = trainer(folder / "two", batch_size=half // 2, gradient_accumulation_steps=2)
-    whole.train()
+    uninterrupted = trainer(folder / "two", batch_size=half // 2, gradient_accumulation_steps=2)
+    uninterrupted.train()
     resumed = trainer(folder / "resumed", batch_size=half)
     resumed.train(resume_from_checkpoint=str(folder / "one" / f"checkpoint-{RESUMED_AT}"))
     if dist.get_rank() == 0:
-        torch.save(whole.model.state_dict(), folder / "two.pt")
+        torch.save(uninterrupted.model.state_dict(), folder / "two.pt")
         torch.save(resumed.model.state_dict(), folder / "resumed.pt")
     drifting = trainer(folder / "drifting", batch_size=half, callbacks=[WriteOnOneProcess()], drift_check_interval=2)
     return {"steps": resumed.manifold_step.step_count, "drift in the Trainer": error_of(drifting.train)}

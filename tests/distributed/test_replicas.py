@@ -15,7 +15,7 @@ from hf_condlr.distributed.replicas import checksum, is_due
 from hf_condlr.errors import ConfigError, OptimizerError
 from tests.distributed import distributed_processes
 from tests.distributed.distributed_processes import BATCH, RESUMED_AT, STEPS
-from tests.manifold.test_step import make_model
+from tests.manifold.nets import make_model
 from tests.paths import ROOT
 
 TOLERANCE = 1e-10  # float64, six AdamW steps; measured beside each use
@@ -23,7 +23,7 @@ TOLERANCE = 1e-10  # float64, six AdamW steps; measured beside each use
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What one process trains, then two: `distributed_processes.py` tells what they leave there."""
+    """Weights and results of one process, then of two, as `distributed_processes.py` writes them."""
     folder = tmp_path_factory.mktemp("distributed")
     one = distributed_processes.trainer(folder / "one", batch_size=BATCH)
     one.train()

@@ -1,6 +1,6 @@
-"""Factors sharded by FSDP2: the same training as on one process, with the same guarantee, and nothing gathered.
+"""Factors sharded by FSDP2: the same training as on one process, with the same guarantee, and no basis gathered.
 
-All checks of several processes run in `sharded_processes.py`, once; here is what they measured.
+All checks of several processes run once, in `sharded_processes.py`; these tests read what they measured.
 """
 
 import json
