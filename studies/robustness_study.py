@@ -1,0 +1,213 @@
+r"""Attack the trained models of a study, every method alike: tables, a picture of accuracy over ε, all outcomes.
+
+The models are those that `studies.paper.table`, `studies.vit_small` and `studies.text_study` chose by accuracy on clean
+validation data; attacks see the test split only, and all models the same samples of it. Each report is kept beside its
+model, and a second call goes on from there.
+
+    CONDLR_DATA=path/to/data python -m studies.robustness_study --study lenet5 \
+        --record outputs/constant/lenet5_mnist/results.json
+    CONDLR_DATA=path/to/data python -m studies.robustness_study --study vit --record outputs/vit_mnist/results.json
+    CONDLR_DATA=path/to/data python -m studies.robustness_study --study minilm --record outputs/text_study/results.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_condlr import RobustnessReport
+from hf_condlr.robustness.attacks import (
+    FGSM,
+    PGD,
+    Attack,
+    AutoAttack,
+    CharacterAttack,
+    Corruption,
+    EmbeddingPGD,
+    TextModel,
+)
+from hf_condlr.robustness.attacks.corruptions import KINDS
+from hf_condlr.robustness.evaluation.curves import draw
+from hf_condlr.tables import markdown_table
+from studies import vit_small
+from studies.data import data_folder, load_images
+from studies.paper.experiments import EXPERIMENTS
+from studies.paper.study import load_trained, pixel_model
+from studies.record import mean_and_spread, parse, set_up, write_record
+from studies.report import groups, largest
+from studies.rows import attacked
+
+
+@dataclass
+class Options:
+    """What is attacked, and how."""
+
+    study: str = field(metadata={"help": "Which models.", "choices": ["lenet5", "vit", "minilm"]})
+    record: str = field(metadata={"help": "results.json of the study that trained the models."})
+    samples: int = field(default=1000, metadata={"help": "The first test images, so many; test sentences drawn once."})
+    steps: int = field(default=20, metadata={"help": "Steps of PGD, with one random start."})
+    autoattack_samples: int = field(
+        default=500,
+        metadata={"help": "The first test images, so many, for AutoAttack, which is slow: first seed only."},
+    )
+    checked_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Trainings that are checked too."})
+    check_samples: int = field(default=128, metadata={"help": "Samples that the checks attack again."})
+    threads: int = field(default=1, metadata={"help": "Threads of torch."})
+    output_dir: str = field(default="outputs/robustness", metadata={"help": "Tables and pictures go to STUDY in it."})
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attacks on some samples of a study's models, in one report; only for the first seed if `once`."""
+
+    attacks: list[Attack]
+    data: Callable[[], Any]
+    samples: int
+    once: bool = False
+
+
+# From budgets that all models resist to budgets that none does: ℓ∞, ℓ2, and the one of AutoAttack.
+BUDGETS = {
+    "lenet5": ((0.02, 0.05, 0.1, 0.15, 0.2), (0.5, 1.0, 1.5, 2.0), 0.1),
+    "vit": ((0.01, 0.03, 0.05, 0.07, 0.1), (0.25, 0.5, 1.0, 1.5), 0.07),
+}
+EMBEDDING, CHARACTERS = (0.02, 0.05, 0.1), (0.1, 0.2)
+SEVERITY = 3
+
+
+def parts(o: Options) -> list[Part]:
+    """FGSM, PGD with two losses, corruptions and AutoAttack on images; embeddings and characters on texts."""
+    if o.study == "minilm":
+        attacks: list[Attack] = [EmbeddingPGD(epsilon, steps=o.steps) for epsilon in EMBEDDING]
+        attacks += [CharacterAttack(share) for share in CHARACTERS]
+        return [Part(attacks, lambda: load_dataset(data_folder("sst2"))["test"], o.samples)]
+    test = load_images("mnist")["test"]
+    linf, l2, autoattack = BUDGETS[o.study]
+    attacks = [FGSM(epsilon) for epsilon in linf]
+    attacks += [PGD(epsilon, "linf", steps=o.steps, loss=loss) for loss in ("ce", "margin") for epsilon in linf]
+    attacks += [PGD(epsilon, "l2", steps=o.steps) for epsilon in l2]
+    attacks += [Corruption(kind, SEVERITY) for kind in KINDS]
+    few = Part([AutoAttack(autoattack)], partial(test.first, o.autoattack_samples), o.autoattack_samples, once=True)
+    return [Part(attacks, partial(test.first, o.samples), o.samples), few]
+
+
+def build(study: str, row: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """The trained model of a row, with what lies between pixels or text and its inputs."""
+    if study == "lenet5":
+        experiment = EXPERIMENTS[options["experiment"]]
+        return pixel_model(load_trained(row, experiment), experiment).eval()
+    if study == "vit":
+        return vit_small.load_trained(row["folder"], options["dataset"])
+    model = AutoModelForSequenceClassification.from_pretrained(row["folder"]).eval()
+    return TextModel(model, AutoTokenizer.from_pretrained(row["folder"]), max_length=options["max_length"])
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def accuracies(report: RobustnessReport) -> dict[str, dict[float, float]]:
+    """{attack: {budget: accuracy}}; with the worst case of each threat that has several attacks."""
+    found: dict[str, dict[float, float]] = {}
+    for attack in report.attacks:
+        found.setdefault(attack.name, {})[attack.epsilon] = attack.robust_accuracy
+    for case in report.worst_cases:
+        if len({attack.name for attack in report.attacks if attack.threat == case.threat}) > 1:
+            found.setdefault(f"worst of all {case.threat}", {})[case.epsilon] = case.robust_accuracy
+    return found
+
+
+def attack_tables(reports: Sequence[RobustnessReport]) -> Iterator[str]:
+    """For each attack with several budgets a line a method and a column a budget, over the seeds; then all others."""
+    runs: dict[str, list[dict[str, dict[float, float]]]] = {}
+    for report in reports:
+        runs.setdefault(report.model, []).append({"clean": {0.0: report.clean_accuracy}} | accuracies(report))
+
+    def cell(method: str, name: str, budget: float) -> str:
+        return mean_and_spread([run[name][budget] for run in runs[method]])
+
+    rest = [["clean", "", *(cell(method, "clean", 0.0) for method in runs)]]
+    for name, budgets in accuracies(reports[0]).items():
+        if len(budgets) == 1:
+            rest += [[name, f"{b:g}", *(cell(method, name, b) for method in runs)] for b in budgets]
+            continue
+        lines = [[m, cell(m, "clean", 0.0), *(cell(m, name, budget) for budget in budgets)] for m in runs]
+        header = ["method", "clean", *(f"ε = {budget:g}" for budget in budgets)]
+        yield f"{name}, accuracy in %\n\n{markdown_table(header, lines)}"
+    if len(rest) > 1:
+        yield "Accuracy in %\n\n" + markdown_table(["attack or corruption", "ε or severity", *runs], rest)
+
+
+def area_table(reports: Sequence[RobustnessReport]) -> str:
+    """Expected robustness: the area under the curve of the worst case over ε, over the seeds."""
+    threats = [threat for threat in reports[0].threats if len(reports[0].curve(threat)[0]) > 2]
+    lines = []
+    for method in dict.fromkeys(report.model for report in reports):
+        runs = [report for report in reports if report.model == method]
+        lines.append([method, *(mean_and_spread([run.area(threat) for run in runs]) for threat in threats)])
+    header = [f"{threat}, ε ≤ {reports[0].curve(threat)[0][-1]:g}" for threat in threats]
+    return "Area under accuracy over ε, in %\n\n" + markdown_table(["method", *header], lines)
+
+
+def facts_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What was attacked."""
+    lines = []
+    for runs in groups(rows):
+        kappa = statistics.mean(largest(run["condition_numbers"]) for run in runs)
+        shown = f"{kappa:,.4g}" if math.isfinite(kappa) else "∞"
+        size, rate = f"{runs[0]['parameters']:,}", f"{runs[0]['learning_rate']:g}"
+        lines.append([runs[0]["label"], rate, size, shown, str(len(runs))])
+    return markdown_table(["method", "learning rate", "parameters", "largest κ, mean", "seeds"], lines)
+
+
+def main() -> None:
+    """Attack what has not been attacked, print the tables, write them, the record and the picture."""
+    (o,) = parse(Options)
+    set_up(o.threads)
+    record = json.loads(Path(o.record).read_text())
+    rows = [row for row in record["rows"] if not row["diverged"]]
+    folder = Path(o.output_dir) / o.study
+    folder.mkdir(parents=True, exist_ok=True)
+    results, tables = [], [facts_table(rows)]
+    for part in parts(o):
+        tests = [
+            attacked(
+                Path(row["folder"]),
+                row["label"],
+                part.attacks,
+                part.samples,
+                build=partial(build, o.study, row, record["options"]),
+                data=part.data,
+                checks=not part.once and row["seed"] in o.checked_seeds,  # AutoAttack is itself a check
+                check_samples=o.check_samples,
+            )
+            | {"label": row["label"], "seed": row["seed"]}
+            for row in rows
+            if not part.once or row["seed"] == rows[0]["seed"]
+        ]
+        results.append(tests)
+        reports = [RobustnessReport.load(test["report"]) for test in tests]
+        tables += attack_tables(reports)
+        if not part.once:
+            tables.append(area_table(reports))
+            draw(reports, folder / "curves.png")  # runs of one method as one line
+        doubts = [f"- {x['label']}, seed {x['seed']}: {check}" for x in tests for check in x["failed_checks"]]
+        if doubts:
+            tables.append("\n".join(["Failed checks", "", *doubts]))
+    text = "\n\n".join(tables) + "\n"
+    (folder / "tables.md").write_text(text)
+    path = write_record(folder / "results.json", {"models": rows, "tests": results}, o)
+    print(f"{text}\nwrote {path} {folder / 'tables.md'} {folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
