@@ -37,8 +37,7 @@ class Rows:
             results = make(folder)
             write_json(folder / "row.json", {"key": key, **results})
             (folder / CHECKPOINT).unlink(missing_ok=True)
-            shown = {kind: value for kind, value in results.items() if kind.endswith("accuracy")}
-            logger.info("%s: %s", name, shown)
+            logger.info("%s: done", name)
         return {**json.loads((folder / "row.json").read_text()), "folder": str(folder)}
 
 

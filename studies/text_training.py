@@ -151,14 +151,15 @@ class Experiment:
     def train(self, setting: Setting, learning_rate: float, seed: int) -> dict[str, Any]:
         """The row of one training; the model lies in its folder."""
         o = self.options
+        learning_rate = learning_rate if setting.trained else 0.0
         facts = {**asdict(setting), "learning_rate": learning_rate, "seed": seed}
         facts["tau"] = str(setting.tau)  # JSON has no infinity
 
         def make(folder: Path) -> dict[str, Any]:
             model = self.build(setting, seed)
             set_seed(seed)
-            steps, rate = (o.steps, learning_rate) if setting.trained else (1, 0.0)
-            result = self._train(model, setting, rate, seed, steps, folder)
+            steps = o.steps if setting.trained else 1
+            result = self._train(model, setting, learning_rate, seed, steps, folder)
             return {"label": setting.name, **facts, **result}
 
         key = self._key(facts) | {"dense_steps": o.dense_steps, "calibration_sentences": o.calibration_sentences}

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL import Image as Picture
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from hf_condlr import condition_report
@@ -18,6 +17,7 @@ from hf_condlr.robustness.attacks import FGSM, PGD
 from studies import data as images
 from studies import record, rows
 from studies.paper import experiments, methods, study, table, training
+from tests.studies.conftest import pictures
 
 METHODS = (
     "dense",
@@ -32,33 +32,6 @@ METHODS = (
 )
 METHODS += ("projected", "penalty=0.5")
 ATTACKS = (FGSM(0.03), PGD(0.05, steps=2), PGD(0.05, steps=2, loss="margin"))
-
-
-def pictures(shape, count, classes, seed, names=("image", "label")):
-    """Images whose brightness tells the class, and noise."""
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(0, classes, count)
-    pixels = generator.integers(0, 60, (count, *shape)) + (190 * labels / classes).reshape(-1, *[1] * len(shape))
-    columns = {names[0]: [Picture.fromarray(p.astype(np.uint8)) for p in pixels], names[1]: labels.tolist()}
-    features = {names[0]: Image(), names[1]: ClassLabel(num_classes=classes)}
-    if names[1] == "fine_label":
-        columns["coarse_label"], features["coarse_label"] = [0] * count, Value("int64")
-    return Dataset.from_dict(columns, features=Features(features))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """What CIFAR-100 is on the Hub but for its size; MNIST too."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, shape, classes, names in (
-        ("mnist", (28, 28), 10, ("image", "label")),
-        ("cifar100", (32, 32, 3), 100, ("img", "fine_label")),
-    ):
-        (folder / name).mkdir()
-        for split, count in (("train", 80), ("test", 30)):
-            rows = pictures(shape, count, classes, len(split), names)
-            rows.to_parquet(folder / name / f"{split}.parquet")
-    return str(folder)
 
 
 @pytest.fixture
