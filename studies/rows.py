@@ -37,7 +37,8 @@ class Rows:
             results = make(folder)
             write_json(folder / "row.json", {"key": key, **results})
             (folder / CHECKPOINT).unlink(missing_ok=True)
-            logger.info("%s: done", name)
+            accuracy = results.get("validation_accuracy", results.get("clean_accuracy"))
+            logger.info("%s: accuracy %s", name, accuracy)
         return {**json.loads((folder / "row.json").read_text()), "folder": str(folder)}
 
 

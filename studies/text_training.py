@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    set_seed,
+)
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
 from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
@@ -213,7 +220,7 @@ class Experiment:
             **(adversarial if setting.adversarial else {}),
         )
         trainer_class = FreeTrainer if setting.unconstrained or setting.dense else CondLRTrainer
-        return trainer_class(
+        trainer = trainer_class(
             model=model,
             args=args,
             train_dataset=self.data["train"],
@@ -222,6 +229,8 @@ class Experiment:
             teacher=self.dense_model(self.fine_tuned(seed)) if setting.distillation else None,
             compute_metrics=lambda output: {"accuracy": float((np.argmax(output[0], -1) == output[1]).mean())},
         )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     # --------------------------------------------------------------------------------------- test and attacks
 

@@ -72,19 +72,7 @@ def test_vit_small_and_its_robustness(run, monkeypatch, tmp_path):
     monkeypatch.setitem(robustness_study.BUDGETS, "vit", ((0.01, 0.1), (0.5,), 0.07))
     monkeypatch.setattr(robustness_study, "KINDS", ("contrast",))
     monkeypatch.setattr(robustness_study, "AutoAttack", lambda epsilon: PGD(epsilon, steps=1))  # the real one is slow
-    options = [
-        "--study",
-        "vit",
-        "--record",
-        path,
-        "--samples",
-        "8",
-        "--steps",
-        "1",
-        "--checked_seeds",
-        "--threads",
-        "1",
-    ]
+    options = ["--study", "vit", "--record", path, "--samples", "8", "--steps", "1", "--checked_seeds", "9"]
     options += ["--output_dir", tmp_path, "--autoattack_samples", "4"]
     attacked = counted(monkeypatch, rows, "evaluate_robustness")
     text = run(robustness_study, *options)
