@@ -11,46 +11,32 @@ own width) and for the whole model:
 The limit is the ratio of the operations that the linear layers of both take, as `FlopCounterMode` counts them: what a
 form can gain in the linear layers if every operation took equally long.
 
-    python benchmarks/inference.py
-    python benchmarks/inference.py --model vit-b16 --layers 12 --dtype bfloat16
+    python -m benchmarks.inference
+    python -m benchmarks.inference --model vit-b16 --layers 12 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from record import markdown, write_record
-from speed_parts import (
-    CONFIGS,
-    DTYPES,
-    any_device,
-    batch_for,
-    build,
-    factor,
-    interleaved,
-    linear_names,
-    ratios,
-    spread,
-    tokens_of,
-)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
+from benchmarks.models import CONFIGS, DTYPES, batch_for, build, factor, linear_names, tokens_of
+from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
 from hf_condlr import fold_model
+from hf_condlr.tables import markdown_table
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is measured."""
 
     model: str = field(default="vit-b16", metadata={"help": ", ".join(CONFIGS)})
@@ -62,10 +48,7 @@ class Options:
     tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
     dtype: str = field(default="float32", metadata={"help": ", ".join(DTYPES)})
     rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
-    rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; the median of the ratios counts."})
     compiled: bool = field(default=True, metadata={"help": "Try torch.compile."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="outputs/inference.json", metadata={"help": "Where the record goes."})
 
 
 class LinearLayers(nn.Module):
@@ -125,7 +108,7 @@ class Forms:
         return {form: counts["dense"] / counts[form] for form in self.linear}
 
 
-def measure(
+def measure_ratio(
     dense: PreTrainedModel, ratio: float, options: Options, with_compiler: bool, device: torch.device
 ) -> list[dict[str, Any]]:
     """Seconds of every form, for every batch size: of the linear layers, then of the whole model."""
@@ -147,16 +130,27 @@ def measure(
     return results
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def measure(options: Options) -> dict[str, Any]:
+    """Every compression ratio; `why_no_compiler` where compiled forms are missing."""
+    device = any_device()
+    reason = why_no_compiler(device) if options.compiled else "not asked for"
+    dense: Any = build(options.model, options.layers).to(device, DTYPES[options.dtype]).eval()
+    rows: list[dict[str, Any]] = []
+    for ratio in options.compression_ratios:
+        torch.compiler.reset()  # each ratio's graphs are its own: torch stops at 8 of one function
+        with torch.inference_mode():
+            rows += measure_ratio(dense, ratio, options, reason is None, device)
+    return {"rows": rows, "why_no_compiler": reason}
+
+
+def table(results: dict[str, Any]) -> str:
     """A line for each form that is not dense: its speed-up, and how much of the limit that is."""
     lines = []
-    for result in sorted(results, key=lambda x: (x["part"], x["batch_size"])):
+    for result in sorted(results["rows"], key=lambda x: (x["part"], x["batch_size"])):
         base = result["seconds"]["dense"]
-        for form, times in result["seconds"].items():
-            if form == "dense":
-                continue
+        for form, times in list(result["seconds"].items())[1:]:
             gains, limit = ratios(base, times), result["limits"][form]
-            cells = [result["part"], str(result["batch_size"]), f"{result['compression_ratio']:.0%}", form]
+            cells = [result["part"], result["batch_size"], f"{result['compression_ratio']:.0%}", form]
             cells += [f"{1e3 * statistics.median(t):,.1f}" for t in (base, times)]
             lines.append([*cells, spread(gains), f"{limit:.2f}", f"{statistics.median(gains) / limit:.0%}"])
     header = [
@@ -170,27 +164,9 @@ def table(results: list[dict[str, Any]]) -> str:
         "limit of the linear layers",
         "reached",
     ]
-    return markdown(header, lines)
-
-
-def main() -> None:
-    """Measure, print a table, write all times."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
-    set_seed(0)
-    device = any_device()
-    reason = why_no_compiler(device) if options.compiled else "not asked for"
-    dense: Any = build(options.model, options.layers).to(device, DTYPES[options.dtype]).eval()
-    results: list[dict[str, Any]] = []
-    for ratio in options.compression_ratios:
-        torch.compiler.reset()  # each ratio's graphs are its own: torch stops at 8 of one function
-        with torch.inference_mode():
-            results += measure(dense, ratio, options, reason is None, device)
-    path = write_record(Path(options.output), {"results": results, "why_no_compiler": reason}, options)
-    note = f"\n\nnot compiled: {reason}" if reason else ""
-    sys.stdout.write(f"{table(results)}{note}\n\nwrote {path}\n")
+    reason = results["why_no_compiler"]
+    return markdown_table(header, lines) + (f"\n\nnot compiled: {reason}" if reason else "")
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

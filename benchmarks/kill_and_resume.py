@@ -2,12 +2,12 @@
 
 A small ViT with dropout on random images, `CondLRTrainer`, AdamW, a cosine schedule, a conditioning warm-up, and a
 checkpoint every fourth step. One training is not interrupted. Others are killed at random moments and go on with
-`resume_from_checkpoint=True`, anew where there is no checkpoint yet; where one ends, the next one begins, until there
-were enough kills. Then the same on two processes (gloo), of which one is killed: how long the other one lives, and how
-it ends. Final weights, the optimizer's, the scheduler's and the conditioning's states are compared.
+`resume_from_checkpoint=True`, or start again where there is no checkpoint yet; when one ends, the next one begins,
+until there were enough kills. Then the same on two processes (gloo), of which one is killed: how long the other one
+lives, and how it ends. Final weights and the states of optimizer, scheduler and conditioning are compared.
 
-    python benchmarks/kill_and_resume.py
-    torchrun --nproc_per_node 2 benchmarks/kill_and_resume.py --dies_at 60
+    python -m benchmarks.kill_and_resume
+    torchrun --nproc_per_node 2 --module benchmarks.kill_and_resume --dies_at 60
 """
 
 from __future__ import annotations
@@ -31,23 +31,20 @@ from typing import Any
 
 import torch
 import transformers
-from record import markdown, write_record
-from transformers import HfArgumentParser, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
-from hf_condlr.checkpoints.restore import last_whole_checkpoint
-from hf_condlr.errors import CheckpointError
+from hf_condlr.tables import markdown_table
+from studies.record import parse, set_up, write_record
 
 
 @dataclass
 class Options:
     """How often, and how long a training is."""
 
-    kills: int = field(default=30, metadata={"help": "Of trainings on one process."})
-    rank_kills: int = field(default=5, metadata={"help": "Of one of two processes."})
+    kills: int = field(default=30, metadata={"help": "Kills of trainings on one process."})
+    rank_kills: int = field(default=5, metadata={"help": "Kills of one of two processes."})
     steps: int = field(default=120, metadata={"help": "Optimizer steps of a training."})
-    save_steps: int = field(default=4, metadata={"help": "Between two checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Of the moments."})
     dies_at: int = field(
         default=0, metadata={"help": "Under torchrun: the step at which the last process kills itself."}
     )
@@ -55,12 +52,12 @@ class Options:
 
 
 def train(folder: Path, options: Options, start_seed: int) -> None:
-    """From the last whole checkpoint, or anew, to the end; leaves `final.pt`. `start_seed` is to make no difference."""
+    """Train from the last complete checkpoint, if any, to the end; leaves `final.pt`. `start_seed` must not matter."""
     transformers.set_seed(0)
     rows = [{"pixel_values": torch.rand(1, 8, 8), "labels": i % 3} for i in range(48)]
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, hidden_dropout_prob=0.1, **sizes)
-    resumes = has_whole_checkpoint(folder)
+    resumes = last_step(folder) > 0
     torch.manual_seed(start_seed if resumes else 0)  # what is resumed takes nothing from here
     model = get_robust_lowrank_model(ViTForImageClassification(config), CondLRConfig(rank_ratio=0.4, tau=0.1))
     args = CondLRTrainingArguments(
@@ -70,7 +67,7 @@ def train(folder: Path, options: Options, start_seed: int) -> None:
         learning_rate=1e-2,
         lr_scheduler_type="cosine",
         conditioning_warmup_ratio=0.5,
-        save_steps=options.save_steps,
+        save_steps=4,
         save_total_limit=3,
         report_to=[],
         disable_tqdm=True,
@@ -105,17 +102,8 @@ class Dies(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def has_whole_checkpoint(folder: Path) -> bool:
-    """Whether there is one to go on from."""
-    try:
-        last_whole_checkpoint(str(folder))
-    except CheckpointError:
-        return False
-    return True
-
-
 def equal(x: Any, y: Any) -> bool:
-    """To the bit, all the way down."""
+    """To the bit, at every depth."""
     if isinstance(x, torch.Tensor):
         return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
     if isinstance(x, dict):
@@ -126,21 +114,21 @@ def equal(x: Any, y: Any) -> bool:
 
 
 def final(folder: Path) -> Any:
-    """What a training left."""
+    """The final state of a training."""
     return torch.load(folder / "final.pt", weights_only=True)
 
 
 # ------------------------------------------------------------------------------------------------------ processes
 
 
-def start(action: Callable[[], None], errors: Path, **environment: str) -> int:
-    """Run it in a copy of this process, silently, with its errors in a file; returns the copy's id."""
+def start(action: Callable[[], None], log: Path, **environment: str) -> int:
+    """Run it in a copy of this process that writes into `log`; returns the copy's process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.environ.update(environment)
-            descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             action()
@@ -170,20 +158,31 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def half_written(folder: Path, since: float) -> bool:
-    """Whether the newest checkpoint is not whole, and was written to since then: the kill came while it was saved."""
-    found = [path for path in folder.glob("checkpoint-*") if path.stat().st_mtime >= since]
-    newest = max((int(path.name.rpartition("-")[2]) for path in found), default=0)
-    return newest > last_step(folder)
+def steps_saved(folder: Path) -> dict[int, bool]:
+    """{step of a checkpoint: whether it is complete}: the Trainer writes `trainer_state.json` last."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found[int(path.name.rpartition("-")[2])] = bool(json.loads((path / "trainer_state.json").read_text()))
+        except (OSError, ValueError):
+            found[int(path.name.rpartition("-")[2])] = False
+    return found
 
 
 def last_step(folder: Path) -> int:
-    """Of the checkpoint to go on from; 0 without one."""
-    return int(last_whole_checkpoint(str(folder)).rpartition("-")[2]) if has_whole_checkpoint(folder) else 0
+    """Step of the checkpoint to go on from; 0 without one."""
+    return max((step for step, complete in steps_saved(folder).items() if complete), default=0)
 
 
-def whole_training(folder: Path, options: Options) -> float:
-    """Uninterrupted; its seconds."""
+def was_saving(folder: Path, since: float) -> bool:
+    """Whether the newest checkpoint is not complete and was written to after `since`: the kill came during a save."""
+    newest = max(steps_saved(folder), default=0)
+    path = folder / f"checkpoint-{newest}"
+    return newest > last_step(folder) and path.stat().st_mtime >= since
+
+
+def uninterrupted(folder: Path, options: Options) -> float:
+    """Seconds of a training that is not killed."""
     began = time.monotonic()
     status = wait(start(lambda: train(folder, options, 0), folder.with_suffix(".log")), 600)
     if status != 0:
@@ -192,11 +191,11 @@ def whole_training(folder: Path, options: Options) -> float:
 
 
 def killed_trainings(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
-    """One process."""
-    seconds = whole_training(root / "whole", options)
-    expected = final(root / "whole")
+    """Kills of the only process, and how many trainings ended as if there had been none."""
+    seconds = uninterrupted(root / "reference", options)
+    expected = final(root / "reference")
     in_a_save, same = 0, []
-    at: list[int] = []  # the steps that were gone on from
+    at: list[int] = []  # the steps at which trainings were resumed
     while len(at) < options.kills or not same:
         folder = root / f"killed-{len(same)}"
         while not (folder / "final.pt").exists():
@@ -206,7 +205,7 @@ def killed_trainings(root: Path, options: Options, moments: random.Random) -> di
             if status is None:
                 kill(pid)
                 at.append(last_step(folder))
-                in_a_save += half_written(folder, began)
+                in_a_save += was_saving(folder, began)
             elif status != 0:
                 raise RuntimeError(folder.with_suffix(".log").read_text())
         same.append(equal(final(folder), expected))
@@ -233,7 +232,7 @@ def start_two(folder: Path, options: Options, seed: int) -> list[int]:
 
 
 def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
-    """One of two processes: now the first, now the second."""
+    """Kills of one of two processes, the first and the second in turn."""
     began = time.monotonic()
     folder = root / "both"
     if any(wait(pid, 600) != 0 for pid in start_two(folder, options, 0)):
@@ -262,7 +261,7 @@ def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[s
             log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
             said.append(f"{status}: {log[-1][:120] if log else ''}")
             at.append(last_step(folder))
-            in_a_save += half_written(folder, started)
+            in_a_save += was_saving(folder, started)
         same.append(equal(final(folder), expected))
         shutil.rmtree(folder)
     counts = {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same)}
@@ -271,30 +270,28 @@ def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[s
 
 def main() -> None:
     """Kill, compare, print."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # checkpoints that are passed over
+    (options,) = parse(Options)
+    set_up(threads=1)
+    logging.disable(logging.WARNING)  # of checkpoints that are not complete
     warnings.simplefilter("ignore")
-    moments = random.Random(options.seed)
     if "RANK" in os.environ:
         train(Path(options.output).with_suffix(""), options, 0)
         return
+    moments = random.Random(0)
     with tempfile.TemporaryDirectory() as root:
         one = killed_trainings(Path(root), options, moments)
         two = killed_ranks(Path(root), options, moments) if options.rank_kills else {}
     rows = []
-    for name, found in (("one", one), ("one of two", two)):
+    for name, found in (("the only process", one), ("one of two", two)):
         if found:
             seconds = found.get("seconds", [])
-            lived = f"{statistics.mean(seconds):.1f} s (longest {max(seconds):.1f})" if seconds else ""
-            ended = f"{found['equal']} of {found['trainings']}"
-            rows.append([name, str(found["kills"]), str(found["while saving"]), ended, lived])
+            lived = f"{statistics.mean(seconds):.2f} s (longest {max(seconds):.2f})" if seconds else ""
+            rows.append(
+                [name, found["kills"], found["while saving"], f"{found['equal']} of {found['trainings']}", lived]
+            )
     header = ["killed", "kills", "of them while saving", "ended equal to the bit", "the other one's end after"]
-    sys.stdout.write(markdown(header, rows) + "\n")
-    sys.stdout.write("".join(f"{line}\n" for line in two.get("said", [])))
-    sys.stdout.write(json.dumps({"one": one, "two": two}) + "\n")
-    sys.stdout.write(f"wrote {write_record(Path(options.output), {'one': one, 'two': two}, options)}\n")
+    print(markdown_table(header, rows), *two.get("said", []), sep="\n")
+    print("wrote", write_record(options.output, {"one": one, "two": two}, options))
 
 
 if __name__ == "__main__":

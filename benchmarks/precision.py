@@ -6,8 +6,8 @@ from those of the float32 training, over their norm. Last, what parameters in bf
 float32 training, rounded after each of its exact steps, and the share of entries that a step's update is too small to
 change.
 
-    python benchmarks/precision.py
-    python benchmarks/precision.py --settings float32 compiled "compiled optimizer.step"
+    python -m benchmarks.precision
+    python -m benchmarks.precision --settings float32 compiled "compiled optimizer.step"
 
 The 8-bit optimizers are those of bitsandbytes and torchao, where these are installed.
 """
@@ -17,22 +17,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from record import markdown, write_record
-from speed_parts import any_device, batch_for, build, factor
 from torch import Tensor
-from transformers import HfArgumentParser, logging
 
+from benchmarks.models import batch_for, build, factor
+from benchmarks.timing import CommonOptions, any_device, run
 from hf_condlr import attach_manifold_step
 from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
+from hf_condlr.tables import markdown_table
 
 
 @dataclass
@@ -73,20 +71,17 @@ ROUNDED = "bfloat16 parameters (rounded)"
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is measured."""
 
     settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": ", ".join(SETTINGS)})
     model: str = field(default="minilm", metadata={"help": "minilm, vit-b16 or tiny, with random weights."})
     layers: int = field(default=2, metadata={"help": "Blocks of it."})
-    compression_ratio: float = field(default=0.5, metadata={"help": "Of its linear layers."})
     steps: int = field(default=30, metadata={"help": "Steps of each training."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW."})
-    batch_size: int = field(default=8, metadata={"help": "Samples of a step."})
-    tokens: int = field(default=32, metadata={"help": "Of a sample of text."})
-    scale: float = field(default=2.0**20, metadata={"help": "Where the gradient scaler starts: it skips some steps."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="outputs/precision.json", metadata={"help": "Where the numbers go."})
+
+
+COMPRESSION_RATIO, LEARNING_RATE, BATCH_SIZE, TOKENS = 0.5, 1e-3, 8, 32
+SCALE = 2.0**20  # where the gradient scaler starts: it skips some steps
 
 
 class Training:
@@ -95,7 +90,7 @@ class Training:
     def __init__(self, setting: Setting, options: Options, device: torch.device) -> None:
         torch.manual_seed(0)
         self.setting, self.options, self.device = setting, options, device
-        self.model = factor(build(options.model, options.layers), options.compression_ratio).to(device)
+        self.model = factor(build(options.model, options.layers), COMPRESSION_RATIO).to(device)
         self.model.config.hidden_dropout_prob = 0.0
         self.model.train()
         for module in self.model.modules():
@@ -105,29 +100,26 @@ class Training:
         self.optimizer = self._optimizer()
         warmup = options.steps // 3
         self.handle = attach_manifold_step(self.optimizer, self.model, warmup_steps=warmup)
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=options.scale) if setting.scaler else None
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE) if setting.scaler else None
         self.forward = torch.compile(self.model) if setting.compiled == "model" else self.model
         self.step = torch.compile(self.optimizer.step) if setting.compiled == "step" else self.optimizer.step
+        self.layers = factored_layers(self.model)
         self.skipped, self.kappa, self.error = 0, 0.0, 0.0
 
     def _optimizer(self) -> Any:
-        parameters, lr = self.model.parameters(), self.options.learning_rate
+        parameters, lr = self.model.parameters(), LEARNING_RATE
         if not self.setting.optimizer:
             return torch.optim.AdamW(parameters, lr=lr, fused=self.setting.fused)
         module, _, name = self.setting.optimizer.rpartition(".")
         return getattr(importlib.import_module(module), name)(parameters, lr=lr, weight_decay=0.01)
-
-    @property
-    def layers(self) -> dict[str, LowRankLayer]:
-        return self.handle.layers
 
     def run(self, after: Callable[[Training], None] = lambda training: None) -> dict[str, Any]:
         """All steps, `after` each; the worst that they left."""
         torch.set_float32_matmul_precision(self.setting.matmul)
         for number in range(self.options.steps):
             torch.manual_seed(1 + number)
-            batch = batch_for(self.model, self.options.batch_size, self.options.tokens, self.device)
-            batch["labels"] = torch.arange(self.options.batch_size, device=self.device) % 2
+            batch = batch_for(self.model, BATCH_SIZE, TOKENS, self.device)
+            batch["labels"] = torch.arange(BATCH_SIZE, device=self.device) % 2
             self.train_on(batch)
             if self.handle.step_count:
                 self.kappa = max(self.kappa, worst_kappa(self.layers, lambda S: S))
@@ -190,21 +182,8 @@ class Rounded:
         self.old = new
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each setting."""
-    lines = []
-    for name, row in results.items():
-        distance = "" if row.get("distance") is None else f"{row['distance']:.1e}"
-        excess = f"{row['kappa_over_bound'] - 1:.1e}"
-        lines.append([name, f"{row['skipped']}", excess, f"{row['orthonormality_error']:.1e}", distance])
-    return markdown(["setting", "skipped", "largest κ / bound − 1", "‖UᵀU − I‖_F / √r", "distance from float32"], lines)
-
-
-def main() -> None:
-    """Measure, print a table, write all numbers."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
+def measure(options: Options) -> dict[str, dict[str, Any]]:
+    """Every setting whose packages are installed, and what bfloat16 parameters would hold."""
     device = any_device()
     plain = Training(SETTINGS["float32"], options, device)
     rounded = Rounded(plain)
@@ -218,16 +197,21 @@ def main() -> None:
         training = Training(setting, options, device)
         results[name] = training.run()
         results[name]["distance"] = ((training.matrices() - reference).norm() / reference.norm()).item()
-    results[ROUNDED] = {
-        "skipped": 0,
-        "kappa_over_bound": rounded.kappa,
-        "orthonormality_error": rounded.error,
-        "entries_kept": rounded.kept,
-    }
-    path = write_record(Path(options.output), {"results": results}, options)
-    sys.stdout.write(f"{table(results)}\n\nin bfloat16 a step leaves {100 * rounded.kept:.0f} % of U and V unchanged\n")
-    sys.stdout.write(f"wrote {path}\n")
+    found = {"kappa_over_bound": rounded.kappa, "orthonormality_error": rounded.error, "entries_kept": rounded.kept}
+    return results | {ROUNDED: {"skipped": 0, **found}}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A line for each setting."""
+    lines = []
+    for name, row in results.items():
+        distance = "" if row.get("distance") is None else f"{row['distance']:.1e}"
+        excess = f"{row['kappa_over_bound'] - 1:.1e}"
+        lines.append([name, row["skipped"], excess, f"{row['orthonormality_error']:.1e}", distance])
+    header = ["setting", "skipped", "largest κ / bound − 1", "‖UᵀU − I‖_F / √r", "distance from float32"]
+    kept = f"in bfloat16 a step leaves {100 * results[ROUNDED]['entries_kept']:.0f} % of U and V unchanged"
+    return f"{markdown_table(header, lines)}\n\n{kept}"
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

@@ -5,42 +5,40 @@ of all rounds; every step starts from the same factors, whose cores are outside 
 The leading term of the operations is 8(m + n)r² a layer, with an O(r³) for the cores. Growth is the slope of log(time)
 over log(size) by least squares, of each round by itself: its median and spread.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from record import markdown, write_record
-from speed_parts import any_device, seconds, spread
 from torch import nn
-from transformers import HfArgumentParser
 
+from benchmarks.timing import CommonOptions, any_device, run, seconds, spread
 from hf_condlr import LowRankLinear, attach_manifold_step
+from hf_condlr.tables import markdown_table
+
+NAMES = {"rank": "rank r", "width": "width m = n", "count": "layers"}
+CUBIC = {"rank": "3", "width": "0", "count": "1"}
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is measured: square layers of `width`, `rank` and number `layers`, one of the three varied at a time."""
 
     width: int = field(default=768, metadata={"help": "m = n where it is not varied."})
     rank: int = field(default=96, metadata={"help": "r where it is not varied."})
-    layers: int = field(default=8, metadata={"help": "Their number where it is not varied."})
+    layers: int = field(default=8, metadata={"help": "Number of layers where it is not varied."})
     ranks: list[int] = field(default_factory=lambda: [48, 96, 192, 384], metadata={"help": "Varied."})
     widths: list[int] = field(default_factory=lambda: [384, 768, 1536, 3072], metadata={"help": "Varied."})
-    numbers: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Of layers, varied."})
+    numbers: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Numbers of layers, varied."})
     tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
-    rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; the median counts."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="outputs/scaling.json", metadata={"help": "Where the record goes."})
+    rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; medians are printed."})
 
 
 class Case:
@@ -58,10 +56,8 @@ class Case:
         self.plain = torch.optim.SGD(self.parameters, lr=1e-3)
         self.constrained = torch.optim.SGD(self.parameters, lr=1e-3)
         attach_manifold_step(self.constrained, model)
-        for p in self.parameters:
-            p.grad = torch.randn_like(p) / p.shape[0] ** 0.5
         self.start = [p.detach().clone() for p in self.parameters]
-        self.gradients = [p.grad.clone() for p in self.parameters if p.grad is not None]
+        self.gradients = [torch.randn_like(p) / p.shape[0] ** 0.5 for p in self.start]
 
     def timed(self, step: Callable[[], Any]) -> float:
         """Seconds of one step from the start."""
@@ -75,21 +71,18 @@ class Case:
         return self.timed(self.constrained.step), self.timed(self.plain.step)
 
 
-def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+def slope(sizes: Any, values: Any) -> float:
     """Of log(value) over log(size), by least squares."""
-    x, y = [math.log(v) for v in sizes], [math.log(v) for v in values]
-    middle_x, middle_y = statistics.mean(x), statistics.mean(y)
-    products = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
-    return products / sum((a - middle_x) ** 2 for a in x)
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def measure(options: Options, device: torch.device) -> dict[str, dict[str, Any]]:
+def measure(options: Options) -> dict[str, dict[str, Any]]:
     """{what is varied: its sizes, operations and seconds, rounds × sizes}."""
     base = {"width": options.width, "rank": options.rank, "count": options.layers}
     varied = {"rank": options.ranks, "width": options.widths, "count": options.numbers}
     results = {}
     for what, sizes in varied.items():
-        cases = [Case(**base | {what: size}, tau=options.tau, device=device) for size in sizes]
+        cases = [Case(**base | {what: size}, tau=options.tau, device=any_device()) for size in sizes]
         rounds = [[case.round() for case in cases] for _ in range(options.rounds + 1)][1:]  # the first one warms up
         plain = [min(turn[i][1] for turn in rounds) for i in range(len(cases))]
         results[what] = {
@@ -100,32 +93,20 @@ def measure(options: Options, device: torch.device) -> dict[str, dict[str, Any]]
     return results
 
 
-def tables(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     """Each size, and the growth."""
-    names = {"rank": "rank r", "width": "width m = n", "count": "layers"}
     points, growth = [], []
     for what, result in results.items():
         for i, size in enumerate(result["sizes"]):
             times = [row[i] for row in result["seconds"]]
             rate = result["operations"][i] / statistics.median(times) / 1e9
-            points.append([names[what], str(size), spread([1e3 * t for t in times], 1), f"{rate:.1f}"])
+            points.append([NAMES[what], size, spread([1e3 * t for t in times], 1), f"{rate:.1f}"])
         measured = [slope(result["sizes"], row) for row in result["seconds"]]
         predicted = slope(result["sizes"], result["operations"])
-        cubic = "3" if what == "rank" else "0" if what == "width" else "1"
-        growth.append([names[what], spread(measured), f"{predicted:.2f}", cubic])
-    first = markdown(["varied", "size", "ms", "8(m + n)r² in 10⁹ a second"], points)
-    return f"{first}\n\n{markdown(['grows with', 'slope', 'of 8(m + n)r²', 'of r³'], growth)}"
-
-
-def main() -> None:
-    """Measure, print two tables, write all times."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    results = measure(options, any_device())
-    path = write_record(Path(options.output), {"results": results}, options)
-    sys.stdout.write(f"{tables(results)}\n\nwrote {path}\n")
+        growth.append([NAMES[what], spread(measured), f"{predicted:.2f}", CUBIC[what]])
+    first = markdown_table(["varied", "size", "ms", "8(m + n)r² in 10⁹ a second"], points)
+    return f"{first}\n\n{markdown_table(['grows with', 'slope', 'of 8(m + n)r²', 'of r³'], growth)}"
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

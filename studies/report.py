@@ -20,7 +20,7 @@ def tables(title: str, results: dict[str, Any], attacks: Sequence[Attack], rates
         parts.append(markdown_table(header, map(_summary, groups(rows)), align="lr"))
         for name, keys in columns(attacks).items():
             parts += [f"{name}, accuracy in %", _robustness(rows, keys)]
-    parts += ["Sweep: validation accuracy in %, first seed", _sweep(results["sweep"])]
+    parts.append(sweep_table(results["sweep"]))
     return "\n\n".join([*parts, *_doubts(results, rates)])
 
 
@@ -66,7 +66,8 @@ def _robustness(rows: Iterable[dict[str, Any]], keys: dict[float, str]) -> str:
     return markdown_table(["method", *(f"ε = {budget:g}" for budget in keys)], lines, align="lr")
 
 
-def _sweep(rows: Sequence[dict[str, Any]]) -> str:
+def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Validation accuracy of each method at each learning rate."""
     rates = sorted({row["learning_rate"] for row in rows})
     lines = []
     for group in groups(rows):
@@ -75,7 +76,8 @@ def _sweep(rows: Sequence[dict[str, Any]]) -> str:
             for row in group
         }
         lines.append([group[0]["label"], *(found.get(rate, "") for rate in rates)])
-    return markdown_table(["method", *(f"{rate:g}" for rate in rates)], lines, align="lr")
+    table = markdown_table(["method", *(f"{rate:g}" for rate in rates)], lines, align="lr")
+    return f"Sweep: validation accuracy in %, first seed\n\n{table}"
 
 
 def _doubts(results: dict[str, Any], rates: Sequence[float]) -> list[str]:
