@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,11 @@ import transformers
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr.files import replacing
 from hf_condlr.tables import markdown_table
 from studies.record import parse, set_up, write_record
+
+LONGEST = 600  # seconds of a training
 
 
 @dataclass
@@ -85,8 +87,8 @@ def train(folder: Path, options: Options, start_seed: int) -> None:
             "conditioning": trainer.manifold_step.state_dict(),
             "step": trainer.state.global_step,
         }
-        torch.save(state, folder / "final.pt.half")
-        os.replace(folder / "final.pt.half", folder / "final.pt")
+        with replacing(folder / "final.pt") as temporary:
+            torch.save(state, temporary)
 
 
 class Dies(TrainerCallback):
@@ -113,31 +115,58 @@ def equal(x: Any, y: Any) -> bool:
     return bool(x == y)
 
 
-def final(folder: Path) -> Any:
-    """The final state of a training."""
-    return torch.load(folder / "final.pt", weights_only=True)
-
-
-# ------------------------------------------------------------------------------------------------------ processes
-
-
-def start(action: Callable[[], None], log: Path, **environment: str) -> int:
-    """Run it in a copy of this process that writes into `log`; returns the copy's process id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
+def steps_saved(folder: Path) -> dict[int, bool]:
+    """{step of a checkpoint: whether it is complete}: the Trainer writes `trainer_state.json` last."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        step = int(path.name.rpartition("-")[2])
         try:
-            os.environ.update(environment)
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            action()
-            status = 0
-        except BaseException as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            sys.stderr.flush()
-        os._exit(status)
-    return pid
+            found[step] = bool(json.loads((path / "trainer_state.json").read_text()))
+        except (OSError, ValueError):
+            found[step] = False
+    return found
+
+
+def last_step(folder: Path) -> int:
+    """Step of the checkpoint to go on from; 0 without one."""
+    return max((step for step, complete in steps_saved(folder).items() if complete), default=0)
+
+
+def was_saving(folder: Path, since: float) -> bool:
+    """Whether the newest checkpoint is not complete and was written to after `since`: the kill came during a save."""
+    newest = max(steps_saved(folder), default=0)
+    path = folder / f"checkpoint-{newest}"
+    return newest > last_step(folder) and path.stat().st_mtime >= since
+
+
+def start(folder: Path, options: Options, seed: int, processes: int) -> list[int]:
+    """Begin the training in copies of this process, whose output goes to files beside `folder`; their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(processes):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            status = 1
+            try:
+                os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+                descriptor = os.open(log_of(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                train(folder, options, seed)
+                status = 0
+            except BaseException as error:
+                sys.stderr.write(f"{type(error).__name__}: {error}\n")
+                sys.stderr.flush()
+            os._exit(status)
+    return pids
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    """Output of a process."""
+    return folder.with_name(f"{folder.name}-{rank}.log")
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -158,114 +187,54 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def steps_saved(folder: Path) -> dict[int, bool]:
-    """{step of a checkpoint: whether it is complete}: the Trainer writes `trainer_state.json` last."""
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            found[int(path.name.rpartition("-")[2])] = bool(json.loads((path / "trainer_state.json").read_text()))
-        except (OSError, ValueError):
-            found[int(path.name.rpartition("-")[2])] = False
-    return found
+def finish(pids: list[int], folder: Path, status: int = 0) -> None:
+    """Wait for the end of the processes, which must succeed; `status` of one that has ended already."""
+    if any([status, *(wait(pid, LONGEST) for pid in pids)]):
+        raise RuntimeError("".join(log.read_text() for log in folder.parent.glob(f"{folder.name}-*.log")))
 
 
-def last_step(folder: Path) -> int:
-    """Step of the checkpoint to go on from; 0 without one."""
-    return max((step for step, complete in steps_saved(folder).items() if complete), default=0)
-
-
-def was_saving(folder: Path, since: float) -> bool:
-    """Whether the newest checkpoint is not complete and was written to after `since`: the kill came during a save."""
-    newest = max(steps_saved(folder), default=0)
-    path = folder / f"checkpoint-{newest}"
-    return newest > last_step(folder) and path.stat().st_mtime >= since
-
-
-def uninterrupted(folder: Path, options: Options) -> float:
-    """Seconds of a training that is not killed."""
+def killed_trainings(root: Path, options: Options, processes: int, kills: int) -> dict[str, Any]:
+    """Kills of the only process, or of the two in turn; how many trainings ended as the one without kills."""
+    moments, whole = random.Random(0), root / f"reference-{processes}"
     began = time.monotonic()
-    status = wait(start(lambda: train(folder, options, 0), folder.with_suffix(".log")), 600)
-    if status != 0:
-        raise RuntimeError(folder.with_suffix(".log").read_text())
-    return time.monotonic() - began
-
-
-def killed_trainings(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
-    """Kills of the only process, and how many trainings ended as if there had been none."""
-    seconds = uninterrupted(root / "reference", options)
-    expected = final(root / "reference")
-    in_a_save, same = 0, []
-    at: list[int] = []  # the steps at which trainings were resumed
-    while len(at) < options.kills or not same:
-        folder = root / f"killed-{len(same)}"
+    finish(start(whole, options, 0, processes), whole)
+    seconds = time.monotonic() - began
+    expected = torch.load(whole / "final.pt", weights_only=True)
+    found: dict[str, Any] = {"kills": 0, "while saving": 0, "resumed at": [], "trainings": 0, "equal": 0}
+    found |= {"seconds": [], "said": []}
+    while found["kills"] < kills or not found["trainings"]:
+        folder = root / f"killed-{processes}-{found['trainings']}"
         while not (folder / "final.pt").exists():
-            seed, began = 1000 + len(at), time.time()
-            pid = start(lambda to=folder, seed=seed: train(to, options, seed), folder.with_suffix(".log"))
-            status = wait(pid, moments.uniform(0, 0.6 * seconds) if len(at) < options.kills else 600)
-            if status is None:
-                kill(pid)
-                at.append(last_step(folder))
-                in_a_save += was_saving(folder, began)
-            elif status != 0:
-                raise RuntimeError(folder.with_suffix(".log").read_text())
-        same.append(equal(final(folder), expected))
-        shutil.rmtree(folder)
-    return {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same), "equal": sum(same)}
-
-
-def start_two(folder: Path, options: Options, seed: int) -> list[int]:
-    """Both processes of a training."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    return [
-        start(
-            lambda: train(folder, options, seed),
-            folder.with_name(f"{folder.name}-{rank}.log"),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            **common,
-        )
-        for rank in range(2)
-    ]
-
-
-def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
-    """Kills of one of two processes, the first and the second in turn."""
-    began = time.monotonic()
-    folder = root / "both"
-    if any(wait(pid, 600) != 0 for pid in start_two(folder, options, 0)):
-        raise RuntimeError("".join(log.read_text() for log in root.glob("both-*.log")))
-    seconds, expected = time.monotonic() - began, final(folder)
-    lived, said, at, same, in_a_save = [], [], [], [], 0
-    while len(at) < options.rank_kills or not same:
-        folder = root / f"one-{len(same)}"
-        while not (folder / "final.pt").exists():
-            started, pids, dies = time.time(), start_two(folder, options, 1000 + len(at)), len(at) % 2
-            moment = moments.uniform(0.2, 0.7) * seconds if len(at) < options.rank_kills else 600
-            status = wait(pids[1 - dies], moment)
-            if status is not None:  # at the end
-                if status or wait(pids[dies], 600):
-                    raise RuntimeError("".join(log.read_text() for log in root.glob(f"{folder.name}-*.log")))
+            since, pids = time.time(), start(folder, options, 1000 + found["kills"], processes)
+            if found["kills"] == kills:
+                finish(pids, folder)
                 continue
-            kill(pids[dies])
+            victim = pids[found["kills"] % processes]
+            others = [pid for pid in pids if pid != victim]
+            watched = (others or pids)[0]
+            # Two processes take the first fifth of the time to find each other.
+            status = wait(watched, moments.uniform(0.2 * (processes > 1), 0.65) * seconds)
+            if status is not None:
+                finish([pid for pid in pids if pid != watched], folder, status)
+                continue
+            kill(victim)
             began = time.monotonic()
-            status = wait(pids[1 - dies], 120)
-            lived.append(time.monotonic() - began)
-            if status == 0:  # it had nothing left to do with the other one
-                lived.pop()
-                continue
-            if status is None:
-                kill(pids[1 - dies])
-            log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
-            said.append(f"{status}: {log[-1][:120] if log else ''}")
-            at.append(last_step(folder))
-            in_a_save += was_saving(folder, started)
-        same.append(equal(final(folder), expected))
+            status = wait(watched, 120) if others else None
+            if status == 0:
+                continue  # it had nothing left to do with the other one
+            if others:
+                found["seconds"].append(time.monotonic() - began)
+                lines = log_of(folder, pids.index(watched)).read_text().strip().splitlines()
+                found["said"].append(f"{status}: {lines[-1][:120] if lines else ''}")
+                if status is None:
+                    kill(watched)
+            found["kills"] += 1
+            found["resumed at"].append(last_step(folder))
+            found["while saving"] += was_saving(folder, since)
+        found["trainings"] += 1
+        found["equal"] += equal(torch.load(folder / "final.pt", weights_only=True), expected)
         shutil.rmtree(folder)
-    counts = {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same)}
-    return counts | {"equal": sum(same), "seconds": lived, "said": said}
+    return found
 
 
 def main() -> None:
@@ -277,20 +246,16 @@ def main() -> None:
     if "RANK" in os.environ:
         train(Path(options.output).with_suffix(""), options, 0)
         return
-    moments = random.Random(0)
     with tempfile.TemporaryDirectory() as root:
-        one = killed_trainings(Path(root), options, moments)
-        two = killed_ranks(Path(root), options, moments) if options.rank_kills else {}
+        one = killed_trainings(Path(root), options, 1, options.kills)
+        two = killed_trainings(Path(root), options, 2, options.rank_kills)
     rows = []
     for name, found in (("the only process", one), ("one of two", two)):
-        if found:
-            seconds = found.get("seconds", [])
-            lived = f"{statistics.mean(seconds):.2f} s (longest {max(seconds):.2f})" if seconds else ""
-            rows.append(
-                [name, found["kills"], found["while saving"], f"{found['equal']} of {found['trainings']}", lived]
-            )
+        seconds = found["seconds"]
+        lived = f"{statistics.mean(seconds):.2f} s (longest {max(seconds):.2f})" if seconds else ""
+        rows.append([name, found["kills"], found["while saving"], f"{found['equal']} of {found['trainings']}", lived])
     header = ["killed", "kills", "of them while saving", "ended equal to the bit", "the other one's end after"]
-    print(markdown_table(header, rows), *two.get("said", []), sep="\n")
+    print(markdown_table(header, rows), *two["said"], sep="\n")
     print("wrote", write_record(options.output, {"one": one, "two": two}, options))
 
 
