@@ -25,7 +25,7 @@ import torch
 from torch import distributed as dist
 
 from benchmarks import manifold_step
-from benchmarks.timing import CommonOptions, in_turn
+from benchmarks.timing import in_turn
 from hf_condlr.tables import markdown_table
 from studies.record import environment, parse, set_up, write_record
 
@@ -34,7 +34,7 @@ STEP, CHECKED, REDUCE = "step", "step and drift check", "all-reduce"
 
 
 @dataclass
-class Options(CommonOptions):
+class Options(manifold_step.Options):
     """What is measured."""
 
     models: list[str] = field(
@@ -42,8 +42,7 @@ class Options(CommonOptions):
     )
     rank_ratios: list[float] = field(default_factory=lambda: [0.1, 0.25], metadata={"help": "Rank over min(m, n)."})
     blocks: int = field(default=3, metadata={"help": "Blocks of a model."})
-    tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
-    rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; medians are printed."})
+    threads: int = field(default=1, metadata={"help": "Threads of each process."})
     output: str = field(default="outputs/distributed_step.json", metadata={"help": "Where the record goes."})
 
 
@@ -56,8 +55,7 @@ def written() -> int:
 def measure(name: str, rank_ratio: float, options: Options) -> dict[str, Any]:
     """Seconds of the slowest process, of every call and round, and the bytes that this one wrote in the last round."""
     torch.manual_seed(0)  # the same factors and gradients on every process
-    settings = manifold_step.Options(blocks=options.blocks, tau=options.tau)
-    case = manifold_step.Case(name, rank_ratio, settings, torch.device("cpu"))
+    case = manifold_step.Case(name, rank_ratio, options, torch.device("cpu"))
     gradients = torch.cat([g.flatten() for g in case.gradients])
     sent: dict[str, int] = {}
 

@@ -9,23 +9,21 @@ The floor is the bare matrix products: two projections, a Gram matrix and the pr
 and V, one factor after the other, after each step. Times are means over all steps, and shares those of the sums: on a
 shared machine the median of a short range is one that nobody interrupted, that of a long one is not.
 
-    python -m benchmarks.profile_step --model minilm
-    python -m benchmarks.profile_step --model vit-b16 --batch_size 128 --dtype bfloat16
+    python -m benchmarks.profile_step --models minilm
+    python -m benchmarks.profile_step --models vit-b16 --batch_size 128 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.models import CONFIGS
-from benchmarks.timing import CommonOptions, any_device, run
-from benchmarks.training_step import Step
+from benchmarks.timing import any_device, run
+from benchmarks.training_step import Options, Step
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.tables import markdown_table
 
@@ -46,19 +44,6 @@ OPERATORS = {
 MANIFOLD = "manifold step"
 FLOOR = "floor: the bare products"
 REST = "elementwise, checks and Python"
-
-
-@dataclass
-class Options(CommonOptions):
-    """What is measured."""
-
-    model: str = field(default="minilm", metadata={"help": ", ".join(CONFIGS)})
-    batch_size: int | None = field(default=None, metadata={"help": "Samples; by default as many as give 4,096 tokens."})
-    tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (autocast)."})
-    compression_ratio: float = field(default=0.6, metadata={"help": "Share of the linear layers' weights removed."})
-    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
-    rounds: int = field(default=5, metadata={"help": "Steps that are profiled, after two that warm up."})
 
 
 @contextmanager
@@ -133,30 +118,31 @@ def bare_products(model: torch.nn.Module) -> None:
                     U @ (U.mT @ U)
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Seconds of every part and step."""
-    device = any_device()
-    step = Step("low rank", options.model, options, device)
-    attach_in_ranges(step, device)
-    found = [profiled(step, device) for _ in range(options.rounds + 2)][2:]
-    title = f"{options.model}, {step.tokens:,} tokens, {options.dtype}, {device.type}"
-    return {"title": title, "seconds": found}
+def measure(options: Options) -> dict[str, list[dict[str, float]]]:
+    """Seconds of every part, for each model and round, after two that warm up."""
+    device, results = any_device(), {}
+    for name in options.models:
+        step = Step("low rank", name, options, device)
+        attach_in_ranges(step, device)
+        title = f"{name}, {step.tokens:,} tokens, {options.dtype}, {device.type}"
+        results[title] = [profiled(step, device) for _ in range(options.rounds + 2)][2:]
+    return results
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Milliseconds and shares of the training step and of the manifold step."""
-    found = results["seconds"]
-    means = {part: sum(times[part] for times in found) / len(found) for part in found[0]}
-    total = sum(means[part] for part in ("forward", "backward", "optimizer", MANIFOLD))
-    lines = []
-    for part, mean in means.items():
-        own = part not in ("forward", "backward", "optimizer")
-        label = f"– {part}" if own and part != MANIFOLD else part
-        share = f"{mean / means[MANIFOLD]:.0%}" if own else ""
-        lines.append([label, f"{1e3 * mean:,.1f}", f"{mean / total:.1%}", share])
-    return f"{results['title']}\n\n" + markdown_table(
-        ["part", "ms", "of the training step", "of the manifold step"], lines
-    )
+    tables = []
+    for title, found in results.items():
+        means = {part: sum(times[part] for times in found) / len(found) for part in found[0]}
+        total = sum(means[part] for part in ("forward", "backward", "optimizer", MANIFOLD))
+        lines = []
+        for part, mean in means.items():
+            own = part not in ("forward", "backward", "optimizer")
+            label = f"– {part}" if own and part != MANIFOLD else part
+            share = f"{mean / means[MANIFOLD]:.0%}" if own else ""
+            lines.append([label, f"{1e3 * mean:,.1f}", f"{mean / total:.1%}", share])
+        tables.append(markdown_table([title, "ms", "of the training step", "of the manifold step"], lines, align="lr"))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,47 +115,17 @@ def build(study: str, row: dict[str, Any], options: dict[str, Any]) -> nn.Module
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def accuracies(report: RobustnessReport) -> dict[str, dict[float, float]]:
-    """{attack: {budget: accuracy}}; with the worst case of each threat that has several attacks."""
-    found: dict[str, dict[float, float]] = {}
-    for attack in report.attacks:
-        found.setdefault(attack.name, {})[attack.epsilon] = attack.robust_accuracy
-    for case in report.worst_cases:
-        if len({attack.name for attack in report.attacks if attack.threat == case.threat}) > 1:
-            found.setdefault(f"worst of all {case.threat}", {})[case.epsilon] = case.robust_accuracy
-    return found
-
-
-def attack_tables(reports: Sequence[RobustnessReport]) -> Iterator[str]:
-    """For each attack with several budgets a line a method and a column a budget, over the seeds; then all others."""
-    runs: dict[str, list[dict[str, dict[float, float]]]] = {}
-    for report in reports:
-        runs.setdefault(report.model, []).append({"clean": {0.0: report.clean_accuracy}} | accuracies(report))
-
-    def cell(method: str, name: str, budget: float) -> str:
-        return mean_and_spread([run[name][budget] for run in runs[method]])
-
-    rest = [["clean", "", *(cell(method, "clean", 0.0) for method in runs)]]
-    for name, budgets in accuracies(reports[0]).items():
-        if len(budgets) == 1:
-            rest += [[name, f"{b:g}", *(cell(method, name, b) for method in runs)] for b in budgets]
-            continue
-        lines = [[m, cell(m, "clean", 0.0), *(cell(m, name, budget) for budget in budgets)] for m in runs]
-        header = ["method", "clean", *(f"ε = {budget:g}" for budget in budgets)]
-        yield f"{name}, accuracy in %\n\n{markdown_table(header, lines)}"
-    if len(rest) > 1:
-        yield "Accuracy in %\n\n" + markdown_table(["attack or corruption", "ε or severity", *runs], rest)
-
-
-def area_table(reports: Sequence[RobustnessReport]) -> str:
-    """Expected robustness: the area under the curve of the worst case over ε, over the seeds."""
-    threats = [threat for threat in reports[0].threats if len(reports[0].curve(threat)[0]) > 2]
-    lines = []
-    for method in dict.fromkeys(report.model for report in reports):
-        runs = [report for report in reports if report.model == method]
-        lines.append([method, *(mean_and_spread([run.area(threat) for run in runs]) for threat in threats)])
-    header = [f"{threat}, ε ≤ {reports[0].curve(threat)[0][-1]:g}" for threat in threats]
-    return "Area under accuracy over ε, in %\n\n" + markdown_table(["method", *header], lines)
+def table(tests: Sequence[dict[str, Any]], reports: Sequence[RobustnessReport]) -> str:
+    """A line for each attack and budget, a column for each method, over the seeds; the area under accuracy over ε."""
+    lines: dict[str, dict[str, list[float]]] = {}
+    for test, report in zip(tests, reports, strict=True):
+        areas = {
+            f"area, {threat}": report.area(threat) for threat in report.threats if len(report.curve(threat)[0]) > 2
+        }
+        for name, value in ({"clean": report.clean_accuracy} | test["robust_accuracy"] | areas).items():
+            lines.setdefault(name, {}).setdefault(test["label"], []).append(value)
+    cells = [[name, *map(mean_and_spread, methods.values())] for name, methods in lines.items()]
+    return "Accuracy in %\n\n" + markdown_table(["attack", *lines["clean"]], cells, align="lr")
 
 
 def facts_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -196,9 +166,8 @@ def main() -> None:
         ]
         results.append(tests)
         reports = [RobustnessReport.load(test["report"]) for test in tests]
-        tables += attack_tables(reports)
+        tables.append(table(tests, reports))
         if not part.once:
-            tables.append(area_table(reports))
             draw(reports, folder / "curves.png")  # runs of one method as one line
         doubts = [f"- {x['label']}, seed {x['seed']}: {check}" for x in tests for check in x["failed_checks"]]
         if doubts:

@@ -134,11 +134,11 @@ def test_scaling(run):
 
 
 def test_profile_step(run):
-    rows, results = run(profile_step, "--model", "tiny", *TINY, "--rounds", "1")
+    rows, results = run(profile_step, "--models", "tiny", *TINY, "--rounds", "1")
     parts = ["matrix products", "factorisations", "copies", "elementwise, checks and Python"]
     labels = [f"– {part}" for part in (*parts, "floor: the bare products")]
     assert [row[0] for row in rows] == ["forward", "backward", "optimizer", "manifold step", *labels]
-    [seconds] = results["seconds"]
+    [[seconds]] = results.values()
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds[part] for part in parts) == pytest.approx(seconds["manifold step"])
 

@@ -77,8 +77,8 @@ def test_vit_small_and_its_robustness(run, monkeypatch, tmp_path):
     attacked = counted(monkeypatch, rows, "evaluate_robustness")
     text = run(robustness_study, *options)
     assert len(attacked) == 4 + 2
-    assert "worst of all linf, accuracy in %" in text and "Area under accuracy over ε" in text
-    assert len(re.findall(r"^\| contrast \| 3 \|", text, re.MULTILINE)) == 1
+    for line in ("worst linf 0.01", "area, linf", "pgd-l2 0.5", "contrast 3"):
+        assert len(re.findall(rf"^\| {line} \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \|$", text, re.MULTILINE)) == 1
     assert (tmp_path / "vit" / "curves.png").exists()
     assert run(robustness_study, *options) == text and len(attacked) == 6
 
@@ -140,7 +140,7 @@ def test_text_study_and_its_robustness(run, monkeypatch, tmp_path):
 
     options = ["--study", "minilm", "--record", tmp_path / "text" / "results.json", "--samples", "8", "--steps", "1"]
     text = run(robustness_study, *options, "--output_dir", tmp_path, "--checked_seeds", "9")
-    assert "pgd-embedding, accuracy in %" in text and "characters, accuracy in %" in text
+    assert "| pgd-embedding 0.02 |" in text and "| characters 0.1 |" in text
 
 
 def test_attack_cost(run, tmp_path):
