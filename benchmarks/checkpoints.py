@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from benchmarks.models import batch_for, build
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import CondLRConfig, export_onnx, fold_model, get_robust_lowrank_model, to_dense_model
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 LLAMA = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
 INSIDE = "CONDLR_BENCHMARK_HUB"  # set in the process that knows the Hub of the tests
@@ -35,8 +36,8 @@ INSIDE = "CONDLR_BENCHMARK_HUB"  # set in the process that knows the Hub of the 
 class Options(CommonOptions):
     """What is measured."""
 
-    minilm: str | None = field(default=None, metadata={"help": "Folder of all-MiniLM-L6-v2; left out if not given."})
-    compression_ratio: float = field(default=0.6, metadata={"help": "Share of the linear weights removed."})
+    minilm: str | None = option(None, "Folder of all-MiniLM-L6-v2; left out if not given.")
+    compression_ratio: float = option(0.6, "Share of the linear weights removed.")
 
 
 def models(options: Options) -> dict[str, Callable[[], PreTrainedModel]]:

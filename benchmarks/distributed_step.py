@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import distributed as dist
 from benchmarks import manifold_step
 from benchmarks.timing import in_turn
 from hf_condlr.tables import markdown_table
-from studies.record import environment, parse, set_up, write_record
+from studies.record import environment, option, parse, set_up, write_record
 
 IO = Path("/proc/self/io")
 STEP, CHECKED, REDUCE = "step", "step and drift check", "all-reduce"
@@ -37,13 +37,11 @@ STEP, CHECKED, REDUCE = "step", "step and drift check", "all-reduce"
 class Options(manifold_step.Options):
     """What is measured."""
 
-    models: list[str] = field(
-        default_factory=lambda: ["bert-base", "vit-l"], metadata={"help": ", ".join(manifold_step.SHAPES)}
-    )
-    rank_ratios: list[float] = field(default_factory=lambda: [0.1, 0.25], metadata={"help": "Rank over min(m, n)."})
-    blocks: int = field(default=3, metadata={"help": "Blocks of a model."})
-    threads: int = field(default=1, metadata={"help": "Threads of each process."})
-    output: str = field(default="outputs/distributed_step.json", metadata={"help": "Where the record goes."})
+    models: list[str] = option(["bert-base", "vit-l"], ", ".join(manifold_step.SHAPES))
+    rank_ratios: list[float] = option([0.1, 0.25], "Rank over min(m, n).")
+    blocks: int = option(3, "Blocks of a model.")
+    threads: int = option(1, "Threads of each process.")
+    output: str = option("outputs/distributed_step.json", "Where the record goes.")
 
 
 def written() -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run
 from hf_condlr import LowRankLinear
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 # (m, n): attention and the two layers of the MLP, of ViT-B and BERT-base
 SHAPES = {"768x768": (768, 768), "3072x768": (3072, 768), "768x3072": (768, 3072)}
@@ -36,9 +37,9 @@ SHAPES = {"768x768": (768, 768), "3072x768": (3072, 768), "768x3072": (768, 3072
 class Options(CommonOptions):
     """What is measured."""
 
-    shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": "out x in: " + ", ".join(SHAPES)})
-    rank_ratios: list[float] = field(default_factory=lambda: [0.25, 0.5], metadata={"help": "r / min(m, n)."})
-    rows: list[int] = field(default_factory=lambda: [64, 512, 4096], metadata={"help": "Tokens in the batch, B."})
+    shapes: list[str] = option(list(SHAPES), "out x in: " + ", ".join(SHAPES))
+    rank_ratios: list[float] = option([0.25, 0.5], "r / min(m, n).")
+    rows: list[int] = option([64, 512, 4096], "Tokens in the batch, B.")
 
 
 def three_products(layer: LowRankLinear, x: Tensor) -> Tensor:

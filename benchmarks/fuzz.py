@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_cases
 from benchmarks.fuzz_cases import CORES, GRADIENTS, INF, OPTIMIZERS, Case, Do, Layer, Step
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 
 TAUS = (0.0, 1e-7, 1e-3, 0.1, 1.0, 30.0, 1e5, INF)
 RATES = (1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e4, 1e10, 1e20, 1e30)
@@ -34,9 +34,9 @@ configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 class Options:
     """How long."""
 
-    steps: int = field(default=100_000, metadata={"help": "Least number of optimizer steps."})
-    seed: int = field(default=0, metadata={"help": "Of the first cases; further ones have the next seeds."})
-    output: str = field(default="outputs/fuzz.json", metadata={"help": "Where the counts go."})
+    steps: int = option(100_000, "Least number of optimizer steps.")
+    seed: int = option(0, "Of the first cases; further ones have the next seeds.")
+    output: str = option("outputs/fuzz.json", "Where the counts go.")
 
 
 @st.composite

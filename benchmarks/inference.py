@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,22 +33,21 @@ from benchmarks.models import CONFIGS, DTYPES, batch_for, build, factor, linear_
 from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
 from hf_condlr import fold_model
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 
 @dataclass
 class Options(CommonOptions):
     """What is measured."""
 
-    model: str = field(default="vit-b16", metadata={"help": ", ".join(CONFIGS)})
-    layers: int = field(default=2, metadata={"help": "Blocks of the model; those of ViT-B/16 are 12."})
-    compression_ratios: list[float] = field(
-        default_factory=lambda: [0.4, 0.6, 0.75], metadata={"help": "Share of the linear layers' weights removed."}
-    )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 64], metadata={"help": "Samples in a batch."})
-    tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
-    dtype: str = field(default="float32", metadata={"help": ", ".join(DTYPES)})
-    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
-    compiled: bool = field(default=True, metadata={"help": "Try torch.compile."})
+    model: str = option("vit-b16", ", ".join(CONFIGS))
+    layers: int = option(2, "Blocks of the model; those of ViT-B/16 are 12.")
+    compression_ratios: list[float] = option([0.4, 0.6, 0.75], "Share of the linear layers' weights removed.")
+    batch_sizes: list[int] = option([1, 64], "Samples in a batch.")
+    tokens: int = option(128, "Tokens of a text.")
+    dtype: str = option("float32", ", ".join(DTYPES))
+    rank_multiple: int = option(1, "Ranks are rounded down to multiples of it.")
+    compiled: bool = option(True, "Try torch.compile.")
 
 
 class LinearLayers(nn.Module):

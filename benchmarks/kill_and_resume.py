@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
 from hf_condlr.files import replacing
 from hf_condlr.tables import markdown_table
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 
 LONGEST = 600  # seconds of a training
 
@@ -44,13 +44,11 @@ LONGEST = 600  # seconds of a training
 class Options:
     """How often, and how long a training is."""
 
-    kills: int = field(default=30, metadata={"help": "Kills of trainings on one process."})
-    rank_kills: int = field(default=5, metadata={"help": "Kills of one of two processes."})
-    steps: int = field(default=120, metadata={"help": "Optimizer steps of a training."})
-    dies_at: int = field(
-        default=0, metadata={"help": "Under torchrun: the step at which the last process kills itself."}
-    )
-    output: str = field(default="outputs/kill_and_resume.json", metadata={"help": "Where the numbers go."})
+    kills: int = option(30, "Kills of trainings on one process.")
+    rank_kills: int = option(5, "Kills of one of two processes.")
+    steps: int = option(120, "Optimizer steps of a training.")
+    dies_at: int = option(0, "Under torchrun: the step at which the last process kills itself.")
+    output: str = option("outputs/kill_and_resume.json", "Where the numbers go.")
 
 
 def train(folder: Path, options: Options, start_seed: int) -> None:

@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -27,6 +27,7 @@ from benchmarks.timing import CommonOptions, run
 from hf_condlr import attach_manifold_step
 from hf_condlr.linalg import condition_number, orthonormality_error
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 32, 3e-3, 0.01
 NOISE = 0.3  # standard deviation, on pixels in [0, 1]
@@ -44,10 +45,10 @@ PANELS = (
 class Options(CommonOptions):
     """The training."""
 
-    steps: int = field(default=50_000, metadata={"help": "Optimizer steps."})
-    window: int = field(default=500, metadata={"help": "Steps that a row of the record sums up."})
-    warmup_steps: int = field(default=5_000, metadata={"help": "Of the bound on κ."})
-    picture: str = field(default="", metadata={"help": "Where the picture goes; none without it."})
+    steps: int = option(50_000, "Optimizer steps.")
+    window: int = option(500, "Steps that a row of the record sums up.")
+    warmup_steps: int = option(5_000, "Of the bound on κ.")
+    picture: str = option("", "Where the picture goes; none without it.")
 
 
 def batches(split: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,7 +21,7 @@ import itertools
 import statistics
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from benchmarks.timing import CommonOptions, any_device, in_turn, ratios, run, s
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.linalg import clamp_singular_values, clip_core_by_products, project_horizontal
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 # (m, n) of the linear layers of one block, and the number of blocks
 SHAPES = {
@@ -49,15 +50,13 @@ LEARNING_RATE = 1e-3
 class Options(CommonOptions):
     """What is measured."""
 
-    models: list[str] = field(default_factory=lambda: ["bert-base-3-layers"], metadata={"help": ", ".join(SHAPES)})
-    rank_ratios: list[float] = field(default_factory=lambda: [0.2], metadata={"help": "Rank over min(m, n)."})
-    blocks: int | None = field(default=None, metadata={"help": "Blocks of a model; all of it if not given."})
-    tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
-    rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; medians are printed."})
-    conditioning: bool = field(
-        default=False, metadata={"help": "Also the conditioning alone, by eigh and by matrix products."}
-    )
-    threads: int = field(default=2, metadata={"help": "Threads of torch on a CPU."})
+    models: list[str] = option(["bert-base-3-layers"], ", ".join(SHAPES))
+    rank_ratios: list[float] = option([0.2], "Rank over min(m, n).")
+    blocks: int | None = option(None, "Blocks of a model; all of it if not given.")
+    tau: float = option(0.1, "Conditioning tolerance.")
+    rounds: int = option(7, "Interleaved repetitions; medians are printed.")
+    conditioning: bool = option(False, "Also the conditioning alone, by eigh and by matrix products.")
+    threads: int = option(2, "Threads of torch on a CPU.")
 
 
 class Case:

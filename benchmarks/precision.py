@@ -19,7 +19,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from hf_condlr import attach_manifold_step
 from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 
 @dataclass
@@ -74,10 +75,10 @@ ROUNDED = "bfloat16 parameters (rounded)"
 class Options(CommonOptions):
     """What is measured."""
 
-    settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": ", ".join(SETTINGS)})
-    model: str = field(default="minilm", metadata={"help": "minilm, vit-b16 or tiny, with random weights."})
-    layers: int = field(default=2, metadata={"help": "Blocks of it."})
-    steps: int = field(default=30, metadata={"help": "Steps of each training."})
+    settings: list[str] = option(list(SETTINGS), ", ".join(SETTINGS))
+    model: str = option("minilm", "minilm, vit-b16 or tiny, with random weights.")
+    layers: int = option(2, "Blocks of it.")
+    steps: int = option(30, "Steps of each training.")
 
 
 COMPRESSION_RATIO, LEARNING_RATE, BATCH_SIZE, TOKENS = 0.5, 1e-3, 8, 32

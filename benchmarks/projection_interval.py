@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_
 from hf_condlr.layers import factored_layers
 from hf_condlr.robustness.attacks import PGD, PixelModel
 from hf_condlr.tables import markdown_table
-from studies.record import mean_and_spread
+from studies.record import mean_and_spread, option
 from studies.report import groups, sweep_table
 from studies.rows import sweep
 
@@ -37,12 +37,10 @@ RANK_RATIO, TAU = 0.25, 0.1
 class Options(CommonOptions):
     """What is varied."""
 
-    intervals: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "projection_interval."})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], metadata={"help": "Tried by every interval."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "The first one sweeps."})
-    epochs: int = field(default=60, metadata={"help": "Passes over 808 images, in batches of 64."})
+    intervals: list[int] = option([1, 2, 4, 8, 16], "projection_interval.")
+    learning_rates: list[float] = option([3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "Tried by every interval.")
+    seeds: list[int] = option([0, 1, 2, 3, 4], "The first one sweeps.")
+    epochs: int = option(60, "Passes over 808 images, in batches of 64.")
 
 
 def load() -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.timing import CommonOptions, any_device, run, seconds, spread
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.tables import markdown_table
+from studies.record import option
 
 NAMES = {"rank": "rank r", "width": "width m = n", "count": "layers"}
 CUBIC = {"rank": "3", "width": "0", "count": "1"}
@@ -31,14 +32,14 @@ CUBIC = {"rank": "3", "width": "0", "count": "1"}
 class Options(CommonOptions):
     """What is measured: square layers of `width`, `rank` and number `layers`, one of the three varied at a time."""
 
-    width: int = field(default=768, metadata={"help": "m = n where it is not varied."})
-    rank: int = field(default=96, metadata={"help": "r where it is not varied."})
-    layers: int = field(default=8, metadata={"help": "Number of layers where it is not varied."})
-    ranks: list[int] = field(default_factory=lambda: [48, 96, 192, 384], metadata={"help": "Varied."})
-    widths: list[int] = field(default_factory=lambda: [384, 768, 1536, 3072], metadata={"help": "Varied."})
-    numbers: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Numbers of layers, varied."})
-    tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
-    rounds: int = field(default=7, metadata={"help": "Interleaved repetitions; medians are printed."})
+    width: int = option(768, "m = n where it is not varied.")
+    rank: int = option(96, "r where it is not varied.")
+    layers: int = option(8, "Number of layers where it is not varied.")
+    ranks: list[int] = option([48, 96, 192, 384], "Varied.")
+    widths: list[int] = option([384, 768, 1536, 3072], "Varied.")
+    numbers: list[int] = option([4, 8, 16, 32], "Numbers of layers, varied.")
+    tau: float = option(0.1, "Conditioning tolerance.")
+    rounds: int = option(7, "Interleaved repetitions; medians are printed.")
 
 
 class Case:

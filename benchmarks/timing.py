@@ -6,21 +6,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 
 
 @dataclass
 class CommonOptions:
     """What every benchmark takes."""
 
-    rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; medians are printed."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="", metadata={"help": "Where the record goes; outputs/NAME.json if not given."})
+    rounds: int = option(5, "Interleaved repetitions; medians are printed.")
+    threads: int = option(1, "Threads of torch on a CPU.")
+    output: str = option("", "Where the record goes; outputs/NAME.json if not given.")
 
 
 def run(options_class: type, measure: Callable[[Any], dict[str, Any]], table: Callable[[Any], str]) -> None:

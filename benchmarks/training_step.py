@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +34,7 @@ from benchmarks.models import CONFIGS, DTYPES, autocast, batch_for, build, facto
 from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
 from hf_condlr.tables import markdown_table
-from studies.record import set_up
+from studies.record import option, set_up
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
 LORA_RANK = 16
@@ -47,13 +47,13 @@ GIVING_BACK = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
 class Options(CommonOptions):
     """What is measured."""
 
-    models: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": ", ".join(CONFIGS)})
-    batch_size: int | None = field(default=None, metadata={"help": "Samples; by default as many as give 4,096 tokens."})
-    tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
-    dtype: str = field(default="float32", metadata={"help": f"{', '.join(DTYPES)} (autocast)."})
-    compression_ratio: float = field(default=0.6, metadata={"help": "Share of the linear layers' weights removed."})
-    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
-    memory: bool = field(default=True, metadata={"help": "Measure peak memory, a process for each method."})
+    models: list[str] = option(["minilm"], ", ".join(CONFIGS))
+    batch_size: int | None = option(None, "Samples; by default as many as give 4,096 tokens.")
+    tokens: int = option(128, "Tokens of a text.")
+    dtype: str = option("float32", f"{', '.join(DTYPES)} (autocast).")
+    compression_ratio: float = option(0.6, "Share of the linear layers' weights removed.")
+    rank_multiple: int = option(1, "Ranks are rounded down to multiples of it.")
+    memory: bool = option(True, "Measure peak memory, a process for each method.")
 
 
 class Step:

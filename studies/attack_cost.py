@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from hf_condlr.robustness.attacks import PGD, EmbeddingPGD, PixelModel, TextMode
 from hf_condlr.robustness.attacks.base import Inputs, attacked
 from hf_condlr.tables import markdown_table
 from studies.paper.networks import LeNet5
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 from studies.vit_small import Variant, build_model
 
 
@@ -32,12 +32,12 @@ from studies.vit_small import Variant, build_model
 class Options:
     """What is measured."""
 
-    samples: int = field(default=1000, metadata={"help": "Images or texts attacked in a round."})
-    batch_size: int = field(default=100, metadata={"help": "Samples attacked together."})
-    steps: int = field(default=20, metadata={"help": "Gradient steps of PGD."})
-    rounds: int = field(default=3, metadata={"help": "Times that all samples are attacked."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch."})
-    output: str = field(default="outputs/attack_cost.json", metadata={"help": "Where the record goes."})
+    samples: int = option(1000, "Images or texts attacked in a round.")
+    batch_size: int = option(100, "Samples attacked together.")
+    steps: int = option(20, "Gradient steps of PGD.")
+    rounds: int = option(3, "Times that all samples are attacked.")
+    threads: int = option(1, "Threads of torch.")
+    output: str = option("outputs/attack_cost.json", "Where the record goes.")
 
 
 def bert() -> TextModel:

@@ -43,7 +43,7 @@ from studies import vit_small
 from studies.data import data_folder, load_images
 from studies.paper.experiments import EXPERIMENTS
 from studies.paper.study import load_trained, pixel_model
-from studies.record import mean_and_spread, parse, set_up, write_record
+from studies.record import mean_and_spread, option, parse, set_up, write_record
 from studies.report import groups, largest
 from studies.rows import attacked
 
@@ -54,16 +54,15 @@ class Options:
 
     study: str = field(metadata={"help": "Which models.", "choices": ["lenet5", "vit", "minilm"]})
     record: str = field(metadata={"help": "results.json of the study that trained the models."})
-    samples: int = field(default=1000, metadata={"help": "The first test images, so many; test sentences drawn once."})
-    steps: int = field(default=20, metadata={"help": "Steps of PGD, with one random start."})
-    autoattack_samples: int = field(
-        default=500,
-        metadata={"help": "The first test images, so many, for AutoAttack, which is slow: first seed only."},
+    samples: int = option(1000, "The first test images, so many; test sentences drawn once.")
+    steps: int = option(20, "Steps of PGD, with one random start.")
+    autoattack_samples: int = option(
+        500, "The first test images, so many, for AutoAttack, which is slow: first seed only."
     )
-    checked_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Trainings that are checked too."})
-    check_samples: int = field(default=128, metadata={"help": "Samples that the checks attack again."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch."})
-    output_dir: str = field(default="outputs/robustness", metadata={"help": "Tables and pictures go to STUDY in it."})
+    checked_seeds: list[int] = option([0], "Trainings that are checked too.")
+    check_samples: int = option(128, "Samples that the checks attack again.")
+    threads: int = option(1, "Threads of torch.")
+    output_dir: str = option("outputs/robustness", "Tables and pictures go to STUDY in it.")
 
 
 @dataclass(frozen=True)

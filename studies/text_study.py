@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 from studies.report import groups, tables
 from studies.rows import sweep
 from studies.text_training import Experiment, Setting, TrainingOptions
@@ -51,17 +51,10 @@ SETTINGS = {
 class Options:
     """What is compared."""
 
-    rows: list[str] = field(
-        default_factory=lambda: ["dense", "unconstrained", "τ = 0.1", "τ = 1", "τ = ∞"],
-        metadata={"help": f"Of {'; '.join(SETTINGS)}."},
-    )
-    compression_ratio: float = field(
-        default=0.6, metadata={"help": "Share of the encoder's linear weights that is removed."}
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-5, 1e-4, 3e-4], metadata={"help": "The sweep, the same for every row."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one sweeps."})
+    rows: list[str] = option(["dense", "unconstrained", "τ = 0.1", "τ = 1", "τ = ∞"], f"Of {'; '.join(SETTINGS)}.")
+    compression_ratio: float = option(0.6, "Share of the encoder's linear weights that is removed.")
+    learning_rates: list[float] = option([3e-5, 1e-4, 3e-4], "The sweep, the same for every row.")
+    seeds: list[int] = option([0, 1, 2], "The first one sweeps.")
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in SETTINGS]:

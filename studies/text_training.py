@@ -25,6 +25,7 @@ from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_
 from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
 from studies.data import data_folder
 from studies.paper.methods import condition_numbers
+from studies.record import option
 from studies.rows import Rows, attacked
 
 ENCODER = r".*encoder\.layer\..*"
@@ -72,18 +73,18 @@ class TrainingOptions:
     model_path: str = field(
         metadata={"help": "Folder of all-MiniLM-L6-v2, or of another encoder with `encoder.layer`."}
     )
-    steps: int = field(default=150, metadata={"help": "Optimizer steps after compression."})
-    dense_steps: int = field(default=432, metadata={"help": "Optimizer steps of fine-tuning before it; an epoch."})
-    dense_learning_rate: float = field(default=1e-4, metadata={"help": "Of the fine-tuning."})
-    batch_size: int = field(default=16, metadata={"help": "Sentences a step."})
-    max_length: int = field(default=32, metadata={"help": "Tokens a sentence, the rest cut off."})
-    attacked: int = field(default=256, metadata={"help": "Test sentences that attacks see, drawn once."})
-    attack_steps: int = field(default=10, metadata={"help": "Steps of PGD on the embeddings."})
-    epsilons: list[float] = field(default_factory=lambda: [0.02, 0.05], metadata={"help": "Of PGD on the embeddings."})
-    characters: float = field(default=0.1, metadata={"help": "Share of the words whose characters are changed."})
-    calibration_sentences: int = field(default=512, metadata={"help": "Training sentences that starts and ranks see."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch."})
-    output_dir: str = field(default="outputs/text_study", metadata={"help": "Rows, models and results go here."})
+    steps: int = option(150, "Optimizer steps after compression.")
+    dense_steps: int = option(432, "Optimizer steps of fine-tuning before it; an epoch.")
+    dense_learning_rate: float = option(1e-4, "Of the fine-tuning.")
+    batch_size: int = option(16, "Sentences a step.")
+    max_length: int = option(32, "Tokens a sentence, the rest cut off.")
+    attacked: int = option(256, "Test sentences that attacks see, drawn once.")
+    attack_steps: int = option(10, "Steps of PGD on the embeddings.")
+    epsilons: list[float] = option([0.02, 0.05], "Of PGD on the embeddings.")
+    characters: float = option(0.1, "Share of the words whose characters are changed.")
+    calibration_sentences: int = option(512, "Training sentences that starts and ranks see.")
+    threads: int = option(1, "Threads of torch.")
+    output_dir: str = option("outputs/text_study", "Rows, models and results go here.")
 
 
 class Experiment:

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from studies.record import parse
+from studies.record import option, parse
 from studies.report import groups
 
 COLORS = {
@@ -34,7 +34,7 @@ class Options:
 
     lenet5: str = field(metadata={"help": "Record of studies.paper.table."})
     vit: str = field(metadata={"help": "Record of studies.vit_small."})
-    output: str = field(default="docs/tuning.png", metadata={"help": "The picture."})
+    output: str = option("docs/tuning.png", "The picture.")
 
 
 def draw(axes: Axes, title: str, sweep: list[dict[str, Any]]) -> None:

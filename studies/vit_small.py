@@ -18,7 +18,7 @@ The rules are those of `studies.rows.sweep`. Without `--epsilons` no model meets
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from hf_condlr.robustness.attacks import PixelModel, make_attacks
 from studies.data import PIXELS, Split, hold_out, load_images
 from studies.paper.methods import Method
 from studies.paper.training import fit
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 from studies.report import tables
 from studies.rows import Rows, attacked, sweep
 
@@ -53,42 +53,32 @@ VALIDATION_IMAGES = 5000
 class TrainingOptions:
     """What a trained model depends on, apart from method, learning rate and seed."""
 
-    dataset: str = field(default="mnist", metadata={"help": "Which images.", "choices": list(SHAPES)})
-    train_images: int | None = field(
-        default=None, metadata={"help": f"Of those that are not among the {VALIDATION_IMAGES} for validation; or all."}
+    dataset: str = option("mnist", "Which images.", choices=list(SHAPES))
+    train_images: int | None = option(
+        None, f"Of those that are not among the {VALIDATION_IMAGES} for validation; or all."
     )
-    epochs: int = field(default=3, metadata={"help": "Passes over the training images."})
-    batch_size: int = field(default=64, metadata={"help": "Images of one step."})
+    epochs: int = option(3, "Passes over the training images.")
+    batch_size: int = option(64, "Images of one step.")
 
 
 @dataclass
 class Options:
     """What the experiment varies, and where it writes."""
 
-    output_dir: str = field(default="outputs", metadata={"help": "Rows and results go to vit_DATASET in this folder."})
-    methods: list[str] = field(
-        default_factory=lambda: ["dense", "unconstrained", "tau=0.1"],
-        metadata={"help": "dense, unconstrained, or tau=NUMBER (tau=inf: orthonormal bases only)."},
+    output_dir: str = option("outputs", "Rows and results go to vit_DATASET in this folder.")
+    methods: list[str] = option(
+        ["dense", "unconstrained", "tau=0.1"], "dense, unconstrained, or tau=NUMBER (tau=inf: orthonormal bases only)."
     )
-    compression_ratios: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": f"Shares of the converted weights to remove; if none is given the rank ratio is {RANK_RATIO}."
-        },
+    compression_ratios: list[float] = option(
+        [], f"Shares of the converted weights to remove; if none is given the rank ratio is {RANK_RATIO}."
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "The sweep, the same for every method."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds at the chosen learning rate; the first one sweeps."}
-    )
-    epsilons: list[str] = field(
-        default_factory=list, metadata={"help": "ℓ∞ radii, in pixels of [0, 1], of FGSM and of PGD with two losses."}
-    )
-    pgd_steps: int = field(default=10, metadata={"help": "Steps of PGD, with one random start."})
-    test_images: int = field(default=1000, metadata={"help": "Number of test images, the first ones, to attack."})
-    check_samples: int = field(default=64, metadata={"help": "Images of the checks, for the first seed."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch."})
+    learning_rates: list[float] = option([1e-3, 3e-3, 1e-2], "The sweep, the same for every method.")
+    seeds: list[int] = option([0, 1, 2], "Seeds at the chosen learning rate; the first one sweeps.")
+    epsilons: list[str] = option([], "ℓ∞ radii, in pixels of [0, 1], of FGSM and of PGD with two losses.")
+    pgd_steps: int = option(10, "Steps of PGD, with one random start.")
+    test_images: int = option(1000, "Number of test images, the first ones, to attack.")
+    check_samples: int = option(64, "Images of the checks, for the first seed.")
+    threads: int = option(1, "Threads of torch.")
 
     def __post_init__(self) -> None:
         for method in self.methods:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from studies.data import PIXELS, Split, hold_out, load_images
 from studies.paper.experiments import EXPERIMENTS, Experiment
 from studies.paper.methods import Method, build_model, make_optimizer, prune
 from studies.paper.training import accuracy, fit, measure
+from studies.record import option
 from studies.rows import Rows, attacked
 
 MILESTONES = (70 / 120, 100 / 120)  # of the training; as published
@@ -26,16 +27,12 @@ WEIGHTS = "model.safetensors"
 class TrainingOptions:
     """What a trained model depends on, apart from experiment, method, rank, learning rate and seed."""
 
-    epochs: int = field(default=120, metadata={"help": "Passes over the training images; 120 as published."})
-    batch_size: int = field(default=128, metadata={"help": "Images of one step."})
-    gamma: float = field(
-        default=0.3, metadata={"help": "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate."}
-    )
-    subset: int | None = field(
-        default=None, metadata={"help": "Use so many training images, validation included; all if not given."}
-    )
-    validation_fraction: float = field(
-        default=0.25, metadata={"help": "Share of the training images held out for the choice of the learning rate."}
+    epochs: int = option(120, "Passes over the training images; 120 as published.")
+    batch_size: int = option(128, "Images of one step.")
+    gamma: float = option(0.3, "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate.")
+    subset: int | None = option(None, "Use so many training images, validation included; all if not given.")
+    validation_fraction: float = option(
+        0.25, "Share of the training images held out for the choice of the learning rate."
     )
 
     def __post_init__(self) -> None:

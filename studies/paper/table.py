@@ -22,7 +22,7 @@ from studies.paper.experiments import EXPERIMENTS
 from studies.paper.methods import NAMES, Method
 from studies.paper.picture import draw
 from studies.paper.study import Entry, Study, TrainingOptions
-from studies.record import parse, set_up, write_record
+from studies.record import option, parse, set_up, write_record
 from studies.report import tables
 from studies.rows import sweep
 
@@ -34,33 +34,28 @@ class Options:
     """Which rows the table has, and where it is written."""
 
     experiment: str = field(metadata={"help": f"One of {', '.join(EXPERIMENTS)}."})
-    methods: list[str] = field(
-        default_factory=lambda: [
+    methods: list[str] = option(
+        [
             *("dense", "unconstrained", *CENTERED, "tau=inf"),
             *("svd_prune", "cayley", "projected", "penalty=0.1"),
         ],
-        metadata={"help": f"Of {NAMES}."},
+        f"Of {NAMES}.",
     )
-    rank_ratios: list[float] = field(
-        default_factory=lambda: [0.5, 0.2],
-        metadata={"help": "Of every layer but the last; the published compression ratios 50 and 80 % are 0.5 and 0.2."},
+    rank_ratios: list[float] = option(
+        [0.5, 0.2], "Of every layer but the last; the published compression ratios 50 and 80 % are 0.5 and 0.2."
     )
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "The sweep, the same for every method; the experiment's own if not given."}
+    learning_rates: list[float] | None = option(
+        None, "The sweep, the same for every method; the experiment's own if not given."
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds at the chosen learning rate; the first one sweeps."}
+    seeds: list[int] = option([0, 1, 2], "Seeds at the chosen learning rate; the first one sweeps.")
+    data_dir: str | None = option(None, "Folder that holds mnist/, cifar10/ or cifar100/ as parquet; or CONDLR_DATA.")
+    dataset_name: str | None = option(None, "Of the images on the Hub, in place of data_dir.")
+    attacked_images: int | None = option(
+        None, "Number of test images, drawn once, that are attacked; all if not given."
     )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder that holds mnist/, cifar10/ or cifar100/ as parquet; or CONDLR_DATA."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Of the images on the Hub, in place of data_dir."})
-    attacked_images: int | None = field(
-        default=None, metadata={"help": "Number of test images, drawn once, that are attacked; all if not given."}
-    )
-    check_samples: int = field(default=64, metadata={"help": "Images of the first seed's checks; 0 for none."})
-    threads: int | None = field(default=None, metadata={"help": "Threads of torch; its own choice if not given."})
-    output_dir: str = field(default="outputs/paper", metadata={"help": "Rows and tables go to EXPERIMENT in it."})
+    check_samples: int = option(64, "Images of the first seed's checks; 0 for none.")
+    threads: int | None = option(None, "Threads of torch; its own choice if not given.")
+    output_dir: str = option("outputs/paper", "Rows and tables go to EXPERIMENT in it.")
 
     def __post_init__(self) -> None:
         _require(self.experiment in EXPERIMENTS, f"experiment must be one of {', '.join(EXPERIMENTS)}", self.experiment)
