@@ -53,7 +53,8 @@ def written() -> int:
 def measure(name: str, rank_ratio: float, options: Options) -> dict[str, Any]:
     """Seconds of the slowest process, of every call and round, and the bytes that this one wrote in the last round."""
     torch.manual_seed(0)  # the same factors and gradients on every process
-    case = manifold_step.Case(name, rank_ratio, options, torch.device("cpu"))
+    shapes = manifold_step.shapes_of(name, rank_ratio, options.blocks)
+    case = manifold_step.Case(shapes, options.tau, torch.device("cpu"))
     gradients = torch.cat([g.flatten() for g in case.gradients])
     sent: dict[str, int] = {}
 

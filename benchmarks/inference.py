@@ -76,11 +76,6 @@ def why_no_compiler(device: torch.device) -> str | None:
     return None
 
 
-def compiled(model: Any) -> Any:
-    """With constant shapes: after one batch size torch would otherwise compile for any."""
-    return torch.compile(copy.deepcopy(model), dynamic=False)
-
-
 class Forms:
     """A model and what becomes of it at one compression ratio."""
 
@@ -92,19 +87,18 @@ class Forms:
         self.linear: dict[str, Any] = {form: LinearLayers(model, names) for form, model in models.items()}
         self.whole: dict[str, Any] = dict(models)
         if with_compiler:
-            self.whole["folded, compiled"] = compiled(models["folded"])
-            self.linear["folded, compiled"] = compiled(self.linear["folded"])
+            # With constant shapes: after one batch size torch would otherwise compile for any.
+            for forms in (self.whole, self.linear):
+                forms["folded, compiled"] = torch.compile(copy.deepcopy(forms["folded"]), dynamic=False)
 
     def limits(self, inputs: dict[int, Tensor]) -> dict[str, float]:
         """Operations of the dense linear layers over those of each form."""
-        counts: dict[str, int] = {}
-        for form, layers in self.linear.items():
-            if form in ("dense", "three factors", "folded"):
-                with FlopCounterMode(display=False) as counter:
-                    layers(inputs)
-                counts[form] = counter.get_total_flops()
-        counts["folded, compiled"] = counts["folded"]
-        return {form: counts["dense"] / counts[form] for form in self.linear}
+        counts = {}
+        for form in ("dense", "three factors", "folded"):
+            with FlopCounterMode(display=False) as counter:
+                self.linear[form](inputs)
+            counts[form] = counter.get_total_flops()
+        return {form: counts["dense"] / counts[form.partition(",")[0]] for form in self.linear}
 
 
 def measure_ratio(

@@ -150,9 +150,9 @@ def start(folder: Path, options: Options, seed: int, processes: int) -> list[int
             status = 1
             try:
                 os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-                descriptor = os.open(log_of(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(descriptor, 1)
-                os.dup2(descriptor, 2)
+                with folder.with_name(f"{folder.name}-{rank}.log").open("w") as log:
+                    os.dup2(log.fileno(), 1)
+                    os.dup2(log.fileno(), 2)
                 train(folder, options, seed)
                 status = 0
             except BaseException as error:
@@ -160,11 +160,6 @@ def start(folder: Path, options: Options, seed: int, processes: int) -> list[int
                 sys.stderr.flush()
             os._exit(status)
     return pids
-
-
-def log_of(folder: Path, rank: int) -> Path:
-    """Output of a process."""
-    return folder.with_name(f"{folder.name}-{rank}.log")
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -222,7 +217,7 @@ def killed_trainings(root: Path, options: Options, processes: int, kills: int) -
                 continue  # it had nothing left to do with the other one
             if others:
                 found["seconds"].append(time.monotonic() - began)
-                lines = log_of(folder, pids.index(watched)).read_text().strip().splitlines()
+                lines = folder.with_name(f"{folder.name}-{pids.index(watched)}.log").read_text().strip().splitlines()
                 found["said"].append(f"{status}: {lines[-1][:120] if lines else ''}")
                 if status is None:
                     kill(watched)

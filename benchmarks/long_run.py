@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -23,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import projection_interval
+from benchmarks.models import worst_errors
 from benchmarks.timing import CommonOptions, run
 from hf_condlr import attach_manifold_step
-from hf_condlr.linalg import condition_number, orthonormality_error
 from hf_condlr.tables import markdown_table
 from studies.record import option
 
@@ -61,18 +60,6 @@ def batches(split: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
             yield (X[index] + NOISE * noise).clamp(0, 1), y[index]
 
 
-def errors(handle: Any) -> tuple[float, float]:
-    """Largest ‖UᵀU − I‖_F / √r and largest κ/bound − 1 of all layers; anything not finite counts as inf."""
-    orthonormality, excess = 0.0, -math.inf
-    for name, bound in handle.bounds().items():
-        layer = handle.layers[name]
-        bases = max(orthonormality_error(p.detach()).item() for p in (layer.U, layer.V)) / math.sqrt(layer.r)
-        kappa = condition_number(layer.S.detach()).item() / bound - 1
-        orthonormality = max(orthonormality, bases if math.isfinite(bases) else math.inf)
-        excess = max(excess, kappa if math.isfinite(kappa) else math.inf)
-    return orthonormality, excess
-
-
 def measure(options: Options) -> list[dict[str, float]]:
     """A row for each window."""
     data, model = projection_interval.load(), projection_interval.build(0)
@@ -88,15 +75,15 @@ def measure(options: Options) -> list[dict[str, float]]:
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.process_time() - start
-        found.append((*errors(handle), seconds, loss.item()))
+        found.append((*worst_errors(handle.layers), seconds, loss.item()))
         if step % options.window == 0:
-            orthonormality, excess, times, losses = zip(*found, strict=True)
+            orthonormality, kappa, times, losses = zip(*found, strict=True)
             found = []
             rows.append(
                 {
                     "step": step,
                     "orthonormality_error": max(orthonormality),
-                    "kappa_excess": max(excess),
+                    "kappa_excess": max(kappa) - 1,
                     "bound": max(handle.bounds().values()),
                     "milliseconds": 1e3 * statistics.median(times),
                     "memory_mib": process.memory_info().rss / MIB,

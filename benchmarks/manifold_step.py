@@ -59,16 +59,18 @@ class Options(CommonOptions):
     threads: int = option(2, "Threads of torch on a CPU.")
 
 
-class Case:
-    """Layers of a model, their gradients, and every way to take the step. Times are of the step, in seconds."""
+def shapes_of(name: str, rank_ratio: float, blocks: int | None) -> list[tuple[int, int, int]]:
+    """(m, n, r) of every linear layer in `blocks` blocks of a model, or in all of it."""
+    block, repeats = SHAPES[name]
+    return [(m, n, max(1, round(rank_ratio * min(m, n)))) for m, n in block * (blocks or repeats)]
 
-    def __init__(self, name: str, rank_ratio: float, options: Options, device: torch.device) -> None:
-        block, repeats = SHAPES[name]
-        self.layers = nn.ModuleList(
-            LowRankLinear(n, m, max(1, round(rank_ratio * min(m, n))), False, tau=options.tau, device=device)
-            for m, n in block * (options.blocks or repeats)
-        )
-        self.tau, self.conditioning, self.device = options.tau, options.conditioning, device
+
+class Case:
+    """Layers of the given shapes, their gradients, and every way to take the step, with its time in seconds."""
+
+    def __init__(self, shapes: list[tuple[int, int, int]], tau: float, device: torch.device) -> None:
+        self.layers = nn.ModuleList(LowRankLinear(n, m, r, False, tau=tau, device=device) for m, n, r in shapes)
+        self.tau, self.device = tau, device
         self.factors = list(self.layers.parameters())
         self.optimizer = torch.optim.SGD(self.factors, lr=LEARNING_RATE)
         self.handle = attach_manifold_step(self.optimizer, self.layers, metric_scaling=False)
@@ -87,7 +89,7 @@ class Case:
         with torch.no_grad():
             return seconds(step, self.device)
 
-    def methods(self) -> dict[str, Callable[[], float]]:
+    def methods(self, conditioning: bool) -> dict[str, Callable[[], float]]:
         """{name: a call that takes one step from the start and returns its seconds}."""
         alone = {
             "conditioning by eigh": lambda: self.timed(lambda: self.condition(by_products=False)),
@@ -100,7 +102,7 @@ class Case:
             "published update": lambda: self.timed(lambda: self.loop(project_densely)),
             "stacked SVD polar": lambda: self.timed(self.stacked_svd_polar),
             "matrix products": lambda: self.timed(self.products),
-            **(alone if self.conditioning else {}),
+            **(alone if conditioning else {}),
         }
 
     def every(self, interval: int) -> float:
@@ -199,8 +201,8 @@ def measure(options: Options) -> dict[str, dict[str, Any]]:
     """Seconds of every method and round, and the copies, for each model."""
     results = {}
     for name, rank_ratio in itertools.product(options.models, options.rank_ratios):
-        case = Case(name, rank_ratio, options, any_device())
-        times = in_turn(case.methods(), options.rounds)
+        case = Case(shapes_of(name, rank_ratio, options.blocks), options.tau, any_device())
+        times = in_turn(case.methods(options.conditioning), options.rounds)
         results[f"{name}, rank ratio {rank_ratio:g}"] = {"seconds": times, "copies_of_factors": case.peak_copies()}
     return results
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,6 +18,8 @@ from transformers import (
 )
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
+from hf_condlr.layers import LowRankLayer
+from hf_condlr.linalg import condition_number, orthonormality_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -65,3 +69,13 @@ def batch_for(model: PreTrainedModel, batch_size: int, tokens: int, device: torc
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     """Half precision around a forward pass; nothing for float32."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def worst_errors(
+    layers: Mapping[str, LowRankLayer], rounded: Callable[[Tensor], Tensor] = lambda X: X
+) -> tuple[float, float]:
+    """Largest ‖UᵀU − I‖_F/√r of a basis and largest κ(S) over its bound, of factors after `rounded`, in float64."""
+    bases = [basis.detach() for x in layers.values() for basis in (x.U, x.V)]
+    errors = [orthonormality_error(rounded(U)).item() / math.sqrt(U.shape[-1]) for U in bases]
+    ratios = [condition_number(rounded(x.S.detach())).item() / x.bound for x in layers.values()]
+    return tuple(max(x if math.isfinite(x) else math.inf for x in values) for values in (errors, ratios))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
+import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import batch_for, build, factor
+from benchmarks.models import batch_for, build, factor, worst_errors
 from benchmarks.timing import CommonOptions, any_device, run
 from hf_condlr import attach_manifold_step
-from hf_condlr.layers import LowRankLayer, factored_layers
-from hf_condlr.linalg import condition_number, orthonormality_error
+from hf_condlr.layers import factored_layers
 from hf_condlr.tables import markdown_table
 from studies.record import option
 
@@ -92,7 +91,6 @@ class Training:
         torch.manual_seed(0)
         self.setting, self.options, self.device = setting, options, device
         self.model = factor(build(options.model, options.layers), COMPRESSION_RATIO).to(device)
-        self.model.config.hidden_dropout_prob = 0.0
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -105,7 +103,7 @@ class Training:
         self.forward = torch.compile(self.model) if setting.compiled == "model" else self.model
         self.step = torch.compile(self.optimizer.step) if setting.compiled == "step" else self.optimizer.step
         self.layers = factored_layers(self.model)
-        self.skipped, self.kappa, self.error = 0, 0.0, 0.0
+        self.skipped = 0
 
     def _optimizer(self) -> Any:
         parameters, lr = self.model.parameters(), LEARNING_RATE
@@ -116,6 +114,7 @@ class Training:
 
     def run(self, after: Callable[[Training], None] = lambda training: None) -> dict[str, Any]:
         """All steps, `after` each; the worst that they left."""
+        worst: list[tuple[float, float]] = []
         torch.set_float32_matmul_precision(self.setting.matmul)
         for number in range(self.options.steps):
             torch.manual_seed(1 + number)
@@ -123,11 +122,11 @@ class Training:
             batch["labels"] = torch.arange(BATCH_SIZE, device=self.device) % 2
             self.train_on(batch)
             if self.handle.step_count:
-                self.kappa = max(self.kappa, worst_kappa(self.layers, lambda S: S))
-                self.error = max(self.error, worst_error(self.layers, lambda U: U))
+                worst.append(worst_errors(self.layers))
             after(self)
         torch.set_float32_matmul_precision("highest")
-        return {"skipped": self.skipped, "kappa_over_bound": self.kappa, "orthonormality_error": self.error}
+        error, kappa = map(max, zip(*worst, strict=True))
+        return {"skipped": self.skipped, "kappa_over_bound": kappa, "orthonormality_error": error}
 
     def train_on(self, batch: dict[str, Tensor]) -> None:
         """One step."""
@@ -150,37 +149,30 @@ class Training:
         return torch.cat([layer.matrix().detach().flatten().float() for layer in self.layers.values()])
 
 
-def worst_kappa(layers: dict[str, LowRankLayer], rounded: Callable[[Tensor], Tensor]) -> float:
-    """The largest κ(S) over its bound."""
-    return max(condition_number(rounded(x.S.detach())).item() / x.bound for x in layers.values())
-
-
-def worst_error(layers: dict[str, LowRankLayer], rounded: Callable[[Tensor], Tensor]) -> float:
-    """The largest ‖UᵀU − I‖_F/√r."""
-    bases = [basis.detach() for x in layers.values() for basis in (x.U, x.V)]
-    return max(orthonormality_error(rounded(U)).item() / math.sqrt(U.shape[-1]) for U in bases)
-
-
 class Rounded:
     """What bfloat16 parameters would hold, were each step exact and its result rounded."""
 
     def __init__(self, training: Training) -> None:
-        self.kappa, self.error, self.kept = 0.0, 0.0, 0.0
+        self.worst: list[tuple[float, float]] = []
+        self.kept: list[float] = []
         self.old = self._bases(training)
 
     @staticmethod
-    def _bases(training: Training) -> list[Tensor]:
-        return [basis.detach().clone() for x in training.layers.values() for basis in (x.U, x.V)]
+    def _bases(training: Training) -> Tensor:
+        return torch.cat([basis.detach().flatten() for x in training.layers.values() for basis in (x.U, x.V)])
 
     def __call__(self, training: Training) -> None:
-        self.kappa = max(self.kappa, worst_kappa(training.layers, lambda S: S.bfloat16()))
-        self.error = max(self.error, worst_error(training.layers, lambda U: U.bfloat16()))
-        new = self._bases(training)
+        self.worst.append(worst_errors(training.layers, lambda X: X.bfloat16()))
+        old, new = self.old, self._bases(training)
         # The exact update of a parameter that is a bfloat16 number.
-        pairs = zip(new, self.old, strict=True)
-        lost = [(old.bfloat16() + (U - old)).bfloat16() == old.bfloat16() for U, old in pairs]
-        self.kept += sum(int(x.sum()) for x in lost) / sum(x.numel() for x in lost) / training.options.steps
+        self.kept.append(((old.bfloat16() + (new - old)).bfloat16() == old.bfloat16()).double().mean().item())
         self.old = new
+
+    def result(self) -> dict[str, float]:
+        """The worst of all steps, and the mean share of entries that a step leaves as they are."""
+        error, kappa = map(max, zip(*self.worst, strict=True))
+        kept = statistics.mean(self.kept)
+        return {"skipped": 0, "kappa_over_bound": kappa, "orthonormality_error": error, "entries_kept": kept}
 
 
 def measure(options: Options) -> dict[str, dict[str, Any]]:
@@ -198,8 +190,7 @@ def measure(options: Options) -> dict[str, dict[str, Any]]:
         training = Training(setting, options, device)
         results[name] = training.run()
         results[name]["distance"] = ((training.matrices() - reference).norm() / reference.norm()).item()
-    found = {"kappa_over_bound": rounded.kappa, "orthonormality_error": rounded.error, "entries_kept": rounded.kept}
-    return results | {ROUNDED: {"skipped": 0, **found}}
+    return results | {ROUNDED: rounded.result()}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """How the manifold step grows with rank, width and number of layers, beside what its operations predict.
 
-Timed is `optimizer.step()` of SGD with the manifold step attached, less that of SGD alone on the same layers, the least
-of all rounds; every step starts from the same factors, whose cores are outside of the bound, so that all are clipped.
+Timed is `optimizer.step()` of SGD with the manifold step attached, less the work of SGD alone on the same layers; every
+step starts from the same factors, whose cores are outside of the bound, so that all are clipped.
 The leading term of the operations is 8(m + n)r² a layer, with an O(r³) for the cores. Growth is the slope of log(time)
 over log(size) by least squares, of each round by itself: its median and spread.
 
@@ -11,16 +11,14 @@ over log(size) by least squares, of each round by itself: its median and spread.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from benchmarks.timing import CommonOptions, any_device, run, seconds, spread
-from hf_condlr import LowRankLinear, attach_manifold_step
+from benchmarks.manifold_step import Case
+from benchmarks.timing import CommonOptions, any_device, in_turn, run, spread
 from hf_condlr.tables import markdown_table
 from studies.record import option
 
@@ -42,39 +40,18 @@ class Options(CommonOptions):
     rounds: int = option(7, "Interleaved repetitions; medians are printed.")
 
 
-class Case:
-    """Layers of one size, with gradients, under SGD with the manifold step and under SGD alone."""
-
-    def __init__(self, width: int, rank: int, count: int, tau: float, device: torch.device) -> None:
-        self.operations = count * 8 * (width + width) * rank**2
-        layers = [LowRankLinear(width, width, rank, False, tau=tau, device=device) for _ in range(count)]
-        model = nn.ModuleList(layers)
-        self.device, self.parameters = device, list(model.parameters())
-        with torch.no_grad():
-            for layer in layers:
-                layer.S.mul_(torch.linspace(1, 1 + 3 * tau, rank, device=device))  # orthogonal before: κ = 1 + 3τ
-                layer.refresh_bound()
-        self.plain = torch.optim.SGD(self.parameters, lr=1e-3)
-        self.constrained = torch.optim.SGD(self.parameters, lr=1e-3)
-        attach_manifold_step(self.constrained, model)
-        self.start = [p.detach().clone() for p in self.parameters]
-        self.gradients = [torch.randn_like(p) / p.shape[0] ** 0.5 for p in self.start]
-
-    def timed(self, step: Callable[[], Any]) -> float:
-        """Seconds of one step from the start."""
-        for p, value, gradient in zip(self.parameters, self.start, self.gradients, strict=True):
-            p.data.copy_(value)
-            p.grad = gradient.clone()
-        return seconds(step, self.device)
-
-    def round(self) -> tuple[float, float]:
-        """Seconds of a step with the manifold step and of one without."""
-        return self.timed(self.constrained.step), self.timed(self.plain.step)
-
-
 def slope(sizes: Any, values: Any) -> float:
     """Of log(value) over log(size), by least squares."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def case_of(width: int, rank: int, count: int, tau: float) -> Case:
+    """Square layers of one size, whose cores have κ = 1 + 3τ at the start."""
+    case = Case([(width, width, rank)] * count, tau, any_device())
+    for start in case.start:
+        if start.shape == (rank, rank):  # orthogonal before
+            start.mul_(torch.linspace(1, 1 + 3 * tau, rank, device=start.device))
+    return case
 
 
 def measure(options: Options) -> dict[str, dict[str, Any]]:
@@ -83,13 +60,13 @@ def measure(options: Options) -> dict[str, dict[str, Any]]:
     varied = {"rank": options.ranks, "width": options.widths, "count": options.numbers}
     results = {}
     for what, sizes in varied.items():
-        cases = [Case(**base | {what: size}, tau=options.tau, device=any_device()) for size in sizes]
-        rounds = [[case.round() for case in cases] for _ in range(options.rounds + 1)][1:]  # the first one warms up
-        plain = [min(turn[i][1] for turn in rounds) for i in range(len(cases))]
+        settings = [base | {what: size} for size in sizes]
+        cases = {str(x): case_of(**x, tau=options.tau) for x in settings}
+        times = in_turn({label: lambda case=case: case.every(1) for label, case in cases.items()}, options.rounds)
         results[what] = {
             "sizes": sizes,
-            "operations": [case.operations for case in cases],
-            "seconds": [[both[0] - least for both, least in zip(turn, plain, strict=True)] for turn in rounds],
+            "operations": [x["count"] * 8 * 2 * x["width"] * x["rank"] ** 2 for x in settings],
+            "seconds": list(zip(*times.values(), strict=True)),
         }
     return results
 

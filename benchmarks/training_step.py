@@ -115,21 +115,18 @@ def _resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def measure_model(name: str, options: Options) -> dict[str, Any]:
-    """Peak memory of every method, then seconds of every method and round."""
-    spawn = multiprocessing.get_context("spawn")
-    memory: dict[str, int | None] = dict.fromkeys(METHODS)
-    for method in METHODS if options.memory else ():
-        with GIVING_BACK, ProcessPoolExecutor(1, mp_context=spawn) as process:
-            memory[method] = process.submit(peak_memory, method, name, options).result()
-    steps = {method: Step(method, name, options, any_device()) for method in METHODS}
-    times = interleaved(steps, options.rounds, any_device())
-    return {"tokens": steps["dense"].tokens, "seconds": times, "peak_bytes": memory}
-
-
 def measure(options: Options) -> dict[str, dict[str, Any]]:
-    """Every model."""
-    return {name: measure_model(name, options) for name in options.models}
+    """Of every model and method the peak memory, and seconds of every round."""
+    spawn, results = multiprocessing.get_context("spawn"), {}
+    for name in options.models:
+        memory: dict[str, int | None] = dict.fromkeys(METHODS)
+        for method in METHODS if options.memory else ():
+            with GIVING_BACK, ProcessPoolExecutor(1, mp_context=spawn) as process:
+                memory[method] = process.submit(peak_memory, method, name, options).result()
+        steps = {method: Step(method, name, options, any_device()) for method in METHODS}
+        times = interleaved(steps, options.rounds, any_device())
+        results[name] = {"tokens": steps["dense"].tokens, "seconds": times, "peak_bytes": memory}
+    return results
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -66,27 +66,20 @@ def embedding_passes(model: nn.Module, batch: dict[str, Tensor], labels: Tensor,
         model(batch), model(batch)
 
 
-# {model: how it is built, whether it takes text}; what a pass costs does not depend on the values.
-CASES: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-    "LeNet5, 28×28 pixels": (lambda: PixelModel(LeNet5()), False),
-    "ViT (4 layers, width 96), 28×28 pixels": (
-        lambda: PixelModel(build_model(Variant("dense"), "mnist", 0), 0.5, 0.5),
-        False,
-    ),
-    "BERT (2 layers, width 128), 24 tokens": (bert, True),
+# {model: how it is built}; what a pass costs does not depend on the weights.
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "LeNet5, 28×28 pixels": lambda: PixelModel(LeNet5()),
+    "ViT (4 layers, width 96), 28×28 pixels": lambda: PixelModel(build_model(Variant("dense"), "mnist", 0), 0.5, 0.5),
+    "BERT (2 layers, width 128), 24 tokens": bert,
 }
 
 
 def measure(name: str, o: Options) -> dict[str, list[float]]:
     """Seconds of both in every round."""
-    build, of_text = CASES[name]
     set_seed(0)
-    model, device = build().eval(), torch.device("cpu")
-    attack = (
-        EmbeddingPGD(0.02, steps=o.steps, early_stop=False)
-        if of_text
-        else PGD(8 / 255, steps=o.steps, early_stop=False)
-    )
+    model, device = CASES[name]().eval(), torch.device("cpu")
+    of_text, common = isinstance(model, TextModel), {"steps": o.steps, "early_stop": False}
+    attack = EmbeddingPGD(0.02, **common) if of_text else PGD(8 / 255, **common)
     passes = embedding_passes if of_text else pixel_passes
     times: dict[str, list[float]] = {"attack": [], "passes": []}
     for _ in range(o.rounds):

@@ -16,8 +16,7 @@ def tables(title: str, results: dict[str, Any], attacks: Sequence[Attack], rates
     rows = [row for row in results["rows"] if not row["diverged"]]
     parts = [f"# {title}", "Learning rate of each method by clean validation accuracy; mean ± standard deviation."]
     if rows:
-        header = ["method", "learning rate", "parameters", "clean %", "largest κ", "seeds"]
-        parts.append(markdown_table(header, map(_summary, groups(rows)), align="lr"))
+        parts.append(summary_table(rows))
         for name, keys in columns(attacks).items():
             parts += [f"{name}, accuracy in %", _robustness(rows, keys)]
     parts.append(sweep_table(results["sweep"]))
@@ -48,11 +47,16 @@ def largest(condition_numbers: dict[str, float | None]) -> float:
     return max(math.inf if value is None else value for value in condition_numbers.values())
 
 
-def _summary(group: list[dict[str, Any]]) -> list[str]:
-    kappa = max(largest(row["condition_numbers"]) for row in group)
-    clean = mean_and_spread([row["clean_accuracy"] for row in group]) if "clean_accuracy" in group[0] else ""
-    size, rate = f"{group[0]['parameters']:,}", f"{group[0]['learning_rate']:g}"
-    return [group[0]["label"], rate, size, clean, f"{kappa:.4g}", str(len(group))]
+def summary_table(rows: Iterable[dict[str, Any]]) -> str:
+    """What was trained: the largest κ is that of all layers and seeds."""
+    lines = []
+    for group in groups(rows):
+        kappa = max(largest(row["condition_numbers"]) for row in group)
+        clean = mean_and_spread([row["clean_accuracy"] for row in group]) if "clean_accuracy" in group[0] else ""
+        size, rate = f"{group[0]['parameters']:,}", f"{group[0]['learning_rate']:g}"
+        lines.append([group[0]["label"], rate, size, clean, f"{kappa:.4g}", len(group)])
+    header = ["method", "learning rate", "parameters", "clean %", "largest κ", "seeds"]
+    return markdown_table(header, lines, align="lr")
 
 
 def _robustness(rows: Iterable[dict[str, Any]], keys: dict[float, str]) -> str:

@@ -13,8 +13,6 @@ model, and a second call goes on from there.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,8 +42,9 @@ from studies.data import data_folder, load_images
 from studies.paper.experiments import EXPERIMENTS
 from studies.paper.study import load_trained, pixel_model
 from studies.record import mean_and_spread, option, parse, set_up, write_record
-from studies.report import groups, largest
+from studies.report import summary_table
 from studies.rows import attacked
+from studies.text_training import MAX_LENGTH
 
 
 @dataclass
@@ -56,9 +55,7 @@ class Options:
     record: str = field(metadata={"help": "results.json of the study that trained the models."})
     samples: int = option(1000, "The first test images, so many; test sentences drawn once.")
     steps: int = option(20, "Steps of PGD, with one random start.")
-    autoattack_samples: int = option(
-        500, "The first test images, so many, for AutoAttack, which is slow: first seed only."
-    )
+    autoattack_samples: int = option(500, "The first test images, so many, for AutoAttack; only of the first seed.")
     checked_seeds: list[int] = option([0], "Trainings that are checked too.")
     check_samples: int = option(128, "Samples that the checks attack again.")
     threads: int = option(1, "Threads of torch.")
@@ -108,7 +105,7 @@ def build(study: str, row: dict[str, Any], options: dict[str, Any]) -> nn.Module
     if study == "vit":
         return vit_small.load_trained(row["folder"], options["dataset"])
     model = AutoModelForSequenceClassification.from_pretrained(row["folder"]).eval()
-    return TextModel(model, AutoTokenizer.from_pretrained(row["folder"]), max_length=options["max_length"])
+    return TextModel(model, AutoTokenizer.from_pretrained(row["folder"]), max_length=MAX_LENGTH)
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -127,17 +124,6 @@ def table(tests: Sequence[dict[str, Any]], reports: Sequence[RobustnessReport]) 
     return "Accuracy in %\n\n" + markdown_table(["attack", *lines["clean"]], cells, align="lr")
 
 
-def facts_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What was attacked."""
-    lines = []
-    for runs in groups(rows):
-        kappa = statistics.mean(largest(run["condition_numbers"]) for run in runs)
-        shown = f"{kappa:,.4g}" if math.isfinite(kappa) else "∞"
-        size, rate = f"{runs[0]['parameters']:,}", f"{runs[0]['learning_rate']:g}"
-        lines.append([runs[0]["label"], rate, size, shown, str(len(runs))])
-    return markdown_table(["method", "learning rate", "parameters", "largest κ, mean", "seeds"], lines)
-
-
 def main() -> None:
     """Attack what has not been attacked, print the tables, write them, the record and the picture."""
     (o,) = parse(Options)
@@ -146,7 +132,7 @@ def main() -> None:
     rows = [row for row in record["rows"] if not row["diverged"]]
     folder = Path(o.output_dir) / o.study
     folder.mkdir(parents=True, exist_ok=True)
-    results, tables = [], [facts_table(rows)]
+    results, tables = [], [summary_table(rows)]
     for part in parts(o):
         tests = [
             attacked(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from studies.record import option, parse, set_up, write_record
 from studies.report import groups, tables
 from studies.rows import sweep
-from studies.text_training import Experiment, Setting, TrainingOptions
+from studies.text_training import ATTACKS, Experiment, Setting, TrainingOptions
 
 BASE = Setting(conditioned=True)
 UNIFORM = Setting(start="activation_aware", allocation="uniform")
@@ -92,7 +92,7 @@ def main() -> None:
         options.settings(), options.learning_rates, options.seeds, train=experiment.train, test=experiment.test
     )
     picture = Path(training.output_dir) / "study.png"
-    draw(results["rows"], f"pgd-embedding {training.epsilons[-1]:g}", picture)
+    draw(results["rows"], f"pgd-embedding {ATTACKS[-1].epsilon:g}", picture)
     attacks = experiment.attacks(options.seeds[0])
     print(tables("MiniLM on SST-2", results, attacks, options.learning_rates))
     record = write_record(Path(training.output_dir) / "results.json", results, options, training)

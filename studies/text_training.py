@@ -66,6 +66,12 @@ class Setting:
     trained: bool = True
 
 
+BATCH_SIZE = 16
+MAX_LENGTH = 32  # tokens of a sentence, the rest is cut off
+ATTACKS: list[Attack] = [EmbeddingPGD(epsilon, steps=10) for epsilon in (0.02, 0.05)]
+SLOW_ATTACKS: list[Attack] = [CharacterAttack(0.1)]  # for the first seed only
+
+
 @dataclass
 class TrainingOptions:
     """Trainings of the study."""
@@ -75,13 +81,8 @@ class TrainingOptions:
     )
     steps: int = option(150, "Optimizer steps after compression.")
     dense_steps: int = option(432, "Optimizer steps of fine-tuning before it; an epoch.")
-    dense_learning_rate: float = option(1e-4, "Of the fine-tuning.")
-    batch_size: int = option(16, "Sentences a step.")
-    max_length: int = option(32, "Tokens a sentence, the rest cut off.")
+    dense_learning_rate: float = option(1e-4, "Learning rate of the fine-tuning.")
     attacked: int = option(256, "Test sentences that attacks see, drawn once.")
-    attack_steps: int = option(10, "Steps of PGD on the embeddings.")
-    epsilons: list[float] = option([0.02, 0.05], "Of PGD on the embeddings.")
-    characters: float = option(0.1, "Share of the words whose characters are changed.")
     calibration_sentences: int = option(512, "Training sentences that starts and ranks see.")
     threads: int = option(1, "Threads of torch.")
     output_dir: str = option("outputs/text_study", "Rows, models and results go here.")
@@ -97,7 +98,7 @@ class Experiment:
         self.raw = load_dataset(data_folder("sst2"))
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
-            return self.tokenizer(batch["sentence"], truncation=True, max_length=options.max_length)
+            return self.tokenizer(batch["sentence"], truncation=True, max_length=MAX_LENGTH)
 
         self.data = self.raw.map(tokenize, batched=True, remove_columns=["sentence"])
         for split in ("validation", "test"):  # similar lengths side by side: less padding
@@ -121,7 +122,7 @@ class Experiment:
             model = self.dense_model()
             return self._train(model, Setting(dense=True), o.dense_learning_rate, seed, o.dense_steps, folder)
 
-        return self.rows.row(f"fine-tuned seed {seed}", self._key(key), make)["folder"]
+        return self.rows.row(f"fine-tuned seed {seed}", key, make)["folder"]
 
     def _start(self, setting: Setting, seed: int) -> Any:
         return self.dense_model(self.fine_tuned(seed) if setting.fine_tuned else None)
@@ -170,12 +171,9 @@ class Experiment:
             result = self._train(model, setting, learning_rate, seed, steps, folder)
             return {"label": setting.name, **facts, **result}
 
-        key = self._key(facts) | {"dense_steps": o.dense_steps, "calibration_sentences": o.calibration_sentences}
+        counts = {name: getattr(o, name) for name in ("steps", "dense_steps", "dense_learning_rate")}
+        key = facts | counts | {"calibration_sentences": o.calibration_sentences}
         return self.rows.row(f"{setting.name} lr {learning_rate:g} seed {seed}", key, make)
-
-    def _key(self, facts: dict[str, Any]) -> dict[str, Any]:
-        o = self.options
-        return {"steps": o.steps, "batch_size": o.batch_size, "max_length": o.max_length} | facts
 
     def _train(
         self, model: Any, setting: Setting, learning_rate: float, seed: int, steps: int, folder: Path
@@ -195,18 +193,14 @@ class Experiment:
 
     def _trainer(self, model: Any, setting: Setting, learning_rate: float, seed: int, steps: int) -> Trainer:
         """The Trainer of the library; without factors, or without their step, it trains like transformers' own."""
-        adversarial = {
-            "adversarial_attack": "fgsm",
-            "adversarial_epsilon": setting.adversarial,
-            "adversarial_share": 0.5,
-            "adversarial_schedule": "constant",
-        }
+        adversarial = {"adversarial_attack": "fgsm", "adversarial_epsilon": setting.adversarial}
+        adversarial |= {"adversarial_share": 0.5, "adversarial_schedule": "constant"}
         args = CondLRTrainingArguments(
             output_dir=str(Path(tempfile.gettempdir(), "text_study")),
             max_steps=steps,
             learning_rate=learning_rate,
             seed=seed,
-            per_device_train_batch_size=self.options.batch_size,
+            per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=64,
             warmup_steps=0.1,
             lr_scheduler_type="cosine",
@@ -256,11 +250,8 @@ class Experiment:
         )
 
     def attacks(self, seed: int) -> list[Attack]:
-        """PGD on embeddings; characters, which take long, for the first seed only."""
-        found: list[Attack] = [
-            EmbeddingPGD(epsilon, steps=self.options.attack_steps) for epsilon in self.options.epsilons
-        ]
-        return [*found, CharacterAttack(self.options.characters)] if seed == self.first_seed else found
+        """Those that the models of this seed meet."""
+        return ATTACKS + SLOW_ATTACKS if seed == self.first_seed else ATTACKS
 
 
 class FreeTrainer(CondLRTrainer):

@@ -46,7 +46,7 @@ SHAPES = {
 }
 RANK_RATIO = 0.25  # where no share of the weights to remove is given
 CONDITIONING_WARMUP = 0.3  # share of the training until τ is reached
-VALIDATION_IMAGES = 5000
+VALIDATION_IMAGES, TEST_IMAGES = 5000, 1000  # of the test images, the first ones are attacked
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class TrainingOptions:
     """What a trained model depends on, apart from method, learning rate and seed."""
 
     dataset: str = option("mnist", "Which images.", choices=list(SHAPES))
-    train_images: int | None = option(
-        None, f"Of those that are not among the {VALIDATION_IMAGES} for validation; or all."
-    )
+    train_images: int | None = option(None, "Number of training images; all but those for validation if not given.")
     epochs: int = option(3, "Passes over the training images.")
     batch_size: int = option(64, "Images of one step.")
 
@@ -66,17 +64,11 @@ class Options:
     """What the experiment varies, and where it writes."""
 
     output_dir: str = option("outputs", "Rows and results go to vit_DATASET in this folder.")
-    methods: list[str] = option(
-        ["dense", "unconstrained", "tau=0.1"], "dense, unconstrained, or tau=NUMBER (tau=inf: orthonormal bases only)."
-    )
-    compression_ratios: list[float] = option(
-        [], f"Shares of the converted weights to remove; if none is given the rank ratio is {RANK_RATIO}."
-    )
+    methods: list[str] = option(["dense", "unconstrained", "tau=0.1"], "dense, unconstrained, or tau=NUMBER.")
+    compression_ratios: list[float] = option([], "Shares of the weights to remove; rank ratio 0.25 if none is given.")
     learning_rates: list[float] = option([1e-3, 3e-3, 1e-2], "The sweep, the same for every method.")
     seeds: list[int] = option([0, 1, 2], "Seeds at the chosen learning rate; the first one sweeps.")
     epsilons: list[str] = option([], "ℓ∞ radii, in pixels of [0, 1], of FGSM and of PGD with two losses.")
-    pgd_steps: int = option(10, "Steps of PGD, with one random start.")
-    test_images: int = option(1000, "Number of test images, the first ones, to attack.")
     check_samples: int = option(64, "Images of the checks, for the first seed.")
     threads: int = option(1, "Threads of torch.")
 
@@ -132,7 +124,7 @@ class Experiment:
         self.folder = Path(options.output_dir) / f"vit_{training.dataset}"
         self.rows = Rows(self.folder / "rows")
         names = ["fgsm", "pgd-linf", "pgd-linf-margin"]
-        self.attacks = make_attacks(names, options.epsilons, steps=options.pgd_steps) if options.epsilons else []
+        self.attacks = make_attacks(names, options.epsilons, steps=10) if options.epsilons else []
 
     @cached_property
     def data(self) -> dict[str, Split]:
@@ -192,9 +184,9 @@ class Experiment:
             Path(row["folder"]),
             variant.label,
             self.attacks,
-            o.test_images,
+            TEST_IMAGES,
             build=lambda: load_trained(row["folder"], self.training.dataset),
-            data=lambda: self.data["test"].first(o.test_images),
+            data=lambda: self.data["test"].first(TEST_IMAGES),
             batch_size=100,
             checks=seed == o.seeds[0],
             check_samples=o.check_samples,

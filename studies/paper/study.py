@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +32,7 @@ class TrainingOptions:
     batch_size: int = option(128, "Images of one step.")
     gamma: float = option(0.3, "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate.")
     subset: int | None = option(None, "Use so many training images, validation included; all if not given.")
-    validation_fraction: float = option(
-        0.25, "Share of the training images held out for the choice of the learning rate."
-    )
+    validation_fraction: float = option(0.25, "Share of the training images held out for the choice of the rate.")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "subset"):
@@ -59,48 +58,27 @@ class Entry:
 
 
 class Study:
-    """Makes the rows that are missing, and keeps them in `folder`.
+    """Makes the rows that are missing, and keeps them in the folder of the experiment.
 
     Args:
-        name: Of the experiment.
+        options: `studies.paper.table.Options`.
         training: What all rows have in common.
-        folder: Where rows are kept.
-        data_dir: Folder that holds the images' folder; or
-        dataset_name: their name on the Hub.
-        attacked_images: Number of test images, drawn once, that are attacked; all if None.
-        check_samples: Number of them for the checks of the evaluation, for the first seed.
         device: Where models are trained.
     """
 
-    def __init__(
-        self,
-        name: str,
-        training: TrainingOptions,
-        folder: Path,
-        *,
-        data_dir: str | None = None,
-        dataset_name: str | None = None,
-        attacked_images: int | None = None,
-        check_samples: int = 64,
-        device: torch.device | None = None,
-    ) -> None:
-        self.name, self.experiment, self.training = name, EXPERIMENTS[name], training
-        self.rows = Rows(folder / "rows")
-        self.source = {"data_dir": data_dir, "dataset_name": dataset_name}
-        self.attacked_images, self.check_samples = attacked_images, check_samples
-        self.device = device or torch.device("cpu")
-        self._data: dict[str, Split] | None = None
+    def __init__(self, options: Any, training: TrainingOptions, device: torch.device) -> None:
+        self.options, self.training, self.device = options, training, device
+        self.experiment = EXPERIMENTS[options.experiment]
+        self.rows = Rows(Path(options.output_dir) / options.experiment / "rows")
 
-    @property
+    @functools.cached_property
     def data(self) -> dict[str, Split]:
         """Read when first needed: a call that only prints needs no images."""
-        if self._data is None:
-            splits = load_images(self.experiment.dataset, **self.source)
-            total = min(len(splits["train"].labels), self.training.subset or len(splits["train"].labels))
-            held_out = round(self.training.validation_fraction * total)
-            splits["train"], splits["validation"] = hold_out(splits["train"], held_out, total)
-            self._data = {name: split.to(self.device) for name, split in splits.items()}
-        return self._data
+        splits = load_images(self.experiment.dataset, self.options.data_dir, self.options.dataset_name)
+        total = min(len(splits["train"].labels), self.training.subset or len(splits["train"].labels))
+        held_out = round(self.training.validation_fraction * total)
+        splits["train"], splits["validation"] = hold_out(splits["train"], held_out, total)
+        return {name: split.to(self.device) for name, split in splits.items()}
 
     def train(self, entry: Entry, learning_rate: float, seed: int) -> dict[str, Any]:
         """The row of one training; the weights lie in its folder."""
@@ -114,7 +92,7 @@ class Study:
             save_model(model, str(folder / WEIGHTS))
             return {"label": entry.label, **facts, **result}
 
-        key = {"experiment": self.name, **facts, **asdict(self.training)}
+        key = {"experiment": self.options.experiment, **facts, **asdict(self.training)}
         return self.rows.row(f"{entry.method} {entry.rank_ratio or ''} lr {learning_rate:g} seed {seed}", key, make)
 
     def _trained(self, entry: Entry, learning_rate: float, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -147,20 +125,20 @@ class Study:
             result |= measure(pixel_model(model, self.experiment).to(self.device), self.data["validation"])
         return model, result
 
-    def test(self, entry: Entry, learning_rate: float, seed: int, *, checks: bool) -> dict[str, Any]:
+    def test(self, entry: Entry, learning_rate: float, seed: int) -> dict[str, Any]:
         """Accuracy on the test split, clean and under each attack, on the same images for every row."""
         row = self.train(entry, learning_rate, seed)
         return attacked(
             Path(row["folder"]),
             entry.label,
             self.experiment.attacks,
-            self.attacked_images,
+            self.options.attacked_images,
             build=lambda: pixel_model(load_trained(row, self.experiment), self.experiment).to(self.device).eval(),
             data=self.data["test"].first,
             clean=lambda model: accuracy(model, self.data["test"]),
             batch_size=250,
-            checks=checks and self.check_samples > 0,
-            check_samples=max(self.check_samples, 1),
+            checks=seed == self.options.seeds[0] and self.options.check_samples > 0,
+            check_samples=max(self.options.check_samples, 1),
         )
 
 

@@ -27,6 +27,7 @@ from studies.report import tables
 from studies.rows import sweep
 
 CENTERED = [f"tau={tau}{center}" for tau in (0, 0.1, 0.5) for center in ("", ":rms", ":mean")]
+METHODS = ["dense", "unconstrained", *CENTERED, "tau=inf", "svd_prune", "cayley", "projected", "penalty=0.1"]
 
 
 @dataclass
@@ -34,25 +35,13 @@ class Options:
     """Which rows the table has, and where it is written."""
 
     experiment: str = field(metadata={"help": f"One of {', '.join(EXPERIMENTS)}."})
-    methods: list[str] = option(
-        [
-            *("dense", "unconstrained", *CENTERED, "tau=inf"),
-            *("svd_prune", "cayley", "projected", "penalty=0.1"),
-        ],
-        f"Of {NAMES}.",
-    )
-    rank_ratios: list[float] = option(
-        [0.5, 0.2], "Of every layer but the last; the published compression ratios 50 and 80 % are 0.5 and 0.2."
-    )
-    learning_rates: list[float] | None = option(
-        None, "The sweep, the same for every method; the experiment's own if not given."
-    )
+    methods: list[str] = option(METHODS, f"Of {NAMES}.")
+    rank_ratios: list[float] = option([0.5, 0.2], "Of every layer but the last; as published (50 and 80 %).")
+    learning_rates: list[float] | None = option(None, "The sweep of every method; else the experiment's own.")
     seeds: list[int] = option([0, 1, 2], "Seeds at the chosen learning rate; the first one sweeps.")
     data_dir: str | None = option(None, "Folder that holds mnist/, cifar10/ or cifar100/ as parquet; or CONDLR_DATA.")
-    dataset_name: str | None = option(None, "Of the images on the Hub, in place of data_dir.")
-    attacked_images: int | None = option(
-        None, "Number of test images, drawn once, that are attacked; all if not given."
-    )
+    dataset_name: str | None = option(None, "Name of the images on the Hub, in place of data_dir.")
+    attacked_images: int | None = option(None, "Number of test images, drawn once, that are attacked; else all.")
     check_samples: int = option(64, "Images of the first seed's checks; 0 for none.")
     threads: int | None = option(None, "Threads of torch; its own choice if not given.")
     output_dir: str = option("outputs/paper", "Rows and tables go to EXPERIMENT in it.")
@@ -84,16 +73,7 @@ def main(options: Options, training: TrainingOptions) -> dict[str, Any]:
     set_up(options.threads)
     folder = Path(options.output_dir) / options.experiment
     attacks = EXPERIMENTS[options.experiment].attacks
-    study = Study(
-        options.experiment,
-        training,
-        folder,
-        data_dir=options.data_dir,
-        dataset_name=options.dataset_name,
-        attacked_images=options.attacked_images,
-        check_samples=options.check_samples,
-        device=accelerator.device,
-    )
+    study = Study(options, training, accelerator.device)
 
     def write(results: dict[str, Any]) -> None:
         write_record(folder / "results.json", results, options, training)
@@ -105,7 +85,7 @@ def main(options: Options, training: TrainingOptions) -> dict[str, Any]:
         options.learning_rates,
         options.seeds,
         train=study.train,
-        test=lambda *job: study.test(*job, checks=job[-1] == options.seeds[0]),
+        test=study.test,
         write=write,
     )
     if any(not row["diverged"] for row in results["rows"]):

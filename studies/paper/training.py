@@ -117,13 +117,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return correct / len(split.labels)
 
 
-def save_checkpoint(
-    path: Path,
-    stateful: Mapping[str, Any],
-    generators: Mapping[str, torch.Generator],
-    losses: list[float | None],
-    seconds: float,
-) -> None:
+def save_checkpoint(path: Path, stateful: Mapping, generators: Mapping, losses: list, seconds: float) -> None:
     """Everything that the rest of the training depends on, in one file that replaces the one before."""
     state = {
         "losses": losses,
@@ -136,9 +130,7 @@ def save_checkpoint(
         torch.save(state, temporary)
 
 
-def load_checkpoint(
-    path: Path, stateful: Mapping[str, Any], generators: Mapping[str, torch.Generator]
-) -> tuple[list[float | None], float]:
+def load_checkpoint(path: Path, stateful: Mapping, generators: Mapping) -> tuple[list[float | None], float]:
     """Losses of the finished epochs and the seconds spent; nothing where there is no checkpoint."""
     if not path.exists():
         return [], 0.0

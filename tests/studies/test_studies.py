@@ -43,22 +43,13 @@ def counted(monkeypatch, owner, name):
 
 def test_vit_small_and_its_robustness(run, monkeypatch, tmp_path):
     monkeypatch.setattr(vit_small, "VALIDATION_IMAGES", 20)
-    options = [
-        "--output_dir",
-        tmp_path,
-        "--methods",
-        "dense",
-        "tau=0.1",
-        "--compression_ratios",
-        "0.6",
-        "--epochs",
-        "1",
-    ]
-    options += ["--learning_rates", "1e-3", "1e-2", "--seeds", "0", "1", "--check_samples", "2", "--test_images", "8"]
+    monkeypatch.setattr(vit_small, "TEST_IMAGES", 8)
+    options = ["--output_dir", tmp_path, "--methods", "dense", "tau=0.1", "--compression_ratios", "0.6"]
+    options += ["--epochs", "1", "--learning_rates", "1e-3", "1e-2", "--seeds", "0", "1", "--check_samples", "2"]
     trained = counted(monkeypatch, vit_small, "fit")
-    text = run(vit_small, *options, "--epsilons", "4/255", "--pgd_steps", "2")
+    text = run(vit_small, *options, "--epsilons", "4/255")
     assert len(trained) == 6  # two rates with the first seed, one with the second
-    run(vit_small, *options, "--epsilons", "4/255", "--pgd_steps", "2")
+    run(vit_small, *options, "--epsilons", "4/255")
     assert len(trained) == 6
     path = tmp_path / "vit_mnist" / "results.json"
     record = json.loads(path.read_text())
@@ -126,7 +117,7 @@ def test_text_study_and_its_robustness(run, monkeypatch, tmp_path):
     names += ["before fine-tuning: unconstrained"]
     options = ["--model_path", tmp_path / "start", "--output_dir", tmp_path / "text", "--rows", *names, "--seeds", "0"]
     options += ["--steps", "3", "--dense_steps", "3", "--calibration_sentences", "32", "--attacked", "8"]
-    options += ["--attack_steps", "1", "--learning_rates", "1e-3", "3e-3"]
+    options += ["--learning_rates", "1e-3", "3e-3"]
     text = run(text_study, *options)
     record = json.loads((tmp_path / "text" / "results.json").read_text())
     assert [row["label"] for row in record["rows"]] == names

@@ -23,7 +23,7 @@ def orthonormalize_(parameters: Iterable[Tensor]) -> None:
     """Replace each weight, in place, by the nearest one with orthonormal columns (rows, where it is wide)."""
     with torch.no_grad():
         for parameter in parameters:
-            write(parameter, retract_polar(tall(parameter)))
+            parameter.copy_(untall(retract_polar(tall(parameter)), parameter))
 
 
 def stiefel_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -118,11 +118,6 @@ def untall(X: Tensor, weight: Tensor) -> Tensor:  # (p, q) -> as weight
     """The inverse of `tall`."""
     rows, columns = weight.shape[0], weight[0].numel()
     return (X if rows >= columns else X.mT).reshape(weight.shape)
-
-
-def write(weight: Tensor, X: Tensor) -> None:
-    """Copy X (p, q) into a weight."""
-    weight.copy_(untall(X, weight))
 
 
 def check_option(name: str, value: Any, condition: bool, rule: str) -> None:
