@@ -35,7 +35,7 @@ class Options:
     """How long."""
 
     steps: int = option(100_000, "Least number of optimizer steps.")
-    seed: int = option(0, "Of the first cases; further ones have the next seeds.")
+    seed: int = option(0, "Seed of the first hundred cases; the next hundred have the next seed.")
     output: str = option("outputs/fuzz.json", "Where the counts go.")
 
 
@@ -90,7 +90,7 @@ def cases(draw: Any, most: int) -> Case:
 
 
 def fuzz(examples: int, *, start: int | None, then: Callable[[fuzz_cases.Run], None], most: int = 40) -> None:
-    """Run so many cases, those of the seed `start` or, with None, always the same; raises at the first that fails."""
+    """Run `examples` cases of the seed `start`, with None always the same ones; raise at the first that fails."""
 
     @settings(
         max_examples=examples,

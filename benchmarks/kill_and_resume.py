@@ -175,7 +175,7 @@ def wait(pid: int, seconds: float) -> int | None:
 
 
 def kill(pid: int) -> None:
-    """And wait for its end."""
+    """Kill a process and wait for its end."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 

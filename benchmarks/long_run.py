@@ -46,7 +46,7 @@ class Options(CommonOptions):
 
     steps: int = option(50_000, "Optimizer steps.")
     window: int = option(500, "Steps that a row of the record sums up.")
-    warmup_steps: int = option(5_000, "Of the bound on κ.")
+    warmup_steps: int = option(5_000, "Optimizer steps until the bound on κ is 1 + τ.")
     picture: str = option("", "Where the picture goes; none without it.")
 
 

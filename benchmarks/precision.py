@@ -76,7 +76,7 @@ class Options(CommonOptions):
 
     settings: list[str] = option(list(SETTINGS), ", ".join(SETTINGS))
     model: str = option("minilm", "minilm, vit-b16 or tiny, with random weights.")
-    layers: int = option(2, "Blocks of it.")
+    layers: int = option(2, "Blocks of the model.")
     steps: int = option(30, "Steps of each training.")
 
 

@@ -33,15 +33,15 @@ class Options(CommonOptions):
     width: int = option(768, "m = n where it is not varied.")
     rank: int = option(96, "r where it is not varied.")
     layers: int = option(8, "Number of layers where it is not varied.")
-    ranks: list[int] = option([48, 96, 192, 384], "Varied.")
-    widths: list[int] = option([384, 768, 1536, 3072], "Varied.")
-    numbers: list[int] = option([4, 8, 16, 32], "Numbers of layers, varied.")
+    ranks: list[int] = option([48, 96, 192, 384], "Values of r.")
+    widths: list[int] = option([384, 768, 1536, 3072], "Values of m = n.")
+    numbers: list[int] = option([4, 8, 16, 32], "Values of the number of layers.")
     tau: float = option(0.1, "Conditioning tolerance.")
     rounds: int = option(7, "Interleaved repetitions; medians are printed.")
 
 
 def slope(sizes: Any, values: Any) -> float:
-    """Of log(value) over log(size), by least squares."""
+    """Slope of log(value) over log(size), by least squares."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 

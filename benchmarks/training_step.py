@@ -116,7 +116,7 @@ def _resident(key: str) -> int:
 
 
 def measure(options: Options) -> dict[str, dict[str, Any]]:
-    """Of every model and method the peak memory, and seconds of every round."""
+    """Peak memory of every model and method, and seconds of every round."""
     spawn, results = multiprocessing.get_context("spawn"), {}
     for name in options.models:
         memory: dict[str, int | None] = dict.fromkeys(METHODS)

@@ -53,9 +53,9 @@ class Options:
 
     study: str = field(metadata={"help": "Which models.", "choices": ["lenet5", "vit", "minilm"]})
     record: str = field(metadata={"help": "results.json of the study that trained the models."})
-    samples: int = option(1000, "The first test images, so many; test sentences drawn once.")
+    samples: int = option(1000, "Number of test images, the first ones, or of test sentences, drawn once.")
     steps: int = option(20, "Steps of PGD, with one random start.")
-    autoattack_samples: int = option(500, "The first test images, so many, for AutoAttack; only of the first seed.")
+    autoattack_samples: int = option(500, "Number of test images for AutoAttack, the first ones; first seed only.")
     checked_seeds: list[int] = option([0], "Trainings that are checked too.")
     check_samples: int = option(128, "Samples that the checks attack again.")
     threads: int = option(1, "Threads of torch.")

@@ -43,7 +43,7 @@ class Rows:
 
 
 def digest(settings: Any) -> str:
-    """Of settings, for the name of a folder."""
+    """A short digest of settings, for the name of a folder."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -51,7 +51,9 @@ SETTINGS = {
 class Options:
     """What is compared."""
 
-    rows: list[str] = option(["dense", "unconstrained", "τ = 0.1", "τ = 1", "τ = ∞"], f"Of {'; '.join(SETTINGS)}.")
+    rows: list[str] = option(
+        ["dense", "unconstrained", "τ = 0.1", "τ = 1", "τ = ∞"], f"Settings to compare: {'; '.join(SETTINGS)}."
+    )
     compression_ratio: float = option(0.6, "Share of the encoder's linear weights that is removed.")
     learning_rates: list[float] = option([3e-5, 1e-4, 3e-4], "The sweep, the same for every row.")
     seeds: list[int] = option([0, 1, 2], "The first one sweeps.")

@@ -31,7 +31,7 @@ class TrainingOptions:
     epochs: int = option(120, "Passes over the training images; 120 as published.")
     batch_size: int = option(128, "Images of one step.")
     gamma: float = option(0.3, "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate.")
-    subset: int | None = option(None, "Use so many training images, validation included; all if not given.")
+    subset: int | None = option(None, "Number of training images, validation included; all if not given.")
     validation_fraction: float = option(0.25, "Share of the training images held out for the choice of the rate.")
 
     def __post_init__(self) -> None:

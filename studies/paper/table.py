@@ -35,8 +35,10 @@ class Options:
     """Which rows the table has, and where it is written."""
 
     experiment: str = field(metadata={"help": f"One of {', '.join(EXPERIMENTS)}."})
-    methods: list[str] = option(METHODS, f"Of {NAMES}.")
-    rank_ratios: list[float] = option([0.5, 0.2], "Of every layer but the last; as published (50 and 80 %).")
+    methods: list[str] = option(METHODS, f"Methods to compare: {NAMES}.")
+    rank_ratios: list[float] = option(
+        [0.5, 0.2], "Rank ratios of every layer but the last; as published (50 and 80 %)."
+    )
     learning_rates: list[float] | None = option(None, "The sweep of every method; else the experiment's own.")
     seeds: list[int] = option([0, 1, 2], "Seeds at the chosen learning rate; the first one sweeps.")
     data_dir: str | None = option(None, "Folder that holds mnist/, cifar10/ or cifar100/ as parquet; or CONDLR_DATA.")
