@@ -1,30 +1,28 @@
-"""Random cases against the manifold step: models, optimizers, gradients of every bad kind, and hands that interfere.
+"""Random cases against the manifold step: models, optimizers, gradients of every bad kind, factors that others change.
 
-`hypothesis` draws a case, runs it, checks the invariants of `fuzz_parts.py` after each of its steps, and shrinks what
+`hypothesis` draws a case, runs it, checks the invariants of `fuzz_cases.py` after each of its steps, and shrinks what
 fails to the least case that still does, printed as code. Nothing is remembered between calls.
 
-    python benchmarks/fuzz.py
+    python -m benchmarks.fuzz
 """
 
 from __future__ import annotations
 
 import collections
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fuzz_parts
-import torch
-from fuzz_parts import CORES, GRADIENTS, INF, OPTIMIZERS, Case, Do, Layer, Step
 from hypothesis import HealthCheck, Phase, configuration, given, seed, settings
 from hypothesis import strategies as st
-from record import write_record
-from transformers import HfArgumentParser
+
+from benchmarks import fuzz_cases
+from benchmarks.fuzz_cases import CORES, GRADIENTS, INF, OPTIMIZERS, Case, Do, Layer, Step
+from studies.record import option, parse, set_up, write_record
 
 TAUS = (0.0, 1e-7, 1e-3, 0.1, 1.0, 30.0, 1e5, INF)
 RATES = (1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e4, 1e10, 1e20, 1e30)
@@ -36,9 +34,9 @@ configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 class Options:
     """How long."""
 
-    steps: int = field(default=100_000, metadata={"help": "Optimizer steps, at least so many."})
-    seed: int = field(default=0, metadata={"help": "Of the cases; steps go on where one seed's cases end."})
-    output: str = field(default="outputs/fuzz.json", metadata={"help": "Where the counts go."})
+    steps: int = option(100_000, "Least number of optimizer steps.")
+    seed: int = option(0, "Seed of the first hundred cases; the next hundred have the next seed.")
+    output: str = option("outputs/fuzz.json", "Where the counts go.")
 
 
 @st.composite
@@ -91,8 +89,8 @@ def cases(draw: Any, most: int) -> Case:
     )
 
 
-def fuzz(examples: int, *, start: int | None, then: Callable[[fuzz_parts.Run], None], most: int = 40) -> None:
-    """Run so many cases, those of the seed `start` or, with None, always the same; raises at the first that fails."""
+def fuzz(examples: int, *, start: int | None, then: Callable[[fuzz_cases.Run], None], most: int = 40) -> None:
+    """Run `examples` cases of the seed `start`, with None always the same ones; raise at the first that fails."""
 
     @settings(
         max_examples=examples,
@@ -105,19 +103,19 @@ def fuzz(examples: int, *, start: int | None, then: Callable[[fuzz_parts.Run], N
     )
     @given(cases(most))
     def run_one(case: Case) -> None:
-        then(fuzz_parts.run(case))
+        then(fuzz_cases.run(case))
 
     (run_one if start is None else seed(start)(run_one))()
 
 
 def main() -> None:
     """Case after case until there were enough steps."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # what is held is said, again and again
+    (options,) = parse(Options)
+    set_up(threads=1)
+    logging.disable(logging.WARNING)  # the step warns of each factor that it holds
     counts: collections.Counter[str] = collections.Counter()
 
-    def count(run: fuzz_parts.Run) -> None:
+    def count(run: fuzz_cases.Run) -> None:
         counts.update(cases=1, steps=run.steps, refused=run.refused)
         counts[f"steps of {run.case.optimizer}"] += run.steps
         counts["steps as on a GPU"] += run.steps * run.case.ahead
@@ -126,10 +124,9 @@ def main() -> None:
     while counts["steps"] < options.steps:
         fuzz(100, start=start, then=count)
         start += 1  # the same seed would draw the same cases again
-        sys.stderr.write(f"{counts['steps']} steps of {counts['cases']} cases\n")
         found = {"counts": dict(counts), "seconds": time.perf_counter() - began}
-        path = write_record(Path(options.output), found, options)  # of what was done if it is ended here
-    sys.stdout.write("".join(f"{name}: {number}\n" for name, number in counts.items()) + f"wrote {path}\n")
+        path = write_record(options.output, found, options)  # after each hundred, in case it is ended here
+    print(*(f"{name}: {number}" for name, number in counts.items()), f"wrote {path}", sep="\n")
 
 
 if __name__ == "__main__":

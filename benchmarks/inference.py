@@ -11,61 +11,43 @@ own width) and for the whole model:
 The limit is the ratio of the operations that the linear layers of both take, as `FlopCounterMode` counts them: what a
 form can gain in the linear layers if every operation took equally long.
 
-    python benchmarks/inference.py
-    python benchmarks/inference.py --model vit-b16 --layers 12 --dtype bfloat16
+    python -m benchmarks.inference
+    python -m benchmarks.inference --model vit-b16 --layers 12 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from record import markdown, write_record
-from speed_parts import (
-    CONFIGS,
-    DTYPES,
-    any_device,
-    batch_for,
-    build,
-    factor,
-    interleaved,
-    linear_names,
-    ratios,
-    spread,
-    tokens_of,
-)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
+from benchmarks.models import CONFIGS, DTYPES, batch_for, build, factor, linear_names, tokens_of
+from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
 from hf_condlr import fold_model
+from hf_condlr.tables import markdown_table
+from studies.record import option
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is measured."""
 
-    model: str = field(default="vit-b16", metadata={"help": ", ".join(CONFIGS)})
-    layers: int = field(default=2, metadata={"help": "Blocks of the model; those of ViT-B/16 are 12."})
-    compression_ratios: list[float] = field(
-        default_factory=lambda: [0.4, 0.6, 0.75], metadata={"help": "Share of the linear layers' weights removed."}
-    )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 64], metadata={"help": "Samples in a batch."})
-    tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
-    dtype: str = field(default="float32", metadata={"help": ", ".join(DTYPES)})
-    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
-    rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; the median of the ratios counts."})
-    compiled: bool = field(default=True, metadata={"help": "Try torch.compile."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="outputs/inference.json", metadata={"help": "Where the record goes."})
+    model: str = option("vit-b16", ", ".join(CONFIGS))
+    layers: int = option(2, "Blocks of the model; those of ViT-B/16 are 12.")
+    compression_ratios: list[float] = option([0.4, 0.6, 0.75], "Share of the linear layers' weights removed.")
+    batch_sizes: list[int] = option([1, 64], "Samples in a batch.")
+    tokens: int = option(128, "Tokens of a text.")
+    dtype: str = option("float32", ", ".join(DTYPES))
+    rank_multiple: int = option(1, "Ranks are rounded down to multiples of it.")
+    compiled: bool = option(True, "Try torch.compile.")
 
 
 class LinearLayers(nn.Module):
@@ -94,11 +76,6 @@ def why_no_compiler(device: torch.device) -> str | None:
     return None
 
 
-def compiled(model: Any) -> Any:
-    """With constant shapes: after one batch size torch would otherwise compile for any."""
-    return torch.compile(copy.deepcopy(model), dynamic=False)
-
-
 class Forms:
     """A model and what becomes of it at one compression ratio."""
 
@@ -110,22 +87,21 @@ class Forms:
         self.linear: dict[str, Any] = {form: LinearLayers(model, names) for form, model in models.items()}
         self.whole: dict[str, Any] = dict(models)
         if with_compiler:
-            self.whole["folded, compiled"] = compiled(models["folded"])
-            self.linear["folded, compiled"] = compiled(self.linear["folded"])
+            # With constant shapes: after one batch size torch would otherwise compile for any.
+            for forms in (self.whole, self.linear):
+                forms["folded, compiled"] = torch.compile(copy.deepcopy(forms["folded"]), dynamic=False)
 
     def limits(self, inputs: dict[int, Tensor]) -> dict[str, float]:
         """Operations of the dense linear layers over those of each form."""
-        counts: dict[str, int] = {}
-        for form, layers in self.linear.items():
-            if form in ("dense", "three factors", "folded"):
-                with FlopCounterMode(display=False) as counter:
-                    layers(inputs)
-                counts[form] = counter.get_total_flops()
-        counts["folded, compiled"] = counts["folded"]
-        return {form: counts["dense"] / counts[form] for form in self.linear}
+        counts = {}
+        for form in ("dense", "three factors", "folded"):
+            with FlopCounterMode(display=False) as counter:
+                self.linear[form](inputs)
+            counts[form] = counter.get_total_flops()
+        return {form: counts["dense"] / counts[form.partition(",")[0]] for form in self.linear}
 
 
-def measure(
+def measure_ratio(
     dense: PreTrainedModel, ratio: float, options: Options, with_compiler: bool, device: torch.device
 ) -> list[dict[str, Any]]:
     """Seconds of every form, for every batch size: of the linear layers, then of the whole model."""
@@ -147,16 +123,27 @@ def measure(
     return results
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def measure(options: Options) -> dict[str, Any]:
+    """Every compression ratio; `why_no_compiler` where compiled forms are missing."""
+    device = any_device()
+    reason = why_no_compiler(device) if options.compiled else "not asked for"
+    dense: Any = build(options.model, options.layers).to(device, DTYPES[options.dtype]).eval()
+    rows: list[dict[str, Any]] = []
+    for ratio in options.compression_ratios:
+        torch.compiler.reset()  # each ratio's graphs are its own: torch stops at 8 of one function
+        with torch.inference_mode():
+            rows += measure_ratio(dense, ratio, options, reason is None, device)
+    return {"rows": rows, "why_no_compiler": reason}
+
+
+def table(results: dict[str, Any]) -> str:
     """A line for each form that is not dense: its speed-up, and how much of the limit that is."""
     lines = []
-    for result in sorted(results, key=lambda x: (x["part"], x["batch_size"])):
+    for result in sorted(results["rows"], key=lambda x: (x["part"], x["batch_size"])):
         base = result["seconds"]["dense"]
-        for form, times in result["seconds"].items():
-            if form == "dense":
-                continue
+        for form, times in list(result["seconds"].items())[1:]:
             gains, limit = ratios(base, times), result["limits"][form]
-            cells = [result["part"], str(result["batch_size"]), f"{result['compression_ratio']:.0%}", form]
+            cells = [result["part"], result["batch_size"], f"{result['compression_ratio']:.0%}", form]
             cells += [f"{1e3 * statistics.median(t):,.1f}" for t in (base, times)]
             lines.append([*cells, spread(gains), f"{limit:.2f}", f"{statistics.median(gains) / limit:.0%}"])
     header = [
@@ -170,27 +157,9 @@ def table(results: list[dict[str, Any]]) -> str:
         "limit of the linear layers",
         "reached",
     ]
-    return markdown(header, lines)
-
-
-def main() -> None:
-    """Measure, print a table, write all times."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
-    set_seed(0)
-    device = any_device()
-    reason = why_no_compiler(device) if options.compiled else "not asked for"
-    dense: Any = build(options.model, options.layers).to(device, DTYPES[options.dtype]).eval()
-    results: list[dict[str, Any]] = []
-    for ratio in options.compression_ratios:
-        torch.compiler.reset()  # each ratio's graphs are its own: torch stops at 8 of one function
-        with torch.inference_mode():
-            results += measure(dense, ratio, options, reason is None, device)
-    path = write_record(Path(options.output), {"results": results, "why_no_compiler": reason}, options)
-    note = f"\n\nnot compiled: {reason}" if reason else ""
-    sys.stdout.write(f"{table(results)}{note}\n\nwrote {path}\n")
+    reason = results["why_no_compiler"]
+    return markdown_table(header, lines) + (f"\n\nnot compiled: {reason}" if reason else "")
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

@@ -2,12 +2,12 @@
 
 A small ViT with dropout on random images, `CondLRTrainer`, AdamW, a cosine schedule, a conditioning warm-up, and a
 checkpoint every fourth step. One training is not interrupted. Others are killed at random moments and go on with
-`resume_from_checkpoint=True`, anew where there is no checkpoint yet; where one ends, the next one begins, until there
-were enough kills. Then the same on two processes (gloo), of which one is killed: how long the other one lives, and how
-it ends. Final weights, the optimizer's, the scheduler's and the conditioning's states are compared.
+`resume_from_checkpoint=True`, or start again where there is no checkpoint yet; when one ends, the next one begins,
+until there were enough kills. Then the same on two processes (gloo), of which one is killed: how long the other one
+lives, and how it ends. Final weights and the states of optimizer, scheduler and conditioning are compared.
 
-    python benchmarks/kill_and_resume.py
-    torchrun --nproc_per_node 2 benchmarks/kill_and_resume.py --dies_at 60
+    python -m benchmarks.kill_and_resume
+    torchrun --nproc_per_node 2 --module benchmarks.kill_and_resume --dies_at 60
 """
 
 from __future__ import annotations
@@ -24,43 +24,40 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from record import markdown, write_record
-from transformers import HfArgumentParser, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
-from hf_condlr.checkpoints.restore import last_complete_checkpoint
-from hf_condlr.errors import CheckpointError
+from hf_condlr.files import replacing
+from hf_condlr.tables import markdown_table
+from studies.record import option, parse, set_up, write_record
+
+LONGEST = 600  # seconds of a training
 
 
 @dataclass
 class Options:
     """How often, and how long a training is."""
 
-    kills: int = field(default=30, metadata={"help": "Of trainings on one process."})
-    rank_kills: int = field(default=5, metadata={"help": "Of one of two processes."})
-    steps: int = field(default=120, metadata={"help": "Optimizer steps of a training."})
-    save_steps: int = field(default=4, metadata={"help": "Between two checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Of the moments."})
-    dies_at: int = field(
-        default=0, metadata={"help": "Under torchrun: the step at which the last process kills itself."}
-    )
-    output: str = field(default="outputs/kill_and_resume.json", metadata={"help": "Where the numbers go."})
+    kills: int = option(30, "Kills of trainings on one process.")
+    rank_kills: int = option(5, "Kills of one of two processes.")
+    steps: int = option(120, "Optimizer steps of a training.")
+    dies_at: int = option(0, "Under torchrun: the step at which the last process kills itself.")
+    output: str = option("outputs/kill_and_resume.json", "Where the numbers go.")
 
 
 def train(folder: Path, options: Options, start_seed: int) -> None:
-    """From the last whole checkpoint, or anew, to the end; leaves `final.pt`. `start_seed` is to make no difference."""
+    """Train from the last complete checkpoint, if any, to the end; leaves `final.pt`. `start_seed` must not matter."""
     transformers.set_seed(0)
     rows = [{"pixel_values": torch.rand(1, 8, 8), "labels": i % 3} for i in range(48)]
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, hidden_dropout_prob=0.1, **sizes)
-    resumes = has_whole_checkpoint(folder)
+    resumes = last_step(folder) > 0
     torch.manual_seed(start_seed if resumes else 0)  # what is resumed takes nothing from here
     model = get_robust_lowrank_model(ViTForImageClassification(config), CondLRConfig(rank_ratio=0.4, tau=0.1))
     args = CondLRTrainingArguments(
@@ -70,7 +67,7 @@ def train(folder: Path, options: Options, start_seed: int) -> None:
         learning_rate=1e-2,
         lr_scheduler_type="cosine",
         conditioning_warmup_ratio=0.5,
-        save_steps=options.save_steps,
+        save_steps=4,
         save_total_limit=3,
         report_to=[],
         disable_tqdm=True,
@@ -88,8 +85,8 @@ def train(folder: Path, options: Options, start_seed: int) -> None:
             "conditioning": trainer.manifold_step.state_dict(),
             "step": trainer.state.global_step,
         }
-        torch.save(state, folder / "final.pt.half")
-        os.replace(folder / "final.pt.half", folder / "final.pt")
+        with replacing(folder / "final.pt") as temporary:
+            torch.save(state, temporary)
 
 
 class Dies(TrainerCallback):
@@ -105,17 +102,8 @@ class Dies(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def has_whole_checkpoint(folder: Path) -> bool:
-    """Whether there is one to go on from."""
-    try:
-        last_complete_checkpoint(str(folder))
-    except CheckpointError:
-        return False
-    return True
-
-
 def equal(x: Any, y: Any) -> bool:
-    """To the bit, all the way down."""
+    """To the bit, at every depth."""
     if isinstance(x, torch.Tensor):
         return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
     if isinstance(x, dict):
@@ -125,31 +113,53 @@ def equal(x: Any, y: Any) -> bool:
     return bool(x == y)
 
 
-def final(folder: Path) -> Any:
-    """What a training left."""
-    return torch.load(folder / "final.pt", weights_only=True)
-
-
-# ------------------------------------------------------------------------------------------------------ processes
-
-
-def start(action: Callable[[], None], errors: Path, **environment: str) -> int:
-    """Run it in a copy of this process, silently, with its errors in a file; returns the copy's id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
+def steps_saved(folder: Path) -> dict[int, bool]:
+    """{step of a checkpoint: whether it is complete}: the Trainer writes `trainer_state.json` last."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        step = int(path.name.rpartition("-")[2])
         try:
-            os.environ.update(environment)
-            descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            action()
-            status = 0
-        except BaseException as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            sys.stderr.flush()
-        os._exit(status)
-    return pid
+            found[step] = bool(json.loads((path / "trainer_state.json").read_text()))
+        except (OSError, ValueError):
+            found[step] = False
+    return found
+
+
+def last_step(folder: Path) -> int:
+    """Step of the checkpoint to go on from; 0 without one."""
+    return max((step for step, complete in steps_saved(folder).items() if complete), default=0)
+
+
+def was_saving(folder: Path, since: float) -> bool:
+    """Whether the newest checkpoint is not complete and was written to after `since`: the kill came during a save."""
+    newest = max(steps_saved(folder), default=0)
+    path = folder / f"checkpoint-{newest}"
+    return newest > last_step(folder) and path.stat().st_mtime >= since
+
+
+def start(folder: Path, options: Options, seed: int, processes: int) -> list[int]:
+    """Begin the training in copies of this process, whose output goes to files beside `folder`; their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(processes):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            status = 1
+            try:
+                os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+                with folder.with_name(f"{folder.name}-{rank}.log").open("w") as log:
+                    os.dup2(log.fileno(), 1)
+                    os.dup2(log.fileno(), 2)
+                train(folder, options, seed)
+                status = 0
+            except BaseException as error:
+                sys.stderr.write(f"{type(error).__name__}: {error}\n")
+                sys.stderr.flush()
+            os._exit(status)
+    return pids
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -165,136 +175,81 @@ def wait(pid: int, seconds: float) -> int | None:
 
 
 def kill(pid: int) -> None:
-    """And wait for its end."""
+    """Kill a process and wait for its end."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
-def half_written(folder: Path, since: float) -> bool:
-    """Whether the newest checkpoint is not whole, and was written to since then: the kill came while it was saved."""
-    found = [path for path in folder.glob("checkpoint-*") if path.stat().st_mtime >= since]
-    newest = max((int(path.name.rpartition("-")[2]) for path in found), default=0)
-    return newest > last_step(folder)
+def finish(pids: list[int], folder: Path, status: int = 0) -> None:
+    """Wait for the end of the processes, which must succeed; `status` of one that has ended already."""
+    if any([status, *(wait(pid, LONGEST) for pid in pids)]):
+        raise RuntimeError("".join(log.read_text() for log in folder.parent.glob(f"{folder.name}-*.log")))
 
 
-def last_step(folder: Path) -> int:
-    """Of the checkpoint to go on from; 0 without one."""
-    return int(last_complete_checkpoint(str(folder)).rpartition("-")[2]) if has_whole_checkpoint(folder) else 0
-
-
-def whole_training(folder: Path, options: Options) -> float:
-    """Uninterrupted; its seconds."""
+def killed_trainings(root: Path, options: Options, processes: int, kills: int) -> dict[str, Any]:
+    """Kills of the only process, or of the two in turn; how many trainings ended as the one without kills."""
+    moments, whole = random.Random(0), root / f"reference-{processes}"
     began = time.monotonic()
-    status = wait(start(lambda: train(folder, options, 0), folder.with_suffix(".log")), 600)
-    if status != 0:
-        raise RuntimeError(folder.with_suffix(".log").read_text())
-    return time.monotonic() - began
-
-
-def killed_trainings(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
-    """One process."""
-    seconds = whole_training(root / "whole", options)
-    expected = final(root / "whole")
-    in_a_save, same = 0, []
-    at: list[int] = []  # the steps that were gone on from
-    while len(at) < options.kills or not same:
-        folder = root / f"killed-{len(same)}"
+    finish(start(whole, options, 0, processes), whole)
+    seconds = time.monotonic() - began
+    expected = torch.load(whole / "final.pt", weights_only=True)
+    found: dict[str, Any] = {"kills": 0, "while saving": 0, "resumed at": [], "trainings": 0, "equal": 0}
+    found |= {"seconds": [], "said": []}
+    while found["kills"] < kills or not found["trainings"]:
+        folder = root / f"killed-{processes}-{found['trainings']}"
         while not (folder / "final.pt").exists():
-            seed, began = 1000 + len(at), time.time()
-            pid = start(lambda to=folder, seed=seed: train(to, options, seed), folder.with_suffix(".log"))
-            status = wait(pid, moments.uniform(0, 0.6 * seconds) if len(at) < options.kills else 600)
-            if status is None:
-                kill(pid)
-                at.append(last_step(folder))
-                in_a_save += half_written(folder, began)
-            elif status != 0:
-                raise RuntimeError(folder.with_suffix(".log").read_text())
-        same.append(equal(final(folder), expected))
-        shutil.rmtree(folder)
-    return {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same), "equal": sum(same)}
-
-
-def start_two(folder: Path, options: Options, seed: int) -> list[int]:
-    """Both processes of a training."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    return [
-        start(
-            lambda: train(folder, options, seed),
-            folder.with_name(f"{folder.name}-{rank}.log"),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            **common,
-        )
-        for rank in range(2)
-    ]
-
-
-def killed_ranks(root: Path, options: Options, moments: random.Random) -> dict[str, Any]:
-    """One of two processes: now the first, now the second."""
-    began = time.monotonic()
-    folder = root / "both"
-    if any(wait(pid, 600) != 0 for pid in start_two(folder, options, 0)):
-        raise RuntimeError("".join(log.read_text() for log in root.glob("both-*.log")))
-    seconds, expected = time.monotonic() - began, final(folder)
-    lived, said, at, same, in_a_save = [], [], [], [], 0
-    while len(at) < options.rank_kills or not same:
-        folder = root / f"one-{len(same)}"
-        while not (folder / "final.pt").exists():
-            started, pids, dies = time.time(), start_two(folder, options, 1000 + len(at)), len(at) % 2
-            moment = moments.uniform(0.2, 0.7) * seconds if len(at) < options.rank_kills else 600
-            status = wait(pids[1 - dies], moment)
-            if status is not None:  # at the end
-                if status or wait(pids[dies], 600):
-                    raise RuntimeError("".join(log.read_text() for log in root.glob(f"{folder.name}-*.log")))
+            since, pids = time.time(), start(folder, options, 1000 + found["kills"], processes)
+            if found["kills"] == kills:
+                finish(pids, folder)
                 continue
-            kill(pids[dies])
+            victim = pids[found["kills"] % processes]
+            others = [pid for pid in pids if pid != victim]
+            watched = (others or pids)[0]
+            # Two processes take the first fifth of the time to find each other.
+            status = wait(watched, moments.uniform(0.2 * (processes > 1), 0.65) * seconds)
+            if status is not None:
+                finish([pid for pid in pids if pid != watched], folder, status)
+                continue
+            kill(victim)
             began = time.monotonic()
-            status = wait(pids[1 - dies], 120)
-            lived.append(time.monotonic() - began)
-            if status == 0:  # it had nothing left to do with the other one
-                lived.pop()
-                continue
-            if status is None:
-                kill(pids[1 - dies])
-            log = folder.with_name(f"{folder.name}-{1 - dies}.log").read_text().strip().splitlines()
-            said.append(f"{status}: {log[-1][:120] if log else ''}")
-            at.append(last_step(folder))
-            in_a_save += half_written(folder, started)
-        same.append(equal(final(folder), expected))
+            status = wait(watched, 120) if others else None
+            if status == 0:
+                continue  # it had nothing left to do with the other one
+            if others:
+                found["seconds"].append(time.monotonic() - began)
+                lines = folder.with_name(f"{folder.name}-{pids.index(watched)}.log").read_text().strip().splitlines()
+                found["said"].append(f"{status}: {lines[-1][:120] if lines else ''}")
+                if status is None:
+                    kill(watched)
+            found["kills"] += 1
+            found["resumed at"].append(last_step(folder))
+            found["while saving"] += was_saving(folder, since)
+        found["trainings"] += 1
+        found["equal"] += equal(torch.load(folder / "final.pt", weights_only=True), expected)
         shutil.rmtree(folder)
-    counts = {"kills": len(at), "while saving": in_a_save, "went on from": at, "trainings": len(same)}
-    return counts | {"equal": sum(same), "seconds": lived, "said": said}
+    return found
 
 
 def main() -> None:
     """Kill, compare, print."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # checkpoints that are passed over
+    (options,) = parse(Options)
+    set_up(threads=1)
+    logging.disable(logging.WARNING)  # of checkpoints that are not complete
     warnings.simplefilter("ignore")
-    moments = random.Random(options.seed)
     if "RANK" in os.environ:
         train(Path(options.output).with_suffix(""), options, 0)
         return
     with tempfile.TemporaryDirectory() as root:
-        one = killed_trainings(Path(root), options, moments)
-        two = killed_ranks(Path(root), options, moments) if options.rank_kills else {}
+        one = killed_trainings(Path(root), options, 1, options.kills)
+        two = killed_trainings(Path(root), options, 2, options.rank_kills)
     rows = []
-    for name, found in (("one", one), ("one of two", two)):
-        if found:
-            seconds = found.get("seconds", [])
-            lived = f"{statistics.mean(seconds):.1f} s (longest {max(seconds):.1f})" if seconds else ""
-            ended = f"{found['equal']} of {found['trainings']}"
-            rows.append([name, str(found["kills"]), str(found["while saving"]), ended, lived])
+    for name, found in (("the only process", one), ("one of two", two)):
+        seconds = found["seconds"]
+        lived = f"{statistics.mean(seconds):.2f} s (longest {max(seconds):.2f})" if seconds else ""
+        rows.append([name, found["kills"], found["while saving"], f"{found['equal']} of {found['trainings']}", lived])
     header = ["killed", "kills", "of them while saving", "ended equal to the bit", "the other one's end after"]
-    sys.stdout.write(markdown(header, rows) + "\n")
-    sys.stdout.write("".join(f"{line}\n" for line in two.get("said", [])))
-    sys.stdout.write(json.dumps({"one": one, "two": two}) + "\n")
-    sys.stdout.write(f"wrote {write_record(Path(options.output), {'one': one, 'two': two}, options)}\n")
+    print(markdown_table(header, rows), *two["said"], sep="\n")
+    print("wrote", write_record(options.output, {"one": one, "two": two}, options))
 
 
 if __name__ == "__main__":

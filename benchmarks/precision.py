@@ -6,8 +6,8 @@ from those of the float32 training, over their norm. Last, what parameters in bf
 float32 training, rounded after each of its exact steps, and the share of entries that a step's update is too small to
 change.
 
-    python benchmarks/precision.py
-    python benchmarks/precision.py --settings float32 compiled "compiled optimizer.step"
+    python -m benchmarks.precision
+    python -m benchmarks.precision --settings float32 compiled "compiled optimizer.step"
 
 The 8-bit optimizers are those of bitsandbytes and torchao, where these are installed.
 """
@@ -16,23 +16,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
-import sys
+import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from record import markdown, write_record
-from speed_parts import any_device, batch_for, build, factor
 from torch import Tensor
-from transformers import HfArgumentParser, logging
 
+from benchmarks.models import batch_for, build, factor, worst_errors
+from benchmarks.timing import CommonOptions, any_device, run
 from hf_condlr import attach_manifold_step
-from hf_condlr.layers import LowRankLayer, factored_layers
-from hf_condlr.linalg import condition_number, orthonormality_error
+from hf_condlr.layers import factored_layers
+from hf_condlr.tables import markdown_table
+from studies.record import option
 
 
 @dataclass
@@ -73,20 +71,17 @@ ROUNDED = "bfloat16 parameters (rounded)"
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is measured."""
 
-    settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": ", ".join(SETTINGS)})
-    model: str = field(default="minilm", metadata={"help": "minilm, vit-b16 or tiny, with random weights."})
-    layers: int = field(default=2, metadata={"help": "Blocks of it."})
-    compression_ratio: float = field(default=0.5, metadata={"help": "Of its linear layers."})
-    steps: int = field(default=30, metadata={"help": "Steps of each training."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW."})
-    batch_size: int = field(default=8, metadata={"help": "Samples of a step."})
-    tokens: int = field(default=32, metadata={"help": "Of a sample of text."})
-    scale: float = field(default=2.0**20, metadata={"help": "Where the gradient scaler starts: it skips some steps."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="outputs/precision.json", metadata={"help": "Where the numbers go."})
+    settings: list[str] = option(list(SETTINGS), ", ".join(SETTINGS))
+    model: str = option("minilm", "minilm, vit-b16 or tiny, with random weights.")
+    layers: int = option(2, "Blocks of the model.")
+    steps: int = option(30, "Steps of each training.")
+
+
+COMPRESSION_RATIO, LEARNING_RATE, BATCH_SIZE, TOKENS = 0.5, 1e-3, 8, 32
+SCALE = 2.0**20  # where the gradient scaler starts: it skips some steps
 
 
 class Training:
@@ -95,8 +90,7 @@ class Training:
     def __init__(self, setting: Setting, options: Options, device: torch.device) -> None:
         torch.manual_seed(0)
         self.setting, self.options, self.device = setting, options, device
-        self.model = factor(build(options.model, options.layers), options.compression_ratio).to(device)
-        self.model.config.hidden_dropout_prob = 0.0
+        self.model = factor(build(options.model, options.layers), COMPRESSION_RATIO).to(device)
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -105,36 +99,34 @@ class Training:
         self.optimizer = self._optimizer()
         warmup = options.steps // 3
         self.handle = attach_manifold_step(self.optimizer, self.model, warmup_steps=warmup)
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=options.scale) if setting.scaler else None
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE) if setting.scaler else None
         self.forward = torch.compile(self.model) if setting.compiled == "model" else self.model
         self.step = torch.compile(self.optimizer.step) if setting.compiled == "step" else self.optimizer.step
-        self.skipped, self.kappa, self.error = 0, 0.0, 0.0
+        self.layers = factored_layers(self.model)
+        self.skipped = 0
 
     def _optimizer(self) -> Any:
-        parameters, lr = self.model.parameters(), self.options.learning_rate
+        parameters, lr = self.model.parameters(), LEARNING_RATE
         if not self.setting.optimizer:
             return torch.optim.AdamW(parameters, lr=lr, fused=self.setting.fused)
         module, _, name = self.setting.optimizer.rpartition(".")
         return getattr(importlib.import_module(module), name)(parameters, lr=lr, weight_decay=0.01)
 
-    @property
-    def layers(self) -> dict[str, LowRankLayer]:
-        return self.handle.layers
-
     def run(self, after: Callable[[Training], None] = lambda training: None) -> dict[str, Any]:
         """All steps, `after` each; the worst that they left."""
+        worst: list[tuple[float, float]] = []
         torch.set_float32_matmul_precision(self.setting.matmul)
         for number in range(self.options.steps):
             torch.manual_seed(1 + number)
-            batch = batch_for(self.model, self.options.batch_size, self.options.tokens, self.device)
-            batch["labels"] = torch.arange(self.options.batch_size, device=self.device) % 2
+            batch = batch_for(self.model, BATCH_SIZE, TOKENS, self.device)
+            batch["labels"] = torch.arange(BATCH_SIZE, device=self.device) % 2
             self.train_on(batch)
             if self.handle.step_count:
-                self.kappa = max(self.kappa, worst_kappa(self.layers, lambda S: S))
-                self.error = max(self.error, worst_error(self.layers, lambda U: U))
+                worst.append(worst_errors(self.layers))
             after(self)
         torch.set_float32_matmul_precision("highest")
-        return {"skipped": self.skipped, "kappa_over_bound": self.kappa, "orthonormality_error": self.error}
+        error, kappa = map(max, zip(*worst, strict=True))
+        return {"skipped": self.skipped, "kappa_over_bound": kappa, "orthonormality_error": error}
 
     def train_on(self, batch: dict[str, Tensor]) -> None:
         """One step."""
@@ -157,54 +149,34 @@ class Training:
         return torch.cat([layer.matrix().detach().flatten().float() for layer in self.layers.values()])
 
 
-def worst_kappa(layers: dict[str, LowRankLayer], rounded: Callable[[Tensor], Tensor]) -> float:
-    """The largest κ(S) over its bound."""
-    return max(condition_number(rounded(x.S.detach())).item() / x.bound for x in layers.values())
-
-
-def worst_error(layers: dict[str, LowRankLayer], rounded: Callable[[Tensor], Tensor]) -> float:
-    """The largest ‖UᵀU − I‖_F/√r."""
-    bases = [basis.detach() for x in layers.values() for basis in (x.U, x.V)]
-    return max(orthonormality_error(rounded(U)).item() / math.sqrt(U.shape[-1]) for U in bases)
-
-
 class Rounded:
     """What bfloat16 parameters would hold, were each step exact and its result rounded."""
 
     def __init__(self, training: Training) -> None:
-        self.kappa, self.error, self.kept = 0.0, 0.0, 0.0
+        self.worst: list[tuple[float, float]] = []
+        self.kept: list[float] = []
         self.old = self._bases(training)
 
     @staticmethod
-    def _bases(training: Training) -> list[Tensor]:
-        return [basis.detach().clone() for x in training.layers.values() for basis in (x.U, x.V)]
+    def _bases(training: Training) -> Tensor:
+        return torch.cat([basis.detach().flatten() for x in training.layers.values() for basis in (x.U, x.V)])
 
     def __call__(self, training: Training) -> None:
-        self.kappa = max(self.kappa, worst_kappa(training.layers, lambda S: S.bfloat16()))
-        self.error = max(self.error, worst_error(training.layers, lambda U: U.bfloat16()))
-        new = self._bases(training)
+        self.worst.append(worst_errors(training.layers, lambda X: X.bfloat16()))
+        old, new = self.old, self._bases(training)
         # The exact update of a parameter that is a bfloat16 number.
-        pairs = zip(new, self.old, strict=True)
-        lost = [(old.bfloat16() + (U - old)).bfloat16() == old.bfloat16() for U, old in pairs]
-        self.kept += sum(int(x.sum()) for x in lost) / sum(x.numel() for x in lost) / training.options.steps
+        self.kept.append(((old.bfloat16() + (new - old)).bfloat16() == old.bfloat16()).double().mean().item())
         self.old = new
 
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each setting."""
-    lines = []
-    for name, row in results.items():
-        distance = "" if row.get("distance") is None else f"{row['distance']:.1e}"
-        excess = f"{row['kappa_over_bound'] - 1:.1e}"
-        lines.append([name, f"{row['skipped']}", excess, f"{row['orthonormality_error']:.1e}", distance])
-    return markdown(["setting", "skipped", "largest κ / bound − 1", "‖UᵀU − I‖_F / √r", "distance from float32"], lines)
+    def result(self) -> dict[str, float]:
+        """The worst of all steps, and the mean share of entries that a step leaves as they are."""
+        error, kappa = map(max, zip(*self.worst, strict=True))
+        kept = statistics.mean(self.kept)
+        return {"skipped": 0, "kappa_over_bound": kappa, "orthonormality_error": error, "entries_kept": kept}
 
 
-def main() -> None:
-    """Measure, print a table, write all numbers."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
+def measure(options: Options) -> dict[str, dict[str, Any]]:
+    """Every setting whose packages are installed, and what bfloat16 parameters would hold."""
     device = any_device()
     plain = Training(SETTINGS["float32"], options, device)
     rounded = Rounded(plain)
@@ -218,16 +190,20 @@ def main() -> None:
         training = Training(setting, options, device)
         results[name] = training.run()
         results[name]["distance"] = ((training.matrices() - reference).norm() / reference.norm()).item()
-    results[ROUNDED] = {
-        "skipped": 0,
-        "kappa_over_bound": rounded.kappa,
-        "orthonormality_error": rounded.error,
-        "entries_kept": rounded.kept,
-    }
-    path = write_record(Path(options.output), {"results": results}, options)
-    sys.stdout.write(f"{table(results)}\n\nin bfloat16 a step leaves {100 * rounded.kept:.0f} % of U and V unchanged\n")
-    sys.stdout.write(f"wrote {path}\n")
+    return results | {ROUNDED: rounded.result()}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A line for each setting."""
+    lines = []
+    for name, row in results.items():
+        distance = "" if row.get("distance") is None else f"{row['distance']:.1e}"
+        excess = f"{row['kappa_over_bound'] - 1:.1e}"
+        lines.append([name, row["skipped"], excess, f"{row['orthonormality_error']:.1e}", distance])
+    header = ["setting", "skipped", "largest κ / bound − 1", "‖UᵀU − I‖_F / √r", "distance from float32"]
+    kept = f"in bfloat16 a step leaves {100 * results[ROUNDED]['entries_kept']:.0f} % of U and V unchanged"
+    return f"{markdown_table(header, lines)}\n\n{kept}"
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

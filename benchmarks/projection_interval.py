@@ -5,45 +5,42 @@ Every interval trains at every learning rate with the first seed; accuracy on va
 train at the choice, and the test images are used after that. Jump: ‖W' − W‖_F / ‖W‖_F, the mean over layers and
 projections, where W' is what the projection makes of W.
 
-    python benchmarks/projection_interval.py
+    python -m benchmarks.projection_interval
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import markdown, mean_and_spread, write_record
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
+from benchmarks.timing import CommonOptions, run
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
 from hf_condlr.layers import factored_layers
 from hf_condlr.robustness.attacks import PGD, PixelModel
+from hf_condlr.tables import markdown_table
+from studies.record import mean_and_spread, option
+from studies.report import groups, sweep_table
+from studies.rows import sweep
+
+RANK_RATIO, TAU = 0.25, 0.1
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is varied."""
 
-    intervals: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "projection_interval."})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], metadata={"help": "Tried by every interval."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "The first one sweeps."})
-    epochs: int = field(default=60, metadata={"help": "Passes over 808 images, in batches of 64."})
-    rank_ratio: float = field(default=0.25, metadata={"help": "Of all layers but the last."})
-    tau: float = field(default=0.1, metadata={"help": "Conditioning tolerance."})
-    epsilon: float = field(default=0.1, metadata={"help": "ℓ∞ radius of PGD, 20 steps, pixels in [0, 1]."})
-    output: str = field(default="outputs/projection_interval.json", metadata={"help": "Where the numbers go."})
+    intervals: list[int] = option([1, 2, 4, 8, 16], "projection_interval.")
+    learning_rates: list[float] = option([3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "Tried by every interval.")
+    seeds: list[int] = option([0, 1, 2, 3, 4], "The first one sweeps.")
+    epochs: int = option(60, "Passes over 808 images, in batches of 64.")
 
 
 def load() -> dict[str, tuple[Tensor, Tensor]]:
@@ -55,25 +52,25 @@ def load() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (X[i], y[i]) for name, i in {"train": train, "validation": validation, "test": test}.items()}
 
 
-def build(seed: int, options: Options) -> nn.Module:
+def build(seed: int) -> nn.Module:
     """The network, converted, normalisation included."""
     torch.manual_seed(seed)
     widths = (64, 128, 128, 128)
     hidden = [m for n, k in itertools.pairwise(widths) for m in (nn.Linear(n, k), nn.ReLU())]
     model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], 10))
-    config = CondLRConfig(target_modules=["1", "3", "5"], rank_ratio=options.rank_ratio, tau=options.tau)
+    config = CondLRConfig(target_modules=["1", "3", "5"], rank_ratio=RANK_RATIO, tau=TAU)
     return PixelModel(get_robust_lowrank_model(model, config), mean=0.3, std=0.35)
 
 
-def train(interval: int, learning_rate: float, seed: int, data: Any, options: Options) -> tuple[nn.Module, float]:
-    """A model, settled, and the mean jump."""
-    model = build(seed, options)
+def train(interval: int, learning_rate: float, seed: int, data: Any, epochs: int) -> tuple[nn.Module, float]:
+    """A model on which the constraint holds, and the mean jump."""
+    model = build(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     handle = attach_manifold_step(optimizer, model, projection_interval=interval)
     layers, order = factored_layers(model).values(), torch.Generator().manual_seed(seed)
     X, y = data["train"]
     jumps, step = [], 0
-    for _ in range(options.epochs):
+    for _ in range(epochs):
         for index in torch.randperm(len(y), generator=order).split(64):
             F.cross_entropy(model(X[index]), y[index]).backward()
             step += 1
@@ -96,48 +93,35 @@ def accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
     return (model(split[0]).argmax(-1) == split[1]).float().mean().item()
 
 
-def measure(interval: int, data: Any, options: Options) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     """Sweep with the first seed, then all seeds at the choice."""
-    first = options.seeds[0]
-    sweep = {
-        lr: accuracy(train(interval, lr, first, data, options)[0], data["validation"]) for lr in options.learning_rates
-    }
-    chosen = max(sweep, key=lambda lr: sweep[lr])
-    attack = PGD(epsilon=options.epsilon, norm="linf", steps=20)
-    rows = []
-    for seed in options.seeds:
-        model, jump = train(interval, chosen, seed, data, options)
-        model.requires_grad_(False)
+    data, attack, models = load(), PGD(epsilon=0.1, norm="linf", steps=20), {}
+
+    def trained(interval: int, rate: float, seed: int) -> dict[str, Any]:
+        model, jump = models[interval, rate, seed] = train(interval, rate, seed, data, options.epochs)
+        facts = {"label": str(interval), "learning_rate": rate, "diverged": False, "jump": jump}
+        return facts | {"validation_accuracy": accuracy(model, data["validation"])}
+
+    def tested(*job: Any) -> dict[str, Any]:
+        model = models[job][0].requires_grad_(False)
         X, y = data["test"]
-        robust = accuracy(model, (attack(model, X, y), y))
         kappa = condition_report(model.model).max_condition_number
-        rows.append({"clean": accuracy(model, data["test"]), "robust": robust, "jump": jump, "kappa": kappa})
-    return {"interval": interval, "sweep": sweep, "learning_rate": chosen, "rows": rows}
+        return {"clean": accuracy(model, (X, y)), "robust": accuracy(model, (attack(model, X, y), y)), "kappa": kappa}
+
+    return sweep(options.intervals, options.learning_rates, options.seeds, train=trained, test=tested)
 
 
-def main() -> None:
-    """Measure, print the table, write everything."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    torch.set_num_threads(1)
-    data = load()
-    results = [measure(interval, data, options) for interval in options.intervals]
-    lines = [
-        [
-            str(r["interval"]),
-            f"{r['learning_rate']:g}",
-            mean_and_spread([row["clean"] for row in r["rows"]], 1),
-            mean_and_spread([row["robust"] for row in r["rows"]], 1),
-            f"{statistics.mean(row['jump'] for row in r['rows']):.1e}",
-            f"{max(row['kappa'] for row in r['rows']):.4f}",
-        ]
-        for r in results
-    ]
-    header = ["projection_interval", "learning rate", "clean %", f"PGD {options.epsilon:g} %", "jump", "largest κ"]
-    sys.stdout.write(markdown(header, lines) + "\n\nvalidation accuracy in %, first seed\n\n")
-    sweep = [[str(r["interval"]), *(f"{100 * value:.1f}" for value in r["sweep"].values())] for r in results]
-    sys.stdout.write(markdown(["projection_interval", *(f"{lr:g}" for lr in options.learning_rates)], sweep) + "\n")
-    sys.stdout.write(f"\nwrote {write_record(Path(options.output), {'results': results}, options)}\n")
+def table(results: dict[str, Any]) -> str:
+    """A line for each interval, then its sweep."""
+    lines = []
+    for group in groups(results["rows"]):
+        clean, robust = (mean_and_spread([row[kind] for row in group]) for kind in ("clean", "robust"))
+        jump, kappa = statistics.mean(row["jump"] for row in group), max(row["kappa"] for row in group)
+        facts = [group[0]["label"], f"{group[0]['learning_rate']:g}"]
+        lines.append([*facts, clean, robust, f"{jump:.1e}", f"{kappa:.4f}"])
+    header = ["projection_interval", "learning rate", "clean %", "PGD 0.1 %", "jump", "largest κ"]
+    return f"{markdown_table(header, lines)}\n\n{sweep_table(results['sweep'])}"
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

@@ -11,8 +11,8 @@ Peak memory is that of the second step of a method alone in a process of its own
 Linux the largest resident memory (VmHWM) less what was resident before the model was built, with an allocator that
 gives back what is freed, so that its fragments do not count.
 
-    python benchmarks/training_step.py --models minilm
-    python benchmarks/training_step.py --models vit-b16 --batch_size 128 --dtype bfloat16
+    python -m benchmarks.training_step --models minilm
+    python -m benchmarks.training_step --models vit-b16 --batch_size 128 --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -20,64 +20,46 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from record import markdown, write_record
-from speed_parts import (
-    CONFIGS,
-    DTYPES,
-    any_device,
-    autocast,
-    batch_for,
-    build,
-    factor,
-    interleaved,
-    linear_names,
-    ratios,
-    spread,
-    tokens_of,
-)
-from transformers import HfArgumentParser, set_seed
-from transformers.utils import logging
+from transformers import set_seed
 
+from benchmarks.models import CONFIGS, DTYPES, autocast, batch_for, build, factor, linear_names, tokens_of
+from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
+from hf_condlr.tables import markdown_table
+from studies.record import option, set_up
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
+LORA_RANK = 16
 PROC = Path("/proc/self")
 # glibc maps arrays from this size on by themselves, and unmaps them when they are freed; read when a process starts.
 GIVING_BACK = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 @dataclass
-class Options:
+class Options(CommonOptions):
     """What is measured."""
 
-    models: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": ", ".join(CONFIGS)})
-    batch_size: int | None = field(default=None, metadata={"help": "Samples; by default as many as give 4,096 tokens."})
-    tokens: int = field(default=128, metadata={"help": "Tokens of a text."})
-    dtype: str = field(default="float32", metadata={"help": f"{', '.join(DTYPES)} (autocast)."})
-    compression_ratio: float = field(default=0.6, metadata={"help": "Share of the linear layers' weights removed."})
-    projection_interval: int = field(default=1, metadata={"help": "k of CondLR; a round then has k steps."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA."})
-    rank_multiple: int = field(default=1, metadata={"help": "Ranks are rounded down to multiples of it."})
-    rounds: int = field(default=5, metadata={"help": "Interleaved repetitions; the median of the ratios counts."})
-    memory: bool = field(default=True, metadata={"help": "Measure peak memory, a process for each method."})
-    threads: int = field(default=1, metadata={"help": "Threads of torch on a CPU."})
-    output: str = field(default="outputs/training_step.json", metadata={"help": "Where the record goes."})
+    models: list[str] = option(["minilm"], ", ".join(CONFIGS))
+    batch_size: int | None = option(None, "Samples; by default as many as give 4,096 tokens.")
+    tokens: int = option(128, "Tokens of a text.")
+    dtype: str = option("float32", f"{', '.join(DTYPES)} (autocast).")
+    compression_ratio: float = option(0.6, "Share of the linear layers' weights removed.")
+    rank_multiple: int = option(1, "Ranks are rounded down to multiples of it.")
+    memory: bool = option(True, "Measure peak memory, a process for each method.")
 
 
 class Step:
     """A model with its optimizer and one batch."""
 
-    def __init__(self, method: str, name: str, options: Options, device: torch.device) -> None:
+    def __init__(self, method: str, name: str, options: Any, device: torch.device) -> None:
         set_seed(0)
         model: Any = build(name)
         if method in ("low rank", "CondLR"):
@@ -88,15 +70,14 @@ class Step:
         self.batch = batch_for(model, samples, options.tokens, device)
         self.batch["labels"] = torch.arange(samples, device=device) % 2
         if method == "LoRA":
-            config = LoraConfig(r=options.lora_rank, target_modules=linear_names(model))
-            model = inject_adapter_in_model(config, model)
+            model = inject_adapter_in_model(LoraConfig(r=LORA_RANK, target_modules=linear_names(model)), model)
             model.classifier.requires_grad_(True)
         self.model = model.to(device).train()
         self.device, self.dtype = device, options.dtype
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # the Trainer's default
         if method == "CondLR":
-            attach_manifold_step(self.optimizer, self.model, projection_interval=options.projection_interval)
+            attach_manifold_step(self.optimizer, self.model)
 
     def loss(self) -> torch.Tensor:
         """Forward."""
@@ -112,8 +93,7 @@ class Step:
 
 def peak_memory(method: str, name: str, options: Options) -> int | None:
     """Bytes at the peak of a step, to be called in a process of its own; None where nothing tells."""
-    logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
+    set_up(options.threads)
     device = any_device()
     on_linux = (PROC / "clear_refs").exists()
     before = _resident("VmRSS") if on_linux else 0
@@ -135,23 +115,18 @@ def _resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def measure(name: str, options: Options) -> dict[str, Any]:
-    """Peak memory of every method, then seconds of every method and round."""
-    spawn = multiprocessing.get_context("spawn")
-    memory: dict[str, int | None] = dict.fromkeys(METHODS)
-    for method in METHODS if options.memory else ():
-        with GIVING_BACK, ProcessPoolExecutor(1, mp_context=spawn) as process:
-            memory[method] = process.submit(peak_memory, method, name, options).result()
-    device = any_device()
-    steps = {method: Step(method, name, options, device) for method in METHODS}
-
-    def several(step: Step) -> None:
-        for _ in range(options.projection_interval):
-            step()
-
-    times = interleaved({m: partial(several, s) for m, s in steps.items()}, options.rounds, device)
-    per_step = {m: [t / options.projection_interval for t in values] for m, values in times.items()}
-    return {"tokens": steps["dense"].tokens, "seconds": per_step, "peak_bytes": memory}
+def measure(options: Options) -> dict[str, dict[str, Any]]:
+    """Peak memory of every model and method, and seconds of every round."""
+    spawn, results = multiprocessing.get_context("spawn"), {}
+    for name in options.models:
+        memory: dict[str, int | None] = dict.fromkeys(METHODS)
+        for method in METHODS if options.memory else ():
+            with GIVING_BACK, ProcessPoolExecutor(1, mp_context=spawn) as process:
+                memory[method] = process.submit(peak_memory, method, name, options).result()
+        steps = {method: Step(method, name, options, any_device()) for method in METHODS}
+        times = interleaved(steps, options.rounds, any_device())
+        results[name] = {"tokens": steps["dense"].tokens, "seconds": times, "peak_bytes": memory}
+    return results
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -165,19 +140,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             cells = [f"{1e3 * statistics.median(times[method]):,.0f}"]
             cells += [spread(ratios(times[method], times[base])) for base in ("low rank", "dense")]
             lines.append([f"{name}, {result['tokens']:,} tokens", method, *cells, shown])
-    header = ["model", "method", "ms a step", "over low rank", "over dense", "peak MB (of dense)"]
-    return markdown(header, lines)
-
-
-def main() -> None:
-    """Measure, print a table, write all times."""
-    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
-    logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
-    results = {name: measure(name, options) for name in options.models}
-    path = write_record(Path(options.output), {"results": results}, options)
-    sys.stdout.write(f"{table(results)}\n\nwrote {path}\n")
+    return markdown_table(["model", "method", "ms a step", "over low rank", "over dense", "peak MB (of dense)"], lines)
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, measure, table)

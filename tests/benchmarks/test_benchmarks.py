@@ -5,53 +5,57 @@ import sys
 
 import pytest
 import torch
+from transformers.utils import logging as verbosity
 
-from tests.paths import ROOT
+from benchmarks import (
+    forward,
+    inference,
+    long_run,
+    manifold_step,
+    models,
+    precision,
+    profile_step,
+    projection_interval,
+    scaling,
+    timing,
+    training_step,
+)
 
-BENCHMARKS = ROOT / "benchmarks"
 TINY = ["--batch_size", "2", "--tokens", "8"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    """The scripts import one another by their bare names."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     def run(module, *options):
-        """Rows of the tables that `main` prints, without their header, and the record."""
+        """Rows of the tables that a benchmark prints, without their header, and the record."""
         output = tmp_path / "record.json"
         monkeypatch.setattr(sys, "argv", [module.__name__, *options, "--threads", "1", "--output", str(output)])
-        module.main()
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", module.__spec__)  # as `python -m` does
+        timing.run(module.Options, module.measure, module.table)
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-        rules = [i for i, line in enumerate(lines) if line[0] == "---"]
+        rules = [i for i, line in enumerate(lines) if line[0].startswith("---")]
         record = json.loads(output.read_text())
-        assert module.__name__ in record["command"] and record["versions"]["torch"] == torch.__version__
+        assert record["command"].startswith(f"python -m {module.__name__} ")
+        assert record["versions"]["torch"] == torch.__version__
         return [
             line for i, line in enumerate(lines) if len(line) > 1 and i not in {j - 1 for j in rules} | set(rules)
-        ], record
+        ], record["results"]
 
-    return run
+    level = verbosity.get_verbosity()
+    yield run
+    verbosity.set_verbosity(level)  # the benchmarks silence transformers
+    verbosity.enable_progress_bar()
 
 
 def test_training_step(run):
-    import training_step
-
-    rows, record = run(
-        training_step, "--models", "tiny", *TINY, "--rounds", "2", "--projection_interval", "2", "--memory", "false"
-    )
+    rows, results = run(training_step, "--models", "tiny", *TINY, "--rounds", "2", "--memory", "false")
     assert [row[:2] for row in rows] == [["tiny, 16 tokens", m] for m in ("dense", "low rank", "LoRA", "CondLR")]
     assert rows[1][3] == rows[0][4] == "1.00 (1.00 … 1.00)"
-    assert {len(times) for times in record["results"]["tiny"]["seconds"].values()} == {2}
+    assert {len(times) for times in results["tiny"]["seconds"].values()} == {2}
 
 
 def test_training_step_sees_what_a_step_holds_at_its_peak(monkeypatch):
     """Not what was held in between before it. Arrays of this size are no longer held once they are freed."""
-    import training_step
 
     class Step:
         def __init__(self, *args):
@@ -68,14 +72,12 @@ def test_training_step_sees_what_a_step_holds_at_its_peak(monkeypatch):
 
 
 def test_training_step_trains_the_parameters_of_each_method():
-    import training_step
-
-    options = training_step.Options(batch_size=2, tokens=4, lora_rank=2)
+    options = training_step.Options(batch_size=2, tokens=4)
     steps = {m: training_step.Step(m, "tiny", options, torch.device("cpu")) for m in training_step.METHODS}
     names = {m: {n for n, p in s.model.named_parameters() if p.requires_grad} for m, s in steps.items()}
     assert all("lora_" in name or name.startswith("classifier") for name in names["LoRA"])
     assert len([name for name in names["LoRA"] if "lora_" in name]) == 2 * len(
-        training_step.linear_names(steps["dense"].model)
+        models.linear_names(steps["dense"].model)
     )
     assert names["low rank"] == names["CondLR"]
     weights = {
@@ -87,14 +89,12 @@ def test_training_step_trains_the_parameters_of_each_method():
 
 @pytest.mark.parametrize("compiler", ["none", "broken"])
 def test_inference(run, monkeypatch, compiler):
-    import inference
-
     def broken(*args, **kwargs):
         raise RuntimeError("no C++ compiler\nfound")
 
     monkeypatch.setattr(torch, "compile", broken)
     options = ["--model", "tiny", "--batch_sizes", "1", "32", "--tokens", "4", "--compression_ratios", "0.4", "0.75"]
-    rows, record = run(inference, *options, "--rounds", "2", "--compiled", str(compiler == "broken"))
+    rows, results = run(inference, *options, "--rounds", "2", "--compiled", str(compiler == "broken"))
     expected = [
         [part, batch, removed, form]
         for part in ("linear layers", "whole model")
@@ -103,13 +103,11 @@ def test_inference(run, monkeypatch, compiler):
         for form in ("three factors", "folded")
     ]
     assert [row[:4] for row in rows] == expected
-    assert record["why_no_compiler"] == ("RuntimeError: no C++ compiler" if compiler == "broken" else "not asked for")
+    assert results["why_no_compiler"] == ("RuntimeError: no C++ compiler" if compiler == "broken" else "not asked for")
 
 
 def test_inference_limit_is_that_of_the_formula():
-    import inference
-
-    dense = inference.build("tiny")
+    dense = models.build("tiny")
     forms = inference.Forms(dense, 0.6, 4, False)
     limits = forms.limits(forms.linear["dense"].rows(5, torch.empty(0)))
     converted = forms.whole["three factors"].condlr.report.converted.values()
@@ -121,10 +119,8 @@ def test_inference_limit_is_that_of_the_formula():
 
 
 def test_scaling(run):
-    import scaling
-
     sizes = ["--ranks", "4", "8", "--widths", "16", "32", "--numbers", "1", "2"]
-    rows, record = run(scaling, "--width", "32", "--rank", "8", "--layers", "2", *sizes, "--rounds", "2")
+    rows, results = run(scaling, "--width", "32", "--rank", "8", "--layers", "2", *sizes, "--rounds", "2")
     labels = ["rank r", "width m = n", "layers"]
     points = [
         [label, size]
@@ -133,23 +129,60 @@ def test_scaling(run):
     ]
     assert [row[:2] for row in rows[:6]] == points
     assert [[row[0], row[2]] for row in rows[6:]] == [["rank r", "2.00"], ["width m = n", "1.00"], ["layers", "1.00"]]
-    assert record["results"]["rank"]["operations"] == [2 * 8 * 64 * 16, 2 * 8 * 64 * 64]
+    assert results["rank"]["operations"] == [2 * 8 * 64 * 16, 2 * 8 * 64 * 64]
     assert scaling.slope([1, 2, 4], [3, 24, 192]) == pytest.approx(3)
 
 
 def test_profile_step(run):
-    import profile_step
+    rows, results = run(profile_step, "--models", "tiny", *TINY, "--rounds", "1")
+    parts = ["matrix products", "factorisations", "copies", "elementwise, checks and Python"]
+    labels = [f"– {part}" for part in (*parts, "floor: the bare products")]
+    assert [row[0] for row in rows] == ["forward", "backward", "optimizer", "manifold step", *labels]
+    [[seconds]] = results.values()
+    assert all(value > 0 for value in seconds.values())
+    assert sum(seconds[part] for part in parts) == pytest.approx(seconds["manifold step"])
 
-    rows, record = run(profile_step, "--model", "tiny", *TINY, "--steps", "1")
-    parts = [
-        "projection",
-        "Cholesky of the retraction",
-        "conditioning",
-        "copies",
-        "checks and Python",
-        "floor: the bare products",
+
+def test_manifold_step(run, monkeypatch):
+    monkeypatch.setitem(manifold_step.SHAPES, "vit-b", ([(16, 16), (24, 16)], 1))
+    rows, results = run(manifold_step, "--models", "vit-b", "--rounds", "1", "--conditioning", "true")
+    assert [row[0] for row in rows] == list(results["vit-b, rank ratio 0.2"]["seconds"])
+    assert len(rows) == 8 and rows[0][3] == "1.00 ×"
+    assert 1 < results["vit-b, rank ratio 0.2"]["copies_of_factors"] < 5
+
+
+def test_forward(run, monkeypatch):
+    monkeypatch.setitem(forward.SHAPES, "768x768", (32, 32))
+    options = ["--shapes", "768x768", "--rank_ratios", "0.5", "--rows", "8", "128", "--rounds", "1"]
+    rows, _ = run(forward, *options)
+    assert [row[:3] for row in rows] == [["768x768", "16", "8"], ["768x768", "16", "128"]]
+    assert rows[0][-1] == "1.00" and float(rows[1][-1]) < 0.8  # the layer joins S where rows are many
+
+
+def test_precision(run):
+    settings = ["float32", "bfloat16 autocast", "gradient checkpointing"]
+    rows, results = run(precision, "--model", "tiny", "--steps", "3", "--settings", *settings)
+    assert [row[0] for row in rows] == [*settings, precision.ROUNDED]
+    assert all(results[name]["kappa_over_bound"] < 1 + 1e-4 for name in settings)
+    assert results["gradient checkpointing"]["distance"] == 0 < results["bfloat16 autocast"]["distance"]
+
+
+def test_projection_interval(run):
+    options = ["--intervals", "1", "4", "--learning_rates", "0.003", "--seeds", "0", "1", "--epochs", "1"]
+    rows, results = run(projection_interval, *options)
+    assert [row[:2] for row in rows] == [
+        ["1", "0.003"],
+        ["4", "0.003"],
+        *([k, rows[i][1]] for i, k in ((2, "1"), (3, "4"))),
     ]
-    assert [row[0] for row in rows] == ["forward", "backward", "optimizer", "manifold step", *(f"– {p}" for p in parts)]
-    [seconds] = record["seconds"]
-    assert all(seconds[part] > 0 for part in (*parts, "forward", "backward", "optimizer"))
-    assert sum(seconds[part] for part in parts[:5]) == pytest.approx(seconds["manifold step"])
+    jumps = {row["label"]: row["jump"] for row in results["rows"]}
+    assert 0 < jumps["1"] < jumps["4"]
+    assert all(row["kappa"] <= 1.1 * (1 + 1e-4) for row in results["rows"])
+
+
+def test_long_run(run, tmp_path):
+    picture = tmp_path / "picture.png"
+    rows, results = run(long_run, "--steps", "20", "--window", "5", "--warmup_steps", "8", "--picture", str(picture))
+    assert [row[0] for row in rows] == ["5", "10", "15", "20"]
+    assert all(row["orthonormality_error"] < 1e-5 and row["kappa_excess"] < 1e-4 for row in results)
+    assert picture.stat().st_size > 10_000

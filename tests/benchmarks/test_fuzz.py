@@ -1,21 +1,14 @@
 """Random cases against the manifold step, always the same few, and the least case of every defect they once found."""
 
 import dataclasses
-import importlib
 import logging
-import sys
 
 import pytest
 
-from tests.paths import ROOT
-
 pytest.importorskip("hypothesis")
-BENCHMARKS = str(ROOT / "benchmarks")
-sys.path.insert(0, BENCHMARKS)  # the scripts import one another by their bare names
-try:
-    fuzz, parts = (importlib.import_module(name) for name in ("fuzz", "fuzz_parts"))
-finally:
-    sys.path.remove(BENCHMARKS)
+from benchmarks import fuzz
+from benchmarks import fuzz_cases as parts
+
 Case, Do, Layer, Step = parts.Case, parts.Do, parts.Layer, parts.Step
 PAIR = (Layer(8, 8, 4), Layer(8, 8, 4), Layer(5, 1, 1))
 STEP = Step(0)

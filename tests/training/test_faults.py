@@ -198,7 +198,7 @@ def test_the_state_file_waits_for_every_process(tmp_path, monkeypatch):
 def test_killed_trainings_end_as_if_they_had_not_been(tmp_path):
     """Two kills of one process, and one of one of two: the other one ends with an error, at once."""
     sizes = ["--kills", "2", "--rank_kills", "1", "--steps", "12"]
-    command = [sys.executable, "benchmarks/kill_and_resume.py", *sizes, "--output", str(tmp_path / "record.json")]
+    command = [sys.executable, "-m", "benchmarks.kill_and_resume", *sizes, "--output", str(tmp_path / "record.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

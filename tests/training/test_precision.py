@@ -1,6 +1,6 @@
 """Settings that change the arithmetic of a training: autocast, skipped steps, recomputed and compiled passes, 8 bits.
 
-`benchmarks/precision.py` measures them at a larger size.
+`python -m benchmarks.precision` measures them at a larger size.
 """
 
 import copy

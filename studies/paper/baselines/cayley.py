@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_condlr.linalg import retract_cholesky, retract_qr
-from studies.paper.baselines.stiefel import StiefelSGD, require
+from studies.paper.baselines.stiefel import StiefelSGD, check_option
 
 
 class CayleySGD(StiefelSGD):
@@ -50,9 +50,9 @@ class CayleySGD(StiefelSGD):
         super().__init__(params, lr=lr, momentum=momentum, iterations=iterations, contraction=contraction)
 
     def check(self, group: dict[str, Any]) -> None:
-        """Refuse what the step cannot be taken with."""
-        require("iterations", group["iterations"], group["iterations"] >= 2, "at least 2")
-        require("contraction", group["contraction"], 0 < group["contraction"] < 1, "in (0, 1)")
+        """Raise `OptimizerError` for options and weights that the step cannot be taken with."""
+        check_option("iterations", group["iterations"], group["iterations"] >= 2, "at least 2")
+        check_option("contraction", group["contraction"], 0 < group["contraction"] < 1, "in (0, 1)")
         super().check(group)
 
     def stiefel_step(self, X: Tensor, G: Tensor, M: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:

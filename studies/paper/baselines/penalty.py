@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_condlr.layers import factored_layers
 from hf_condlr.manifold.optimizers import check_optimizer
-from studies.paper.baselines.stiefel import require
+from studies.paper.baselines.stiefel import check_option
 
 
 def penalty_value(S: Tensor) -> Tensor:  # (*, r, r) -> (*,)
@@ -59,7 +59,7 @@ def attach_penalty(optimizer: Any, model: nn.Module, beta: float) -> RemovableHa
     Raises:
         OptimizerError: β is negative or not finite, the model has no factored layers, or the optimizer misses factors.
     """
-    require("beta", beta, 0 <= beta < math.inf, "a finite number ≥ 0")
+    check_option("beta", beta, 0 <= beta < math.inf, "a finite number ≥ 0")
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     layers = factored_layers(extract_model_from_parallel(model, keep_torch_compile=False))
     check_optimizer(inner, layers)

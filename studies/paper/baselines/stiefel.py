@@ -1,4 +1,4 @@
-"""SGD with momentum in which some weights keep orthonormal columns (or rows): what the two baselines share.
+"""SGD with momentum in which some weights keep orthonormal columns (or rows): the base of the two baselines.
 
 A weight (m, n), or a kernel (c_out, c_in, k, k) as the matrix (c_out, c_in·k·k), is a point X of the Stiefel manifold
 St(p, q), XᵀX = I, with p ≥ q: the weight itself where it is tall, its transpose where it is wide. All its singular
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_condlr.errors import OptimizerError
+from hf_condlr.errors import OptimizerError, require
 from hf_condlr.linalg import full_precision, orthonormality_error, retract_polar
 
 
@@ -23,7 +23,7 @@ def orthonormalize_(parameters: Iterable[Tensor]) -> None:
     """Replace each weight, in place, by the nearest one with orthonormal columns (rows, where it is wide)."""
     with torch.no_grad():
         for parameter in parameters:
-            write(parameter, retract_polar(tall(parameter)))
+            parameter.copy_(untall(retract_polar(tall(parameter)), parameter))
 
 
 def stiefel_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -68,9 +68,9 @@ class StiefelSGD(Optimizer):
             raise
 
     def check(self, group: dict[str, Any]) -> None:
-        """Refuse what the step cannot be taken with."""
-        require("lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number ≥ 0")
-        require("momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
+        """Raise `OptimizerError` for options and weights that the step cannot be taken with."""
+        check_option("lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number ≥ 0")
+        check_option("momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
         if group["stiefel"]:
             for parameter in group["params"]:
                 _check_weight(parameter)
@@ -120,35 +120,33 @@ def untall(X: Tensor, weight: Tensor) -> Tensor:  # (p, q) -> as weight
     return (X if rows >= columns else X.mT).reshape(weight.shape)
 
 
-def write(weight: Tensor, X: Tensor) -> None:
-    """Copy X (p, q) into a weight."""
-    weight.copy_(untall(X, weight))
-
-
-def require(name: str, value: Any, condition: bool, rule: str) -> None:
-    """Raise where an option is out of its range."""
-    if not condition:
-        raise OptimizerError(f"{name} must be {rule}", received=repr(value), remedy="Choose it in that range.")
+def check_option(name: str, value: Any, condition: bool, rule: str) -> None:
+    """Raise `OptimizerError` where an option is out of its range."""
+    remedy = "Choose it in that range."
+    require(condition, f"{name} must be {rule}", received=repr(value), remedy=remedy, error=OptimizerError)
 
 
 def _check_weight(parameter: Tensor) -> None:
-    if parameter.dim() < 2:
-        raise OptimizerError(
-            "a weight with orthonormal columns must have at least two dimensions",
-            received=f"shape {tuple(parameter.shape)}",
-            remedy="Put biases and scales into a group without stiefel=True.",
-        )
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise OptimizerError(
-            "orthonormal weights must be float32 or float64: rounding to half precision alone breaks orthonormality",
-            received=str(parameter.dtype),
-            remedy="Call model.float() and train under autocast.",
-        )
+    require(
+        parameter.dim() >= 2,
+        "a weight with orthonormal columns must have at least two dimensions",
+        received=f"shape {tuple(parameter.shape)}",
+        remedy="Put biases and scales into a group without stiefel=True.",
+        error=OptimizerError,
+    )
+    require(
+        parameter.dtype in (torch.float32, torch.float64),
+        "orthonormal weights must be float32 or float64: rounding to half precision alone breaks orthonormality",
+        received=str(parameter.dtype),
+        remedy="Call model.float() and train under autocast.",
+        error=OptimizerError,
+    )
     X = tall(parameter)
     error = orthonormality_error(X).item()
-    if not error <= 1e-4 * math.sqrt(X.shape[1]):
-        raise OptimizerError(
-            "weights in a group with stiefel=True must be orthonormal from the start",
-            received=f"‖XᵀX − I‖_F = {error:.3g} for shape {tuple(parameter.shape)}",
-            remedy="Call orthonormalize_(weights) first, or make the groups with stiefel_groups(model).",
-        )
+    require(
+        error <= 1e-4 * math.sqrt(X.shape[1]),
+        "weights in a group with stiefel=True must be orthonormal from the start",
+        received=f"‖XᵀX − I‖_F = {error:.3g} for shape {tuple(parameter.shape)}",
+        remedy="Call orthonormalize_(weights) first, or make the groups with stiefel_groups(model).",
+        error=OptimizerError,
+    )

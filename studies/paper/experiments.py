@@ -4,27 +4,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from networks import VGG16, LeNet5, WideResNet16x4
 from torch import nn
 
 from hf_condlr.robustness.attacks import FGSM, PGD, Attack
+from studies.paper.networks import VGG16, LeNet5, WideResNet16x4
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the experiments differ in."""
+    """What the experiments differ in.
+
+    Attributes:
+        network: Builds the dense network.
+        dataset: Name of the images' folder.
+        last_layer: Keeps its full rank, and is conditioned like the others.
+        momentum: Of SGD.
+        learning_rates: The sweep; the published rate is among them.
+        augment: Whether training images are mirrored and shifted.
+        attacks: On the test split.
+    """
 
     network: Callable[[], nn.Module]
     dataset: str
-    """Name of its folder."""
     last_layer: str
-    """Keeps its full rank, and is conditioned like the others."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Of the training pixels in [0, 1], for each channel."""
     momentum: float
     learning_rates: tuple[float, ...]
-    """The sweep; the published rate is among them."""
     augment: bool
     attacks: Sequence[Attack]
 
@@ -39,8 +43,6 @@ CIFAR_ATTACKS = (
     *(FGSM(epsilon, clip=False) for epsilon in (0.002, 0.004, 0.006)),
     *(PGD(epsilon, "l2", steps=10, loss=loss) for loss in ("ce", "margin") for epsilon in (0.1, 0.2, 0.3)),
 )
-CIFAR10 = {"dataset": "cifar10", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-CIFAR100 = {"dataset": "cifar100", "mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
 CIFAR = {
     "last_layer": "classifier",
     "momentum": 0.45,
@@ -54,14 +56,12 @@ EXPERIMENTS = {
         network=LeNet5,
         dataset="mnist",
         last_layer="fc2",
-        mean=(0.1307,),
-        std=(0.3081,),
         momentum=0.3,
         learning_rates=(0.05, 0.1, 0.2, 0.4),
         augment=False,
         attacks=MNIST_ATTACKS,
     ),
-    "vgg16_cifar10": Experiment(network=VGG16, **CIFAR10, **CIFAR),
-    "wrn16_4_cifar10": Experiment(network=WideResNet16x4, **CIFAR10, **CIFAR),
-    "wrn16_4_cifar100": Experiment(network=partial(WideResNet16x4, classes=100), **CIFAR100, **CIFAR),
+    "vgg16_cifar10": Experiment(network=VGG16, dataset="cifar10", **CIFAR),
+    "wrn16_4_cifar10": Experiment(network=WideResNet16x4, dataset="cifar10", **CIFAR),
+    "wrn16_4_cifar100": Experiment(network=partial(WideResNet16x4, classes=100), dataset="cifar100", **CIFAR),
 }

@@ -1,8 +1,8 @@
-"""What `fuzz.py` does to the manifold step: cases as plain values that print as code, and how one is run and checked.
+"""Cases of `fuzz.py` as plain values that print as code, and how one is run against the manifold step and checked.
 
 After every step, in float64 and by NumPy: ‖UᵀU − I‖_F ≤ 1e-5 √r, likewise V; κ(S) ≤ (1 + τ(t))(1 + 1e-4); every factor
-finite, and whatever the optimizer keeps of it. Between two projections only the last two. The one error allowed is the
-documented one of a core that would vanish, and it, too, must leave a model that obeys.
+finite, and whatever the optimizer keeps of it. Between two projections only the last two hold. The one error allowed is
+the documented one of a core that would vanish, and after it, too, the model must obey.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.fuzz_optimizers import OPTIMIZERS
 from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
 from hf_condlr.errors import ConditioningError
 from hf_condlr.layers import factored_layers
@@ -78,47 +78,6 @@ class Case:
     """The step as a GPU takes it: masks in place of branches, matrix products in place of factorisations."""
 
 
-class Lion(torch.optim.Optimizer):
-    """Sign of a momentum, Chen et al. 2023 (arXiv 2302.06675): the largest displacement for its gradients."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    update = (0.9 * m + 0.1 * p.grad).sign_()
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-                    m.lerp_(p.grad, 0.01)
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=wd),
-    "nesterov": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True, weight_decay=wd),
-    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, foreach=False),
-    "adamw-foreach": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, foreach=True),
-    "adamw-fused": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, fused=True),
-    "amsgrad": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd, amsgrad=True),
-    "adafactor": lambda p, lr, wd: Adafactor(p, lr=lr, relative_step=False, weight_decay=wd),
-    "adafactor-relative": lambda p, lr, wd: Adafactor(p, lr=None, warmup_init=True, beta1=0.9),
-    "adafactor-torch": lambda p, lr, wd: torch.optim.Adafactor(p, lr=lr, weight_decay=wd),
-    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr=lr, momentum=0.5),
-    "rmsprop-centered": lambda p, lr, wd: torch.optim.RMSprop(p, lr=lr, centered=True),
-    "adagrad": lambda p, lr, wd: torch.optim.Adagrad(p, lr=lr),
-    "nadam": lambda p, lr, wd: torch.optim.NAdam(p, lr=lr),
-    "radam": lambda p, lr, wd: torch.optim.RAdam(p, lr=lr),
-    "adamax": lambda p, lr, wd: torch.optim.Adamax(p, lr=lr),
-    "adadelta": lambda p, lr, wd: torch.optim.Adadelta(p, lr=lr),
-    "rprop": lambda p, lr, wd: torch.optim.Rprop(p, lr=lr),
-    "asgd": lambda p, lr, wd: torch.optim.ASGD(p, lr=lr),
-    "lion": lambda p, lr, wd: Lion(p, lr=lr, weight_decay=wd),
-}
-
-
 def _entry(G: Tensor, value: float) -> Tensor:
     G.view(-1)[G.numel() // 2] = value
     return G
@@ -168,21 +127,18 @@ CORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def build(case: Case) -> nn.ModuleList:
     """The converted model, never run forward."""
-    dense: list[nn.Module] = []
-    for layer in case.layers:
-        if layer.kernel:
-            dense.append(nn.Conv2d(layer.n, layer.m, layer.kernel))
-        else:
-            dense.append(Conv1D(layer.m, layer.n) if layer.conv1d else nn.Linear(layer.n, layer.m))
-    names = [str(i) for i in range(len(dense))]
+    model = nn.ModuleList()
+    for x in case.layers:
+        linear = Conv1D(x.m, x.n) if x.conv1d else nn.Linear(x.n, x.m)
+        model.append(nn.Conv2d(x.n, x.m, x.kernel) if x.kernel else linear)
     config = CondLRConfig(
-        target_modules=names,
+        target_modules=[str(i) for i in range(len(model))],
         rank_ratio=0.5,
-        rank_pattern={f"^{name}$": layer.r for name, layer in zip(names, case.layers, strict=True)},
-        tau_pattern={f"^{name}$": layer.tau for name, layer in zip(names, case.layers, strict=True)},
+        rank_pattern={f"^{i}$": layer.r for i, layer in enumerate(case.layers)},
+        tau_pattern={f"^{i}$": layer.tau for i, layer in enumerate(case.layers)},
         center=case.center,  # type: ignore[arg-type]
     )
-    model = nn.ModuleList(dense).to(torch.float64 if case.double else torch.float32)
+    model.to(torch.float64 if case.double else torch.float32)
     get_robust_lowrank_model(model, config)
     with torch.no_grad():
         for module, layer in zip(factored_layers(model).values(), case.layers, strict=True):
@@ -191,7 +147,7 @@ def build(case: Case) -> nn.ModuleList:
 
 
 class Run:
-    """A case on its way."""
+    """A case while it runs."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
@@ -209,14 +165,15 @@ class Run:
         )
         self.kept = self.states()
         self.steps = self.refused = 0
+        self.settled = True  # no step since the last projection
         self.vanished: set[str] = set()  # layers that were refused
 
     def states(self) -> tuple[dict, dict, dict]:
-        """Of model, optimizer and schedule."""
+        """The states of model, optimizer and schedule."""
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.handle.state_dict()))
 
     def step(self, step: Step, seed: int) -> None:
-        """Gradients, the step, and what it left."""
+        """Gradients, the step, and the check of its result."""
         generator = torch.Generator().manual_seed(seed)
         others = dict(step.others)
         for p in self.model.parameters():
@@ -229,6 +186,7 @@ class Run:
             if self.case.ahead:
                 self.handle.check()
         self.steps += 1
+        self.settled = self.handle.step_count % self.case.interval == 0
         self.check()
 
     def do(self, event: Do) -> None:
@@ -251,7 +209,7 @@ class Run:
                 layer.U.normal_()
                 layer.V.mul_(1.01)
         else:
-            moved = self.handle._unsettled
+            moved, self.settled = not self.settled, True
             with self.refusals():
                 self.handle.settle()
             if moved:
@@ -259,12 +217,9 @@ class Run:
             if event.what == "keep":
                 self.kept = self.states()
             elif event.what in ("reload", "return"):
-                self.load(self.kept if event.what == "return" else self.states())
-
-    def load(self, states: tuple[dict, dict, dict]) -> None:
-        """All of it, as one that resumes does."""
-        for holder, state in zip((self.model, self.optimizer, self.handle), copy.deepcopy(states), strict=True):
-            holder.load_state_dict(state)
+                states = copy.deepcopy(self.kept) if event.what == "return" else self.states()
+                for holder, state in zip((self.model, self.optimizer, self.handle), states, strict=True):
+                    holder.load_state_dict(state)
 
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
@@ -283,24 +238,25 @@ class Run:
             assert torch.isfinite(p).all(), "a factor is not finite"
             for key, value in self.optimizer.state.get(p, {}).items():
                 # Adafactor's RMS and ASGD's ax are of the factor as their step left it, at a rate of 1e20 say, and
-                # enter no later step: no moments.
+                # enter no later step.
                 if value is not None and key not in ("RMS", "ax"):
                     assert torch.isfinite(torch.as_tensor(value)).all(), f"{key} of the optimizer is not finite"
-        if not self.steps or self.handle._unsettled:
-            return
-        for name, bound in self.handle.bounds().items():
-            layer = self.layers[name]
-            for kind, basis in (("U", layer.U), ("V", layer.V)):
-                Q = basis.detach().double().numpy()
-                error = float(np.linalg.norm(Q.T @ Q - np.eye(layer.r)))
-                assert error <= 1e-5 * math.sqrt(layer.r), f"‖{kind}ᵀ{kind} − I‖ = {error:.3g} in layer {name}"
-            assert layer.bound == bound, f"layer {name} states {layer.bound}, not {bound}"
-            if math.isinf(bound):
-                continue
-            S = layer.S.detach().double().numpy()
-            if not S.any():  # by our own hand; nothing to condition
-                assert name in self.vanished, f"layer {name} is zero without a word"
-                continue
+        if self.steps and self.settled:
+            for name, bound in self.handle.bounds().items():
+                self.check_layer(name, bound)
+
+    def check_layer(self, name: str, bound: float) -> None:
+        """Orthonormal bases, and κ within the bound that the layer states."""
+        layer = self.layers[name]
+        for kind, basis in (("U", layer.U), ("V", layer.V)):
+            Q = basis.detach().double().numpy()
+            error = float(np.linalg.norm(Q.T @ Q - np.eye(layer.r)))
+            assert error <= 1e-5 * math.sqrt(layer.r), f"‖{kind}ᵀ{kind} − I‖ = {error:.3g} in layer {name}"
+        assert layer.bound == bound, f"layer {name} states {layer.bound}, not {bound}"
+        S = layer.S.detach().double().numpy()
+        if not S.any():  # written as zero by the case; nothing to condition
+            assert math.isinf(bound) or name in self.vanished, f"layer {name} is zero without an error"
+        elif math.isfinite(bound):
             sigma = np.linalg.svd(S / np.abs(S).max(), compute_uv=False)
             kappa = sigma[0] / sigma[-1] if sigma[-1] > 0 else INF
             assert kappa <= bound * (1 + 1e-4), f"κ = {kappa:.8g}, bound {bound:.8g} in layer {name}"

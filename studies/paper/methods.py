@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from experiments import Experiment
 from torch import nn
 from torch.optim import SGD, Optimizer
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model, is_factored
 from studies.paper.baselines import CayleySGD, ProjectedSGD, attach_penalty, stiefel_groups
+from studies.paper.experiments import Experiment
 
 FULL_RANK = {"dense": SGD, "cayley": CayleySGD, "projected": ProjectedSGD}
 NAMES = "dense, unconstrained, svd_prune, cayley, projected, tau=NUMBER, tau=NUMBER:CENTER or penalty=BETA"
@@ -22,9 +22,9 @@ class Method:
 
     Attributes:
         kind: `dense`, `cayley`, `projected`, `svd_prune`, `unconstrained`, `tau` or `penalty`.
-        tau: Of `tau`; inf: orthonormal bases only.
-        center: Of `tau`: the interval that singular values are clipped to.
-        beta: Of `penalty`.
+        tau: Conditioning tolerance of the kind `tau`; inf: orthonormal bases only.
+        center: The interval that the kind `tau` clips singular values to.
+        beta: Weight of the kind `penalty`.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """As it is printed."""
+        """The method's name in tables."""
         if self.kind == "tau" and math.isinf(self.tau):
             return "orthonormal U, V (τ = ∞)"
         if self.kind == "tau":
@@ -66,6 +66,11 @@ class Method:
             return f"soft penalty β = {self.beta:g}"
         labels = {"svd_prune": "SVD prune", "cayley": "Cayley SGD", "projected": "projected SGD"}
         return labels.get(self.kind, self.kind)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether the manifold step keeps its bases orthonormal."""
+        return self.kind in ("tau", "penalty")
 
 
 def build_model(method: Method, experiment: Experiment, seed: int, rank_ratio: float | None) -> nn.Module:
@@ -103,7 +108,7 @@ def make_optimizer(method: Method, model: nn.Module, learning_rate: float, momen
     optimizer = SGD(model.parameters(), lr=learning_rate, momentum=momentum)
     if method.kind == "penalty":
         attach_penalty(optimizer, model, method.beta)
-    handle = attach_manifold_step(optimizer, model) if method.kind in ("tau", "penalty") else None
+    handle = attach_manifold_step(optimizer, model) if method.has_step else None
     return optimizer, handle
 
 

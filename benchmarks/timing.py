@@ -1,0 +1,79 @@
+"""What the benchmarks share: their common options, their `main`, interleaved timing, ratios."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from studies.record import option, parse, set_up, write_record
+
+
+@dataclass
+class CommonOptions:
+    """What every benchmark takes."""
+
+    rounds: int = option(5, "Interleaved repetitions; medians are printed.")
+    threads: int = option(1, "Threads of torch on a CPU.")
+    output: str = option("", "Where the record goes; outputs/NAME.json if not given.")
+
+
+def run(options_class: type, measure: Callable[[Any], dict[str, Any]], table: Callable[[Any], str]) -> None:
+    """The `main` of a benchmark: measure, print the table, write `results` and how they were made."""
+    (options,) = parse(options_class)
+    set_up(options.threads)
+    torch.manual_seed(0)
+    results = measure(options)
+    name = sys.modules[options_class.__module__].__spec__.name.rpartition(".")[2]
+    path = write_record(options.output or f"outputs/{name}.json", {"results": results}, options)
+    print(f"{table(results)}\n\nwrote {path}")
+
+
+def any_device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call, the device's work included.
+
+    On a CPU with one thread, the time of the process: what others do on a shared machine then moves it far less.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = clock()
+    call()
+    wait()
+    return clock() - start
+
+
+def in_turn(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each call returns, `rounds` of each in turn, after one that warms up."""
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            value = call()
+            if turn:
+                values[name].append(value)
+    return values
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` of each in turn, after one that warms up."""
+    return in_turn({name: lambda call=call: seconds(call, device) for name, call in calls.items()}, rounds)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median (least … most)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} … {max(values):.{digits}f})"
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Round by round, so that a machine that was slow for a while was slow for both."""
+    return [a / b for a, b in zip(values, base, strict=True)]
