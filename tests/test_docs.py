@@ -24,7 +24,7 @@ def test_the_page_on_the_training_loop_runs(capsys):
 def test_the_page_on_robustness_runs(capsys):
     namespace = run("docs/robustness.md")
     assert namespace["report"].samples == namespace["second"].samples == 40
-    assert len(namespace["report"].checks) == 15
+    assert len(namespace["report"].checks) == 16
     assert "less dense" in capsys.readouterr().out
 
 
