@@ -96,7 +96,7 @@ def test_attack(factored, pictures, tmp_path, capsys):
     options = ("--dataset", pictures, "--attack", "pgd-linf", "fgsm", "--epsilon", "2/255", "4/255", "--steps", 3)
     assert call("attack", factored, *options, "--output_dir", tmp_path / "out", "--plot", tmp_path / "curve.png") == 0
     said = capsys.readouterr().out
-    assert "factored: 12 samples, clean" in said and "checks: " in said
+    assert "factored@" in said and ": 12 samples, clean" in said and "checks: " in said
     report = RobustnessReport.load(tmp_path / "out" / "report.json")
     assert [(a.name, a.epsilon) for a in report.attacks] == [
         (name, k / 255) for name in ("pgd-linf", "fgsm") for k in (2, 4)

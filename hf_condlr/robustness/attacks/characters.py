@@ -26,10 +26,9 @@ class CharacterAttack(Attack):
     """Typing errors in at most max(1, ⌊ε · words⌋) words of a text, in none at ε = 0.
 
     Words, separated by whitespace, are ranked once, by the norm of the margin's gradient at the embeddings of their
-    tokens. (Slow tokenizers do not tell which tokens belong to a word. There, words are ranked by the margin of the
-    text without them, one query for each.) Then each word in turn gets the best of a few `typos` if it raises the
-    margin max_{j≠y} z_j − z_y, until the text is misclassified or the budget is used. Words that no typo helps and
-    words of fewer than two letters stay. Both texts of a pair are attacked; their words count together.
+    tokens. Then each word in turn gets the best of a few `typos` if it raises the margin max_{j≠y} z_j − z_y, until the
+    text is misclassified or the budget is used. Words that no typo helps and words of fewer than two letters stay. Both
+    texts of a pair are attacked; their words count together.
 
     There is no guarantee that the meaning stays: "bad" and "bed" are one typo apart. The search is greedy: other typos
     may do more harm.
@@ -68,10 +67,12 @@ class CharacterAttack(Attack):
             "Pass the list of texts, or of pairs, that they were made from.",
         )
         require_texts(inputs)
+        fast = getattr(model.tokenizer, "is_fast", True)
+        rule, remedy = "typos need a tokenizer that tells each token's word", "Load the fast tokenizer of this model."
+        require(fast, rule, type(model.tokenizer).__name__, remedy)
         drafts = [Draft(Words(text), self) for text in inputs]
         judge = Judge(model, labels, size=max(len(drafts), LEAST_BATCH))
         with attacked(model):
-            rank = rank_by_gradient if getattr(model.tokenizer, "is_fast", True) else rank_by_deletion
             rank(drafts, judge)
             searches = [draft.search() for draft in drafts]
             answers: dict[int, list[float] | None] = dict.fromkeys(range(len(drafts)))
@@ -160,7 +161,7 @@ class Judge:
         return {sample: [next(remaining) for _ in texts] for sample, texts in asked.items()}
 
 
-def rank_by_gradient(drafts: Sequence[Draft], judge: Judge) -> None:
+def rank(drafts: Sequence[Draft], judge: Judge) -> None:
     """Rank words by ‖∇margin‖₂ at their tokens' embeddings; words beyond the longest input are left out."""
     encoded = judge.model.encode([draft.words.text() for draft in drafts])
     ball = TokenBall(judge.model, encoded, 0.0)
@@ -174,15 +175,3 @@ def rank_by_gradient(drafts: Sequence[Draft], judge: Judge) -> None:
                 weight[place] = weight.get(place, 0.0) + square
         draft.margin = margin
         draft.order = sorted(weight.keys() & set(draft.words.editable), key=lambda place: (-weight[place], place))
-
-
-def rank_by_deletion(drafts: Sequence[Draft], judge: Judge) -> None:
-    """Rank words by the margin of the text without them."""
-    texts = {
-        i: [draft.words.text(), *(draft.words.text({place: ""}) for place in draft.words.editable)]
-        for i, draft in enumerate(drafts)
-    }
-    for i, (margin, *without) in judge.margins(texts).items():
-        drafts[i].margin = margin
-        weight = dict(zip(drafts[i].words.editable, without, strict=True))
-        drafts[i].order = sorted(weight, key=lambda place: (-weight[place], place))

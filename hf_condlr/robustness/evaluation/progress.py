@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 30.0  # seconds between two lines
+FIRST, INTERVAL = 5.0, 30.0  # seconds until the first estimate, and between two
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
 
 
 class Progress:
-    """A bar in a terminal. Elsewhere a line at the start, after the first part, every half minute, and at the end.
+    """A bar in a terminal. Elsewhere lines at the start, after the first seconds, every half minute, and at the end.
 
     Lines go to the log at level INFO, or to stderr where that level is not logged.
 
@@ -31,7 +31,8 @@ class Progress:
         self.title, self.total, self.done = title, total, 0.0
         self.bar = tqdm(total=total, desc=title, disable=not (show and terminal), bar_format=BAR)
         self.lines = show and not terminal and total > 0
-        self.started, self.last = time.monotonic(), -INTERVAL
+        self.started = time.monotonic()
+        self.last = self.started + FIRST - INTERVAL
 
     def __enter__(self) -> Self:
         self._say("started")

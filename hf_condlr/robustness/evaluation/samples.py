@@ -77,6 +77,13 @@ class Samples:
             error=EvaluationError,
         )
         self.model: Any = self._attacked(model)
+        require(
+            self.processor is not None or self.kind != "images",
+            "images must be made into pixels by the model's image processor",
+            received="no processor",
+            remedy="Give processor=AutoImageProcessor.from_pretrained(...), or rows of pixel_values.",
+            error=EvaluationError,
+        )
         self.classes = match_classes(getattr(self.model, "model", model), dataset, self.label_column)
         self.data_collator = data_collator or (
             DataCollatorWithPadding(self.processor)
@@ -198,13 +205,6 @@ class Samples:
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def _process(self, images: list[Image], **options: Any) -> Tensor:  # -> (B, C, H, W)
-        require(
-            self.processor is not None,
-            "images must be made into pixels by the model's image processor",
-            received="no processor",
-            remedy="Give processor=AutoImageProcessor.from_pretrained(...), or rows of pixel_values.",
-            error=EvaluationError,
-        )
         channels = getattr(getattr(getattr(self.model, "model", self.model), "config", None), "num_channels", None)
         converted = [as_8_bit(image, channels) for image in images]
         return self.processor(converted, return_tensors="pt", **options)["pixel_values"]

@@ -30,3 +30,37 @@ def comparable(report):
 def reviews(number=48):
     texts, labels = text_models.reviews(number, seed=1)
     return Dataset.from_dict({"text": texts, "label": labels.tolist()})
+
+
+SOUND = [PGD(k / 255, steps=20) for k in (4, 16, 32)]
+
+
+NAMES = (
+    "every sample counted once",
+    "examples within the ball and the bounds",
+    "robust accuracy falls with ε",
+    "examples hold as 8-bit images",
+    "logits are repeatable",
+    "outputs are logits",
+    "pixels are spread as the processor expects",
+    "float32 in the attack",
+    "the attacked model is the model",
+    "no change at ε = 0",
+    "gradients are not zero",
+    "no weaker than one step",
+    "converged",
+    "margin loss finds no more",
+    "no gradient masking",
+    "nothing survives a huge ε",
+)
+
+
+def checked(model, attacks=SOUND, dataset=None, **options):
+    report = evaluate_robustness(
+        model, dataset or classifiers.Pairs(), attacks, progress=False, **{"check_samples": 96} | options
+    )
+    return report, {next(name for name in NAMES if check.name.startswith(name)): check for check in report.checks}
+
+
+def fails(checks):
+    return {name for name, check in checks.items() if check.passed is False}

@@ -1,14 +1,49 @@
-"""Checks of whole evaluations: their samples, models without gradients or in half precision, texts."""
+"""All checks of an evaluation: a sound one passes them, others do not."""
 
+import logging
 import sys
 
+import pytest
 import torch
 from torch import nn
 
-from hf_condlr.robustness.attacks import PGD, EmbeddingPGD
+from hf_condlr.robustness.attacks import FGSM, PGD, EmbeddingPGD
 from hf_condlr.robustness.evaluation.checks import CheckBatch
 from tests import classifiers, text_models
-from tests.robustness.evaluation.evaluation import evaluate, reviews
+from tests.robustness.evaluation.evaluation import NAMES, SOUND, checked, evaluate, fails, reviews
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_sound_evaluation_passes_every_check(norm, caplog):
+    attacks = SOUND if norm == "linf" else [PGD(e, "l2", steps=30) for e in (0.1, 0.5, 1.0)]
+    with caplog.at_level(logging.WARNING):
+        report, checks = checked(classifiers.mlp(), attacks, classifiers.images(), processor=classifiers.processor())
+    assert set(checks) == set(NAMES) and len(report.checks) == len(NAMES)
+    assert fails(checks) == set() and not report.failed_checks
+    assert {name for name, check in checks.items() if check.passed is None} == set()
+    assert "FAILED" not in caplog.text and "16 passed, 0 failed, 0 not applicable" in str(report)
+
+
+def test_a_failed_check_is_warned_of_and_shown(caplog):
+    with caplog.at_level(logging.WARNING):
+        report, _ = checked(classifiers.pixel_mlp(scale=300.0))
+    assert "margin loss finds no more (linf" in caplog.text and "Large logits saturate the cross entropy" in caplog.text
+    assert "FAILED: margin loss finds no more" in str(report)
+
+
+def test_checks_that_do_not_apply():
+    report, checks = checked(classifiers.pixel_mlp(), [FGSM(0.1, clip=False)])
+    assert checks["examples hold as 8-bit images"].passed is None
+    assert "converged" not in checks  # a threat of its own, which no other attack has
+    assert len(report.checks) == 9
+
+
+def test_checks_can_be_quick_or_left_out():
+    attacks = [PGD(16 / 255, steps=1, step_size=1e-5)]
+    report, checks = checked(classifiers.pixel_mlp(), attacks, checks="quick")
+    assert list(checks) == list(NAMES[: NAMES.index("converged")]) and report.settings["checks"] == "quick"
+    assert fails(checks) == {"no weaker than one step"}
+    assert checked(classifiers.pixel_mlp(), checks=False)[0].checks == []
 
 
 class Argmax(nn.Module):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_condlr.errors import AttackError, EvaluationError
 from hf_condlr.robustness.attacks import EmbeddingPGD
+from hf_condlr.robustness.evaluation.samples import Samples
 from tests import classifiers, text_models
 from tests.robustness.evaluation.evaluation import ATTACKS, TEXT_ATTACKS, evaluate, reviews
 
@@ -118,3 +120,26 @@ def test_texts_without_their_tokenizer_and_tokens_for_the_character_attack_are_r
     tokens = reviews(4).map(lambda batch: tokenizer(batch["text"]), batched=True)
     with pytest.raises(EvaluationError, match="must take what the data set holds, input ids; received characters"):
         evaluate(model, tokens, TEXT_ATTACKS, processor=tokenizer)
+
+
+def test_images_of_another_size_than_the_models_are_explained():
+    config = ViTConfig(image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    pairs = [(torch.rand(3, 8, 12), 0)]
+    with pytest.raises(EvaluationError, match="must have the size that the model takes, 16×16; received 8×12"):
+        evaluate(ViTForImageClassification(config), pairs)
+
+
+def test_images_without_a_processor_are_refused_before_any_is_attacked():
+    with pytest.raises(EvaluationError, match="made into pixels by the model's image processor; received no processor"):
+        Samples(classifiers.pixel_mlp(), classifiers.images(4))
+
+
+def test_what_a_test_does_to_a_cached_model_or_digit_no_other_test_sees():
+    model, pixels = text_models.classifier("Bert"), classifiers.held_out(4)[0]
+    before = pixels.clone()
+    pixels.zero_()
+    next(model.parameters()).data.zero_()
+    model.forward = None
+    assert torch.equal(classifiers.held_out(4)[0], before)
+    again = text_models.classifier("Bert")
+    assert next(again.parameters()).any() and callable(again.forward)
