@@ -51,6 +51,18 @@ def test_a_decoder_is_calibrated_on_the_labels_and_each_side_on_its_own_tokens(c
         torch.testing.assert_close(found[name], X.mT @ X / len(X), rtol=1e-4, atol=1e-5)
 
 
+def test_decoder_inputs_of_the_batch_come_before_its_labels():
+    """A model without a head accepts no labels; a mask of the decoder's own says which tokens count."""
+    model, batch = pair_batch("BART")
+    name = "decoder.layers.0.fc1"
+    inputs = {"decoder_input_ids": torch.arange(5, 17).reshape(2, 6), "decoder_attention_mask": torch.ones(2, 6)}
+    inputs["decoder_attention_mask"][1, 3:] = 0
+    found = input_covariances(model.model, [name], [batch | inputs])[name]
+    given = {key: value for key, value in batch.items() if key != "labels"} | inputs
+    X = recorded(model.model, name, given)[inputs["decoder_attention_mask"].bool()]
+    torch.testing.assert_close(found, X.mT @ X / 9, rtol=1e-4, atol=1e-5)
+
+
 def test_the_fisher_matrix_of_a_decoder_counts_the_labels_only():
     """Labels of −100 draw no ŷ: another padding of the target changes nothing."""
     model, batch = pair_batch("BART")
