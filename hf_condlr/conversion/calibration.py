@@ -13,8 +13,6 @@ from tqdm.auto import tqdm
 
 from hf_condlr.errors import CondLRError, ConversionError, require
 
-DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
-
 
 @dataclass
 class CalibrationBatch:
@@ -80,28 +78,27 @@ def calibration_batch(model: nn.Module, batch: Any) -> CalibrationBatch:
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         _require_tensors(isinstance(first, Tensor), batch)
         return CalibrationBatch((moved(first),), {})
-    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
-    kwargs = {key: moved(value) for key, value in batch.items() if key in accepted}
+    accepted = set(inspect.signature(model.forward).parameters)
+    kwargs = {key: moved(value) for key, value in batch.items() if key in accepted - {"labels"}}
     _require_tensors(any(isinstance(value, Tensor) for value in kwargs.values()), batch)
     labels = moved(batch.get("labels"))
     arguments = CalibrationBatch((), kwargs, labels if isinstance(labels, Tensor) else None)
     arguments.mask = _token_mask(kwargs.get("attention_mask"))
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        _add_decoder_inputs(model, arguments)
+        _add_decoder_inputs(model, arguments, takes_labels="labels" in accepted)
     return arguments
 
 
-def _add_decoder_inputs(model: Any, batch: CalibrationBatch) -> None:
-    """Decoders run on the batch's labels, which the model shifts by itself; those of -100 do not count."""
-    has_inputs = any(name in batch.kwargs for name in DECODER_INPUTS)
-    tokens = batch.labels if batch.labels is not None and batch.labels.dim() == 2 else None
-    if tokens is not None and not tokens.is_floating_point():
-        batch.decoder_mask = tokens != -100
-        if not has_inputs:
-            batch.kwargs["labels"] = tokens
+def _add_decoder_inputs(model: Any, batch: CalibrationBatch, *, takes_labels: bool) -> None:
+    """Let the decoder run on the labels, which the model shifts by itself; those of -100 do not count."""
+    has_inputs = "decoder_input_ids" in batch.kwargs or "decoder_inputs_embeds" in batch.kwargs
+    batch.decoder_mask = _token_mask(batch.kwargs.get("decoder_attention_mask"))
+    labels = batch.labels
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        batch.decoder_mask = labels != -100 if batch.decoder_mask is None else batch.decoder_mask
+        if takes_labels and not has_inputs:
+            batch.kwargs["labels"] = labels
             has_inputs = True
-    if (mask := _token_mask(batch.kwargs.get("decoder_attention_mask"))) is not None:
-        batch.decoder_mask = mask
     require(
         has_inputs or not model.can_generate(),
         "calibration batches of an encoder-decoder must hold what its decoder runs on",

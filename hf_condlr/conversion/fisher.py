@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,12 +57,9 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
         return watch
 
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator: torch.Generator | None = None
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with _frozen(model), torch.enable_grad():
             for batch in calibration_batches(model, data):
                 likelihood = _likelihood(model, batch)
                 logits = _logits(run(model, batch), batch, likelihood)
@@ -71,8 +69,6 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
     finally:
         for handle in hooks:
             handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     for name in layers:
         require(
             name in sums and torch.isfinite(sums[name]).all(),
@@ -82,6 +78,19 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
             error=ConversionError,
         )
     return {name: sums[name] / samples for name in layers}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient; afterwards those do that did before."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _likelihood(model: Any, batch: CalibrationBatch) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from transformers import PreTrainedModel
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.errors import ConversionError, MissingExtraError
 from hf_condlr.files import replacing
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import is_factored
 
 
 def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str, Tensor] | None = None) -> Path:
-    """Write the model's logits (or first output) as an ONNX graph with all weights in the one file.
+    """Write the model as an ONNX graph with all weights in the one file.
 
-    A copy is folded; the model stays as it is. Batch size and, for text, length may vary.
+    A copy is folded; the model stays as it is. The graph has the outputs of the model under their names: `logits`, or
+    `start_logits` and `end_logits`, `pred_boxes` and so on. The batch size may vary and, for text, the length; a
+    decoder's tokens have a length of their own.
 
     Args:
         model: Factored, folded or dense.
         path: File to write, replaced in one step.
-        inputs: Example of what `forward` gets; made up where the model takes `pixel_values` or `input_ids`.
+        inputs: Example of what `forward` gets, with two samples; made up for models of `pixel_values` or `input_ids`.
 
     Raises:
         ConversionError: No example was given and none can be made up.
@@ -42,40 +44,56 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str
         ) from error
     example = dict(inputs or _example(model))
     folded = copy.deepcopy(model).eval()
-    if factored_layers(folded):
+    if is_factored(folded):
         fold_model(folded)
-    if getattr(folded.config, "use_cache", False):
-        folded.config.use_cache = False  # a cache is an object, no tensor
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    shapes = {name: {0: batch, 1: length} if x.dim() == 2 else {0: batch} for name, x in example.items()}
-    # The exporter's own words about itself, and about torchvision, which it could export too.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for module in folded.modules():  # a cache is an object and no tensor; a decoder may have a config of its own
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it speaks of itself and of torchvision
     with replacing(path) as temporary, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
+        tensors_only = _TensorsOnly(folded, list(example))
+        output_names = list(tensors_only.named_outputs(*example.values()))
         torch.onnx.export(
-            _Logits(folded, list(example)),
+            tensors_only,
             tuple(example.values()),
             temporary,
             dynamo=True,
             external_data=False,
             input_names=list(example),
-            output_names=["logits"],
-            dynamic_shapes=(tuple(shapes.values()),),
+            output_names=output_names,
+            dynamic_shapes=(tuple(_dynamic_axes(example)),),
             verbose=False,
         )
     return Path(path)
 
 
-class _Logits(nn.Module):
-    """Tensors in, a tensor out: graphs have no dictionaries."""
+def _dynamic_axes(example: Mapping[str, Tensor]) -> Iterator[dict[int, Any]]:
+    """For each input the axes that may vary: the batch and, for tokens and their embeddings, the length."""
+    batch = torch.export.Dim("batch")
+    length, decoder_length = torch.export.Dim("length"), torch.export.Dim("decoder_length")
+    for name, tensor in example.items():
+        is_text = tensor.dim() == 2 or name.endswith("inputs_embeds")
+        yield {0: batch} | ({1: decoder_length if name.startswith("decoder_") else length} if is_text else {})
+
+
+class _TensorsOnly(nn.Module):
+    """Takes and returns tuples of tensors, since graphs have no dictionaries."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.named_outputs(*tensors).values())
+
+    def named_outputs(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """The outputs that are tensors, under the names that the model gives them."""
         output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return output.logits if "logits" in output else output[0]
+        if isinstance(output, Tensor):
+            output = (output,)
+        items = output.items() if isinstance(output, Mapping) else ((f"output_{i}", x) for i, x in enumerate(output))
+        return {name: value for name, value in items if isinstance(value, Tensor)}
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:
@@ -87,9 +105,10 @@ def _example(model: PreTrainedModel) -> dict[str, Any]:
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(model.config, "num_channels", 3)
         return {name: torch.rand(2, channels, height, width, dtype=parameter.dtype, device=parameter.device)}
-    if name == "input_ids" and not model.config.is_encoder_decoder:
-        ids = torch.ones(2, 8, dtype=torch.int64, device=parameter.device)
-        return {name: ids, "attention_mask": torch.ones_like(ids)}
+    is_pair = model.config.is_encoder_decoder
+    if name == "input_ids" and (not is_pair or model.can_generate()):
+        ids, mask, target = torch.ones(3, 2, 8, dtype=torch.int64, device=parameter.device)
+        return {name: ids, "attention_mask": mask} | ({"decoder_input_ids": target[:, :6]} if is_pair else {})
     raise ConversionError(
         "an example of the model's inputs is needed for the export",
         received=f"a {type(model).__name__}, which takes {name}",

@@ -53,8 +53,8 @@ def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1
         low, high = (middle, high) if _size(shapes, ranks_at(middle)) <= budget else (low, middle)
     ranks = ranks_at(low)
     if _size(shapes, ranks) < 0.99 * budget:
-        gains = {name: {r: 1 / min(shapes[name]) for r in range(1, min(shapes[name]) + 1)} for name in shapes}
-        _spend(shapes, ranks, budget, {name: list(values.values()) for name, values in gains.items()}, multiple)
+        gains = {name: [1 / min(shape)] * min(shape) for name, shape in shapes.items()}
+        _spend(shapes, ranks, budget, gains, multiple)
     return ranks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,21 @@ class WeightStandIn(Tensor):
 
 
 def stand_in(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of this shape with the dtype and device of `like`: one NaN, expanded, which takes no memory.
+    """A tensor of this shape with the dtype and device of `like`, without values and without memory of its own."""
+    if torch.compiler.is_compiling():  # tracing does not support the subclass
+        return torch.ops.hf_condlr.weight_stand_in(like.detach(), list(shape))
+    return _stand_in(like.detach(), shape)
 
-    While a graph is traced it is a plain tensor, since tracing does not support the subclass.
-    """
-    plain = like.detach().new_full((), math.nan).expand(shape)
-    return plain if torch.compiler.is_compiling() else plain.as_subclass(WeightStandIn)
+
+def _stand_in(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """One NaN, expanded."""
+    return like.new_full((), math.nan).expand(shape).as_subclass(WeightStandIn)
+
+
+# In a traced graph an operator takes the place of the stand-in. Where the graph only read facts of the weight, nothing
+# uses the operator's result. Otherwise it raises an error: the result is a stand-in, with strides that compiled code
+# does not accept.
+_traced = torch.library.custom_op(
+    "hf_condlr::weight_stand_in", _stand_in, mutates_args=(), schema="(Tensor like, int[] shape) -> Tensor"
+)
+_traced.register_fake(lambda like, shape: like.new_empty(shape))

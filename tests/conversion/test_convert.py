@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from hf_condlr import CondLRConfig, LowRankConv2d, LowRankLinear, get_robust_lowrank_model
-from hf_condlr.errors import ConversionError
+from hf_condlr.conversion.factorizations import FACTORIZATIONS
+from hf_condlr.errors import ConvergenceError, ConversionError
+from hf_condlr.linalg import truncated_svd
 from tests.conversion.conversions import (
     ALL_MODELS,
     LAST_QUERY,
@@ -242,4 +244,23 @@ def test_weights_on_meta_are_refused():
     before = snapshot(model)
     with pytest.raises(ConversionError, match=r"'0' must have values to factor; received weights on the meta device"):
         convert(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("error", [ConvergenceError("an SVD", received="NaN", remedy="None."), MemoryError("full")])
+def test_an_error_in_the_middle_names_the_layer_and_leaves_the_model_as_it_was(error, monkeypatch):
+    model, calls = bert(), []
+    before = snapshot(model)
+
+    def fails_at_last(W, r):
+        calls.append(W)
+        if len(calls) == 13:
+            raise error
+        return truncated_svd(W, r)
+
+    monkeypatch.setitem(FACTORIZATIONS, "svd", fails_at_last)
+    with pytest.raises(type(error)) as caught:
+        convert(model, trainable="factors")
+    said = str(caught.value) + str(getattr(caught.value, "__notes__", ""))
+    assert "'bert.pooler.dense'" in said
     assert_unchanged(model, before)

@@ -1,13 +1,15 @@
 """Back from factored layers: dense or folded, with the same outputs."""
 
 import copy
+import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr import LowRankLinear, fold_model, to_dense_model
+from hf_condlr import LowRankLinear, fold_model, is_factored, to_dense_model
 from hf_condlr.errors import ConversionError
 from hf_condlr.layers import FoldedLayer
 from tests.conversion.conversions import EVERY_CONV, LINEAR_MODELS, assert_same, convert, factored, lossless
@@ -19,6 +21,7 @@ from tests.models import (
     logits,
     pixels,
     resnet,
+    t5,
 )
 from tests.models import tokens as token_inputs
 
@@ -91,3 +94,25 @@ def test_a_dense_model_can_be_converted_again():
 def test_a_layer_cannot_replace_itself(back):
     with pytest.raises(ConversionError, match="received LowRankLinear"):
         back(LowRankLinear(6, 6, 2))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT
+@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+def test_the_ways_back_of_a_model_with_an_adapter(back):
+    """A PeftModel forwards attributes such as the record to the model inside."""
+    model = convert(bert(), exclude_modules=["query"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))
+    before = logits(adapted, token_inputs())
+    back(adapted)
+    assert factored(adapted) == {} and not hasattr(adapted, "condlr") and not is_factored(adapted)
+    assert_same(logits(adapted, token_inputs()), before)
+
+
+def test_a_folded_t5_runs_under_dynamic_quantization():
+    """Its feed-forward reads `wo.weight.dtype`, and a quantized layer's `weight` is a method."""
+    model, inputs = fold_model(convert(t5(), rank_ratio=0.4)), MODELS["t5"].inputs()
+    expected = logits(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch speaks of the successor of its quantization
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert (logits(quantized, inputs) - expected).abs().max() < 0.2 * expected.abs().max()

@@ -6,20 +6,31 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 from hf_condlr import CondLRConfig, export_onnx, fold_model, get_robust_lowrank_model
 from hf_condlr.errors import ConversionError, MissingExtraError
-from tests.models import MODELS, logits
+from tests.models import MODELS, bert, logits, tokens
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def run(path, inputs):
+def outputs(path, inputs):
+    """{name: array} of all outputs of the graph."""
     session = ort.InferenceSession(path)
-    [output] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    return output
+    arrays = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return dict(zip([output.name for output in session.get_outputs()], arrays, strict=True))
+
+
+def run(path, inputs):
+    return outputs(path, inputs)["logits"]
 
 
 def factored(case):
@@ -39,6 +50,50 @@ def test_onnx_runtime_agrees(case, tmp_path):
         rows = {name: x[:, :5] if x.dim() == 2 else x for name, x in rows.items()}
         assert np.abs(run(path, rows) - logits(model, rows).numpy()).max() < 1e-5
     assert sorted(tmp_path.iterdir()) == [path]  # all weights in the one file
+
+
+def assert_outputs_agree(path, model, inputs):
+    found = outputs(path, inputs)
+    with torch.no_grad():
+        expected = model(**inputs)
+    assert set(found) == {name for name, value in expected.items() if isinstance(value, torch.Tensor)}
+    for name, array in found.items():
+        assert np.abs(array - expected[name].numpy()).max() < 1e-5, name
+
+
+def test_question_answering_has_both_logits(tmp_path):
+    model = bert(BertForQuestionAnswering, num_labels=2)
+    get_robust_lowrank_model(model, CondLRConfig(rank_ratio=0.5))
+    path = export_onnx(model, tmp_path / "model.onnx")
+    inputs = tokens(batch=3, length=5)
+    assert list(outputs(path, inputs)) == ["start_logits", "end_logits"]
+    assert_outputs_agree(path, model, inputs)
+
+
+def test_source_and_target_of_a_translation_have_lengths_of_their_own(tmp_path):
+    model = get_robust_lowrank_model(MODELS["t5"].build(), CondLRConfig(rank_ratio=0.5))
+    path = export_onnx(model, tmp_path / "model.onnx")
+    for source, target in ((7, 4), (3, 9)):
+        inputs = {**tokens(length=source), "decoder_input_ids": tokens(length=target)["input_ids"]}
+        assert_outputs_agree(path, model, inputs)
+
+
+def test_detection_keeps_its_boxes(tmp_path):
+    config = YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=[16, 16],
+        patch_size=8,
+        num_detection_tokens=3,
+        use_mid_position_embeddings=False,
+    )
+    model = get_robust_lowrank_model(YolosForObjectDetection(config).eval(), CondLRConfig(rank_ratio=0.5))
+    inputs = {"pixel_values": torch.rand(2, 3, 16, 16)}
+    path = export_onnx(model, tmp_path / "model.onnx", inputs=inputs)
+    assert {"logits", "pred_boxes"} <= set(outputs(path, inputs))
+    assert_outputs_agree(path, model, inputs)
 
 
 def test_the_file_is_no_larger_than_the_folded_parameters_and_a_tenth(tmp_path):

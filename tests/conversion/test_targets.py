@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -304,3 +305,53 @@ def test_the_model_cannot_be_the_layer_itself():
     with pytest.raises(ConversionError):
         convert(layer)
     assert type(layer) is nn.Linear
+
+
+# ------------------------------------------------------------------------------------------------ what hides a weight
+
+
+class PackedWeight(torch.Tensor):
+    """As torchao's quantized tensors: most operations are not implemented."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "dim", "detach", "__repr__", "requires_grad_"):
+            return super().__torch_function__(func, types, args, kwargs)
+        raise NotImplementedError(name)
+
+
+def packed():
+    layer = nn.Linear(6, 6)
+    weight = layer.weight.detach().as_subclass(PackedWeight)
+    del layer.weight
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return layer
+
+
+def test_a_weight_of_a_class_of_its_own_is_skipped_or_refused_when_named():
+    """torchao's and bitsandbytes' are, and those that FSDP shards."""
+    model = chain(packed())
+    convert(model)
+    assert list(factored(model)) == ["0"]
+    assert "its weight is a PackedWeight" in model.condlr.report.skipped["1"]
+    with pytest.raises(ConversionError, match=r"received '1': its weight is a PackedWeight"):
+        convert(chain(packed()), target_modules=["1"])
+
+
+def test_layers_that_accelerate_moves_are_named_with_the_remedy():
+    model = dispatch_model(chain(nn.Linear(6, 6)), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ConversionError, match=r"matches only 0 \(accelerate moves .*load the model without device_map"):
+        convert(model)
+
+
+def test_where_nothing_can_be_converted_the_reasons_are_given():
+    model = nn.Sequential(ScaledLinear(6, 6))
+    with pytest.raises(ConversionError, match=r"matches only 0 \(a ScaledLinear with a forward of its own\)"):
+        convert(model)
+
+
+def test_a_second_conversion_says_that_the_model_is_factored():
+    model = convert(bert())
+    with pytest.raises(ConversionError, match="a model in which 13 layers are factored already"):
+        convert(model)

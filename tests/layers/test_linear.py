@@ -188,6 +188,7 @@ def test_compiled_for_dynamic_shapes_there_are_two_graphs_at_most():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_for_dynamic_shapes_one_graph_serves_every_number_of_rows(strict):
     layer = with_random_core(LowRankLinear(9, 6, 4))

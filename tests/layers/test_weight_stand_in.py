@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_condlr import LowRankLinear
 from hf_condlr.errors import ConversionError
-from tests.layers.cases import BUILDERS
+from tests.layers.cases import BUILDERS, assert_close
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
@@ -39,3 +39,48 @@ def test_computing_with_weight_is_an_error_that_says_what_to_do(fold):
     for compute in (lambda: nn.functional.linear(x, weight), lambda: x @ weight, lambda: weight.norm()):
         with pytest.raises(ConversionError, match=r"exists only as U, S and V; .*Put the layer in exclude_modules"):
             compute()
+
+
+class ReadsFacts(nn.Module):
+    """As T5 and others do, which cast to the dtype of a layer's weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.to(self.layer.weight.dtype).to(self.layer.weight.device))
+
+
+class MultipliesByWeight(ReadsFacts):
+    """As Mamba does with its `dt_proj`."""
+
+    def forward(self, x):
+        return torch.relu(x @ self.layer.weight.mT)
+
+
+class ReducesWeight(ReadsFacts):
+    """An operation that a compiler fuses into code of its own."""
+
+    def forward(self, x):
+        return x * self.layer.weight.sum(0)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("trace", ["eager", "aot_eager", "export"])
+def test_traced_code_may_read_facts_and_computes_nothing_from_a_weight(fold, trace):
+    """Where it computes with a weight, the graph raises an error instead of returning NaN."""
+    layer, x = LowRankLinear(7, 5, 3), torch.randn(2, 7)
+    layer = layer.fold() if fold else layer
+
+    def traced(module):
+        if trace == "export":
+            return torch.export.export(module, (x,)).module()
+        torch.compiler.reset()
+        return torch.compile(module, backend=trace, fullgraph=True)
+
+    with torch.no_grad():
+        assert_close(traced(ReadsFacts(layer))(x), layer(x))
+        for module in (MultipliesByWeight(layer), ReducesWeight(layer)):
+            with pytest.raises(ConversionError, match="exists only as U, S and V"):
+                traced(module)(x)
