@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import REPOCARD_NAME
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import distributed as dist
 from torch import nn
@@ -54,6 +55,17 @@ def attach_saving(model: Any) -> None:
         if isinstance(module, PreTrainedModel) and compressed_layers(module):
             object.__setattr__(module, "save_pretrained", partial(save_pretrained, module))
             object.__setattr__(module, "push_to_hub", partial(upload, module))
+    if isinstance(model, PeftModel) and compressed_layers(model):
+        for name in ("save_pretrained", "push_to_hub"):
+            object.__setattr__(model, name, partial(_refuse_adapter_only))
+
+
+def _refuse_adapter_only(*args: Any, **kwargs: Any) -> None:
+    raise CheckpointError(
+        "a PeftModel saves its adapter only, and would lose what its factored layers learnt",
+        received="a PeftModel with factored layers",
+        remedy="Call model = model.merge_and_unload(), then model.save_pretrained(folder).",
+    )
 
 
 def detach_saving(model: Any) -> None:

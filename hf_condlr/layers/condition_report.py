@@ -13,7 +13,8 @@ from torch import nn
 from hf_condlr.distributed.linalg import orthonormality_error, orthonormalize
 from hf_condlr.distributed.rows import reshard
 from hf_condlr.errors import CondLRError, MissingExtraError
-from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.layers.base import Factors, LowRankLayer
+from hf_condlr.layers.offloaded import loaded_factors
 from hf_condlr.linalg import obeys_bound, singular_values
 
 
@@ -164,7 +165,7 @@ def condition_report(model: nn.Module) -> ConditionReport:
     records = []
     for name, layer in model.named_modules():
         if isinstance(layer, LowRankLayer):
-            records.append(_record(name, layer))
+            records.append(_record(name, layer, loaded_factors(model, name)))
     if not records:
         raise CondLRError(
             "the model must have factored layers",
@@ -176,14 +177,14 @@ def condition_report(model: nn.Module) -> ConditionReport:
     return ConditionReport(records, parameters, dense)
 
 
-def _record(name: str, layer: LowRankLayer) -> LayerRecord:
-    core = orthonormalize(layer.U, layer.S, layer.V)[1].cpu()
+def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
+    core = orthonormalize(*factors)[1].cpu()
     if torch.isfinite(core).all():
         sigma = singular_values(core)
         kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
     else:
         sigma, kappa = torch.full((layer.r,), math.nan), math.inf
-    errors = torch.stack([orthonormality_error(p) for p in (layer.U, layer.V)]).nan_to_num(math.inf, math.inf)
+    errors = torch.stack([orthonormality_error(p) for p in (factors[0], factors[2])]).nan_to_num(math.inf, math.inf)
     m, n = layer.U.shape[0], layer.V.shape[0]
     bias = 0 if layer.bias is None else layer.bias.numel()
     return LayerRecord(
