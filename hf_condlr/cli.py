@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import HfApi
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
@@ -277,10 +278,13 @@ def _export(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     model: Any = _load(args)
-    options = {}
-    if compressed_layers(model) and (card := Path(args.model) / REPOCARD_NAME).is_file():
-        options["card"] = card  # the folder's own
+    card = Path(args.model) / REPOCARD_NAME  # the folder's own
+    options = {"card": card} if compressed_layers(model) and card.is_file() else {}
     commit = model.push_to_hub(args.repo, private=args.private, revision=args.revision, **options)
+    if card.is_file() and not options:
+        commit = HfApi().upload_file(
+            path_or_fileobj=card, path_in_repo=REPOCARD_NAME, repo_id=args.repo, revision=args.revision
+        )
     with contextlib.suppress(OSError, ValueError, ImportError):
         _processor(args).push_to_hub(args.repo, revision=args.revision)
     _say(f"pushed {commit.commit_url}")

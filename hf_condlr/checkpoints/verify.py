@@ -118,6 +118,8 @@ def read_headers(files: Iterable[Path]) -> Header:
     found: Header = {}
     for path in files:
         try:
+            if not path.is_file():
+                raise OSError("no such regular file")
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
                     part = file.get_slice(name)

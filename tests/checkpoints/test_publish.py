@@ -1,4 +1,4 @@
-"""At every moment a complete checkpoint lies on the disk, and nothing else of ours."""
+"""At every moment a complete checkpoint lies on the disk, and in the end nothing else of this package."""
 
 import json
 import os

@@ -136,6 +136,12 @@ DAMAGE = {
 }
 
 
+def test_a_pipe_in_place_of_dense_weights_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="weight files must be readable"):
+        restore_weights(factored_vit(), tmp_path)
+
+
 def dropped_from_index(folder, digest_fits):
     """One shard's tensors, all dense, are no more in the index."""
     index = folder / "condlr.safetensors.index.json"
