@@ -185,8 +185,9 @@ def _tying(model: PreTrainedModel) -> dict[str, Any]:
     outputs = model.get_output_embeddings()
     if outputs is None or not getattr(model.config, "tie_word_embeddings", False):
         return {}
+    # Offloaded weights are on the meta device, where tied ones are no more the same.
     tied = isinstance(outputs, nn.Linear) and outputs.weight is model.get_input_embeddings().weight
-    return {} if tied else {"tie_word_embeddings": False}
+    return {} if tied or outputs.weight.is_meta else {"tie_word_embeddings": False}
 
 
 @contextmanager
