@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import HfApi
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from hf_condlr.checkpoints import load as loading  # noqa: F401  # registers itself: factored checkpoints load
+from hf_condlr.checkpoints.card_origin import is_hub_id
 from hf_condlr.checkpoints.publish import remove_leftovers
 from hf_condlr.config import CHOICES, CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
@@ -45,10 +47,12 @@ _ERRORS: Any = (CondLRError, SafetensorError, ValueError, ImportError, re.error,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it did what it was asked, 1 after an error said on stderr, 2 for a wrong call."""
+    """Run a command; 0 if it did what it was asked, 1 after an error reported on stderr, 2 for a wrong call."""
     args = _parser().parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
+        if "out" in args and Path(args.out).resolve() == Path(args.model).resolve():
+            raise ConfigError("OUT must be another folder than MODEL", received=args.out, remedy="Name a new one.")
         args.run(args)
     except _ERRORS as error:
         text = " ".join(str(error).split())
@@ -57,9 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"condlr {args.command}: {text}\n")
         return 1
     return 0
-
-
-# ------------------------------------------------------------------------------------------------------- arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", type=_nonempty, help="folder to write")
     _add_conversion(convert)
     report = add("report", _report, "rank, condition number, bound and size of every factored layer")
-    report.add_argument("--json", action="store_true", help="as JSON")
+    report.add_argument("--json", action="store_true", help="print JSON instead of the table")
     report.add_argument("--plot", metavar="FILE", help="draw the spectra; pip install 'hf_condlr[plot]'")
     _add_attack(add("attack", _attack, "accuracy under adversarial attacks, with checks that the attacks worked"))
     for name, run, text in (
@@ -146,35 +147,31 @@ def _add_attack(attack: argparse.ArgumentParser) -> None:
     output.add_argument("--plot", metavar="FILE", help="draw accuracy over ε; pip install 'hf_condlr[plot]'")
 
 
-# --------------------------------------------------------------------------------------------- loading and saving
-
-
 def _load(args: argparse.Namespace) -> PreTrainedModel:
     """By the class that its config names: the saved model with its head."""
-    is_path = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
     require(
-        Path(args.model).is_dir() or not (is_path or Path(args.model).exists()),
+        Path(args.model).is_dir() or is_hub_id(args.model),
         "MODEL must be a folder, or a name on the Hub",
         received=f"{args.model}, which is not a folder",
         remedy="Check the path.",
         error=ConfigError,
     )
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    names = [name for name in config.architectures or () if isinstance(name, str)]
-    found: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
-    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    if args.trust_remote_code and not is_model:
-        auto = next((name for name in getattr(config, "auto_map", {}) if name.startswith("AutoModel")), "")
-        found, is_model = getattr(transformers, auto, None), bool(auto)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **trust)
+    found: Any = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    if args.trust_remote_code and found == [None]:
+        found = [
+            getattr(transformers, name) for name in getattr(config, "auto_map", ()) if name.startswith("AutoModel")
+        ]
+        return found[0].from_pretrained(args.model, **trust)
     require(
-        is_model and found is not None,
+        len(found) == 1 and isinstance(found[0], type) and issubclass(found[0], PreTrainedModel),
         "config.json must name one model class of transformers",
         received=f"architectures={config.architectures}",
-        remedy="Load the model in Python with its own class.",
+        remedy="If the repository holds code that you trust, pass --trust_remote_code.",
         error=ConfigError,
     )
-    options = {"trust_remote_code": True} if args.trust_remote_code else {}
-    return found.from_pretrained(args.model, **options)
+    return found[0].from_pretrained(args.model)
 
 
 def _processor(args: argparse.Namespace) -> Any:
@@ -190,16 +187,6 @@ def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
         _processor(args).save_pretrained(args.out)
     size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
     _say(f"wrote {args.out}: {model.num_parameters():,} parameters, {size:,} bytes of weights")
-
-
-def _refuse_same_folder(args: argparse.Namespace) -> None:
-    require(
-        Path(args.out).resolve() != Path(args.model).resolve(),
-        "OUT must be another folder than MODEL",
-        received=args.out,
-        remedy="Name a new one.",
-        error=ConfigError,
-    )
 
 
 def _load_factored(args: argparse.Namespace) -> PreTrainedModel:
@@ -219,11 +206,7 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------- commands
-
-
 def _convert(args: argparse.Namespace) -> None:
-    _refuse_same_folder(args)
     names = [
         "compression_ratio",
         "rank_ratio",
@@ -278,12 +261,10 @@ def _attack(args: argparse.Namespace) -> None:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    _refuse_same_folder(args)
     _save(fold_model(_load_factored(args)), args)
 
 
 def _densify(args: argparse.Namespace) -> None:
-    _refuse_same_folder(args)
     model = _load(args)
     if not compressed_layers(model):
         condition_report(model)  # refuses a dense model
@@ -297,10 +278,13 @@ def _export(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     model: Any = _load(args)
-    options = {}
-    if compressed_layers(model) and (card := Path(args.model) / REPOCARD_NAME).is_file():
-        options["card"] = card  # the folder's own
+    card = Path(args.model) / REPOCARD_NAME  # the folder's own
+    options = {"card": card} if compressed_layers(model) and card.is_file() else {}
     commit = model.push_to_hub(args.repo, private=args.private, revision=args.revision, **options)
+    if card.is_file() and not options:
+        commit = HfApi().upload_file(
+            path_or_fileobj=card, path_in_repo=REPOCARD_NAME, repo_id=args.repo, revision=args.revision
+        )
     with contextlib.suppress(OSError, ValueError, ImportError):
         _processor(args).push_to_hub(args.repo, revision=args.revision)
     _say(f"pushed {commit.commit_url}")

@@ -62,7 +62,9 @@ class EvaluationError(CondLRError, ValueError):
     """A data set, or what is asked of it, does not fit an evaluation under attack."""
 
 
-def require(condition: object, rule: str, *, received: object, remedy: str, error: type[CondLRError]) -> None:
+def require(
+    condition: object, rule: str, *, received: object, remedy: str, error: type[CondLRError] = CondLRError
+) -> None:
     """Raise `error` unless `condition` is true: "rule; received value. Remedy."."""
     if not condition:
         raise error(rule, received=received, remedy=remedy)

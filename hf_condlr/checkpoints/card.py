@@ -150,7 +150,6 @@ def _around(path: Path, text: str) -> tuple[str, str]:
         f"the section of hf_condlr in {path} must stand between one {BEGIN} and one {END}",
         received=f"{begins} and {ends}, or in another order",
         remedy="Remove the superfluous ones, or all of them: the section is appended then. The file was left as it is.",
-        error=CondLRError,
     )
     return head, tail
 

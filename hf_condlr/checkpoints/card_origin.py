@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
-from hf_condlr.errors import CondLRError, require
+from hf_condlr.errors import require
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,6 @@ def base_of(
             "base_model must be a Hub id or a folder",
             received=repr(name),
             remedy="'google/vit-base-patch16-224', say.",
-            error=CondLRError,
         )
     first = _hub_id(stated)
     if first not in (None, base):

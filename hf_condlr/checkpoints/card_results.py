@@ -10,11 +10,11 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_condlr.checkpoints.card_origin import is_hub_id
-from hf_condlr.errors import CondLRError, require
+from hf_condlr.errors import require
 
 SOURCE = {"url": "https://arxiv.org/abs/2306.01485", "name": "hf_condlr"}
 MARK = " (hf_condlr)"
-"""Ends the names of our results: huggingface_hub groups results of one data set, whatever their sources."""
+"""Ends the names of this package's results: huggingface_hub groups results of one data set, also of several sources."""
 
 
 def evaluation_results(
@@ -39,7 +39,6 @@ def evaluation_results(
             "a metric must be a finite number, or a text such as '20.0 ± 1.2'",
             received=f"{name}={value}",
             remedy="Leave out what was not measured.",
-            error=CondLRError,
         )
         results.append(EvalResult(metric_type=name, metric_value=value, metric_name=f"{name}{MARK}", **place))
     for parameters in map(_given, robustness):
@@ -49,7 +48,6 @@ def evaluation_results(
             "an entry of robustness must state an attack's name and an accuracy in [0, 1]",
             received=f"attack={attack!r}, accuracy={accuracy!r}",
             remedy="Write {'attack': 'pgd-linf', 'epsilon': 8 / 255, 'steps': 20, 'accuracy': 0.71}, say.",
-            error=CondLRError,
         )
         detail = ", ".join([str(attack), *(f"{name} {shown(value)}" for name, value in parameters.items())])
         results.append(
@@ -66,12 +64,12 @@ def evaluation_results(
 
 
 def merge_results(index: list[dict[str, Any]], results: list[EvalResult], name: str) -> list[dict[str, Any]]:
-    """A model index without our earlier results and with the new ones; the user's results stay as stated."""
+    """A model index with the new results in place of those this package wrote; the user's results stay as stated."""
     for model in index:
         for group in model["results"]:
             group["metrics"] = [m for m in group["metrics"] if not str(m.get("name")).endswith(MARK)]
             if group.get("source") == SOURCE:
-                del group["source"]  # another tool put the user's results into our group
+                del group["source"]  # another tool put the user's results into this group
         model["results"] = [group for group in model["results"] if group["metrics"]]
     if results:
         index = index or [{"name": name, "results": []}]

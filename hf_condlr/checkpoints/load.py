@@ -44,6 +44,7 @@ from hf_condlr.layers import (
     set_conversion_record,
     weight_matrix,
 )
+from hf_condlr.layers.offloaded import loaded_factors
 
 _SAVED_CONFIG = "Load it with the config.json it was saved with."
 
@@ -137,9 +138,8 @@ class FactoredCheckpointLoader(HfQuantizer):
         """Check what was loaded, and leave an ordinary model."""
         vars(model).pop("_adjust_missing_and_unexpected_keys", None)
         for name, (stored_name, stored, dtype) in self._loaded.items():
-            layer = model.get_submodule(name)
-            check_factors(stored_name, (layer.U, layer.S, layer.V), stored, dtype)
-            layer.bound = stored.bound
+            check_factors(stored_name, loaded_factors(model, name), stored, dtype)
+            model.get_submodule(name).bound = stored.bound
         self.remove_quantization_config(model)
         del model.config.transformers_weights
         set_conversion_record(model, ConversionRecord(self.manifest.config))

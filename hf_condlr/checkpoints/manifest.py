@@ -22,6 +22,7 @@ from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import Factors, FoldedLayer, LowRankLayer
 from hf_condlr.layers.model import compressed_layers
+from hf_condlr.layers.offloaded import loaded_factors
 from hf_condlr.linalg import CENTERS, Center, obeys_bound
 
 METHOD = "condlr"
@@ -54,7 +55,7 @@ class StoredLayer:
 
     @classmethod
     def of(cls, layer: LowRankLayer | FoldedLayer, factors: Factors | None = None) -> StoredLayer:
-        """As the layer is now, or would be with other factors."""
+        """As the layer is, or would be with other factors."""
         if isinstance(layer, FoldedLayer):
             return cls(r=layer.up.weight.shape[1], form="folded")
         factors = (layer.U, layer.S, layer.V) if factors is None else factors
@@ -169,10 +170,9 @@ def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
         CheckpointError: `state_dict` lacks a factor, or has one of another shape.
     """
     layers = compressed_layers(model)
-    if state_dict is None:
-        return {name: StoredLayer.of(layer) for name, layer in layers.items()}
-    own = {f"{n}.{part}": p for n, m in layers.items() for part, p in m.named_parameters()}
-    wrong = [key for key, p in own.items() if key not in state_dict or state_dict[key].shape != p.shape]
+    own = {f"{name}.{part}": p.shape for name, layer in layers.items() for part, p in layer.named_parameters()}
+    given = own if state_dict is None else {key: tensor.shape for key, tensor in state_dict.items()}
+    wrong = [key for key, shape in own.items() if given.get(key) != shape]
     require(
         not wrong,
         "a state_dict must hold the tensors of this model",
@@ -182,6 +182,11 @@ def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
     )
     stated = {}
     for name, layer in layers.items():
-        factors = None if isinstance(layer, FoldedLayer) else tuple(state_dict[f"{name}.{k}"] for k in "USV")
-        stated[name] = StoredLayer.of(layer, factors)  # type: ignore[arg-type]  # three of them
+        if isinstance(layer, FoldedLayer):
+            factors = None
+        elif state_dict is None:
+            factors = loaded_factors(model, name)
+        else:
+            factors = (state_dict[f"{name}.U"], state_dict[f"{name}.S"], state_dict[f"{name}.V"])
+        stated[name] = StoredLayer.of(layer, factors)
     return stated

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import REPOCARD_NAME
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import distributed as dist
 from torch import nn
@@ -54,6 +55,17 @@ def attach_saving(model: Any) -> None:
         if isinstance(module, PreTrainedModel) and compressed_layers(module):
             object.__setattr__(module, "save_pretrained", partial(save_pretrained, module))
             object.__setattr__(module, "push_to_hub", partial(upload, module))
+    if isinstance(model, PeftModel) and compressed_layers(model):
+        for name in ("save_pretrained", "push_to_hub"):
+            object.__setattr__(model, name, partial(_refuse_adapter_only))
+
+
+def _refuse_adapter_only(*args: Any, **kwargs: Any) -> None:
+    raise CheckpointError(
+        "a PeftModel saves its adapter only, and would lose what its factored layers learnt",
+        received="a PeftModel with factored layers",
+        remedy="Call model = model.merge_and_unload(), then model.save_pretrained(folder).",
+    )
 
 
 def detach_saving(model: Any) -> None:
@@ -173,8 +185,9 @@ def _tying(model: PreTrainedModel) -> dict[str, Any]:
     outputs = model.get_output_embeddings()
     if outputs is None or not getattr(model.config, "tie_word_embeddings", False):
         return {}
+    # Offloaded weights are on the meta device, where tied ones are no more the same.
     tied = isinstance(outputs, nn.Linear) and outputs.weight is model.get_input_embeddings().weight
-    return {} if tied else {"tie_word_embeddings": False}
+    return {} if tied or outputs.weight.is_meta else {"tie_word_embeddings": False}
 
 
 @contextmanager

@@ -97,8 +97,7 @@ def save_sharded(
         for part, tensors in parts.items():
             writer = HuggingFaceStorageWriter(str(staging / part), save_distributed=True)
             save(tensors, storage_writer=writer)  # returns when all processes have written, or raises on all
-        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-        state["files"] = _digests(staging, names)
+        state["files"] = _digests(staging)
         _on_first(finish)
 
 
@@ -128,8 +127,8 @@ def load_sharded(
     with _reported(target):
         state = json.loads((target / STATE).read_text())
         layers = {name: StoredLayer.from_dict(values) for name, values in state["layers"].items()}
-        found = _digests(target, sorted(state["files"]))
-    changed = sorted(name for name, value in state["files"].items() if found[name] != value)
+        stated, found = dict(state["files"]), _digests(target)
+    changed = sorted(name for name in stated | found if stated.get(name) != found.get(name))
     require(
         not changed,
         "the files of a sharded checkpoint must be those that were saved",
@@ -175,8 +174,10 @@ def _beside(target: Path) -> tuple[Path, Path]:
     return target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.replaced")
 
 
-def _digests(folder: Path, names: list[str]) -> dict[str, str]:
-    """Digests of the files; every process reads its share. An error of one is raised by all."""
+def _digests(folder: Path) -> dict[str, str]:
+    """Digests of all files but the state; every process reads its share. An error of one is raised by all."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    names = [name for name in names if name != STATE]
     rank, size = dist.get_rank(), dist.get_world_size()
     results: list[Any] = [None] * size
     try:

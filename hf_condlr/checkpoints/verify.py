@@ -30,16 +30,13 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
 
     Args:
         name: The layer's name, for the message.
-        factors: As loaded; on the meta device (offloaded) there are no values to check. Sharded ones are checked by
-            all processes together.
+        factors: As loaded. Sharded ones are checked by all processes together.
         stored: What `config.json` states of them.
         dtype: Of the file; that of the factors may round once more.
 
     Raises:
         CheckpointError: They contradict what is stated.
     """
-    if any(factor.is_meta for factor in factors):
-        return
     if not all([is_finite(factor) for factor in factors]):  # all of them: each may be a sum over processes
         raise _changed(name, "U, S and V must be finite", "a value that is not")
     orthonormal, least = measure(factors, dtype)
@@ -121,6 +118,8 @@ def read_headers(files: Iterable[Path]) -> Header:
     found: Header = {}
     for path in files:
         try:
+            if not path.is_file():
+                raise OSError("no such regular file")
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
                     part = file.get_slice(name)

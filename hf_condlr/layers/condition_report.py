@@ -13,8 +13,9 @@ from torch import nn
 from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonormalize
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import CondLRError, MissingExtraError, require
-from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.layers.base import Factors, LowRankLayer
 from hf_condlr.layers.model import factored_layers
+from hf_condlr.layers.offloaded import loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
@@ -163,7 +164,7 @@ def condition_report(model: nn.Module) -> ConditionReport:
         CondLRError: The model has no factored layers.
     """
     reshard(model)
-    records = [_record(name, layer) for name, layer in factored_layers(model).items()]
+    records = [_record(name, layer, loaded_factors(model, name)) for name, layer in factored_layers(model).items()]
     require(
         records,
         "the model must have factored layers",
@@ -176,14 +177,14 @@ def condition_report(model: nn.Module) -> ConditionReport:
     return ConditionReport(records, parameters, dense)
 
 
-def _record(name: str, layer: LowRankLayer) -> LayerRecord:
-    core = orthonormalize(layer.U, layer.S, layer.V)[1].cpu()
+def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
+    core = orthonormalize(*factors)[1].cpu()
     if torch.isfinite(core).all():
         sigma = singular_values(core)
         kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
     else:
         sigma, kappa = torch.full((layer.r,), math.nan), math.inf
-    errors = torch.stack([orthonormality_error(p) for p in (layer.U, layer.V)]).nan_to_num(math.inf, math.inf)
+    errors = torch.stack([orthonormality_error(p) for p in (factors[0], factors[2])]).nan_to_num(math.inf, math.inf)
     m, n = layer.U.shape[0], layer.V.shape[0]
     bias = 0 if layer.bias is None else layer.bias.numel()
     return LayerRecord(

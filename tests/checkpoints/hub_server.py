@@ -103,21 +103,19 @@ class Repository:
 class Fault:
     method: str
     path: str
-    status: int | None  # None: the connection closes half way
+    status: int
     times: int
 
 
 class Hub:
     """The server, while entered.
 
-    `failures` says what was wrong with the requests that no correct client sends; `requests` lists method, path and
-    status of all, None where the connection was reset.
+    `failures` says what was wrong with the requests that no correct client sends.
     """
 
     def __init__(self, tokens: dict[str, Token] | None = None):
         self.tokens = tokens or {"hf_write": Token("me"), "hf_read": Token("me", can_write=False)}
         self.repositories: dict[str, Repository] = {}
-        self.requests: list[tuple[str, str, int | None]] = []
         self.failures: list[str] = []
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
@@ -169,10 +167,6 @@ class Hub:
         """Answer the next requests with this method and a path in which `path` is found, both patterns, by `status`."""
         self.faults.append(Fault(method, path, status, times))
 
-    def reset_next(self, method: str, path: str, *, times: int = 1):
-        """Close the connection after half of the request's body or, where it has none, half of the answer's."""
-        self.faults.append(Fault(method, path, None, times))
-
     def next_fault(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
             if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
@@ -212,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body in one segment: the second would wait 40 ms for the client's acknowledgement
 
     def log_message(self, *_):
-        """Keep quiet: `Hub.requests` is the log."""
+        """Keep quiet."""
 
     def handle(self):
         with suppress(ConnectionError):  # a client may go at any time
@@ -223,19 +217,13 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         with self.hub.lock:
             fault = self.hub.next_fault(self.command, self.url.path)
-        is_reset = fault is not None and fault.status is None
-        self.body = self.rfile.read(length // 2 if is_reset else length)
-        has_answer = not is_reset or (length == 0 and self.command == "GET")
+        self.body = self.rfile.read(length)
         with self.hub.lock:
-            response = self.answer(fault) if has_answer else None
-            self.hub.requests.append((self.command, self.url.path, None if is_reset else response.status))
-        self.close_connection |= is_reset
-        if has_answer:
-            self.send(response, is_reset)
+            self.send(self.answer(fault))
 
     do_GET = do_HEAD = do_POST = do_PUT = do
 
-    def send(self, response: Response, is_reset: bool):
+    def send(self, response: Response):
         content = response.content if isinstance(response.content, bytes) else json.dumps(response.content).encode()
         self.send_response(response.status)
         for name, value in (response.headers or {}).items():
@@ -243,11 +231,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if is_reset else content)
+            self.wfile.write(content)
 
     def answer(self, fault: Fault | None) -> Response:
         try:
-            if fault and fault.status:
+            if fault:
                 raise Refusal(fault.status, "injected fault")
             for methods, path, access, function in ROUTES:
                 if (match := re.fullmatch(path, self.url.path)) and self.command in methods.split():
@@ -335,13 +323,8 @@ class Handler(BaseHTTPRequestHandler):
         if path not in commit.files:
             raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
         file = commit.files[path]
-        headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
-        if "Range" not in self.headers:
-            return Response(file.content, 200, headers)
-        start, size = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]), len(file.content)
-        if start >= size:
-            raise Refusal(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
-        return Response(file.content[start:], 206, headers | {"Content-Range": f"bytes {start}-{size - 1}/{size}"})
+        headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.oid}"'}
+        return Response(file.content, 200, headers)
 
     @route("POST", "/api/models/{repo}/branch/{revision}", "write")
     def branch(self, repo, revision):
@@ -368,8 +351,7 @@ class Handler(BaseHTTPRequestHandler):
         for oid, size in [(item["oid"], item["size"]) for item in request["objects"]]:
             check(re.fullmatch("[0-9a-f]{64}", oid) is not None, f"{oid} is no SHA-256")
             upload = f"{self.hub.url}/lfs/{repo.name}/{oid}?size={size}&signature={self.sign(repo.name, oid, size)}"
-            verify = f"{self.hub.url}/{repo.name}.git/info/lfs/objects/verify"
-            actions = {"upload": {"href": upload}, "verify": {"href": verify}}
+            actions = {"upload": {"href": upload}}
             objects.append({"oid": oid, "size": size} | ({} if oid in repo.objects else {"actions": actions}))
         return Response({"transfer": "basic", "objects": objects})
 
@@ -387,11 +369,6 @@ class Handler(BaseHTTPRequestHandler):
         check(hashlib.sha256(self.body).hexdigest() == path, f"LFS object {path}: its content has another SHA-256")
         self.hub.repositories[repo].objects[path] = self.body
         return Response(b"")
-
-    @route("POST", r"/{repo}\.git/info/lfs/objects/verify", "write")
-    def lfs_verify(self, repo):
-        self.lfs_object(repo, **json.loads(self.body))
-        return Response({})
 
     def lfs_object(self, repo: Repository, oid: str, size: int) -> bytes:
         check(oid in repo.objects, f"LFS object {oid} was never uploaded")
@@ -426,11 +403,5 @@ class Handler(BaseHTTPRequestHandler):
         elif key == "lfsFile":
             check(value["algo"] == "sha256", f"{path}: unknown algorithm {value['algo']!r}")
             files[path] = File(self.lfs_object(repo, value["oid"], value["size"]), is_lfs=True)
-        elif key in ("deletedFile", "deletedFolder"):
-            gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(path))]
-            if not gone:
-                raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-            for name in gone:
-                del files[name]
         else:
             raise Refusal(501, f"unknown operation {key!r}")

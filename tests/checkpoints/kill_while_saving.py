@@ -1,4 +1,4 @@
-"""Processes that are killed while they save, and one whose disk is full; `test_checkpoints.py` runs it.
+"""Processes that are killed while they save, and one whose disk is full; `test_publish.py` runs it.
 
     python -m tests.checkpoints.kill_while_saving FOLDER
 
