@@ -14,7 +14,7 @@ from hf_condlr import CondLRTrainer, attach_manifold_step
 from hf_condlr.errors import CondLRError
 from hf_condlr.manifold.cores import CoreStack
 from tests.manifold.test_step import make_model
-from tests.training.test_trainer import arguments, convert, dense_vit, image_data
+from tests.training.tiny import arguments, convert, dense_vit, image_data
 
 STEPS, RESUMED_AT, BATCH = 6, 3, 16
 LEARNING_RATE = 2**-6
@@ -162,7 +162,7 @@ class WriteOnOneProcess(TrainerCallback):
 def trainings(folder):
     """Whole, resumed from one process's checkpoint, and with a drift; weights are left in `folder`."""
     half = BATCH // 2
-    whole = trainer(folder / "two", batch_size=half // 2, gradient_accumulation_steps=2, share_step=True)
+    whole = trainer(folder / "two", batch_size=half // 2, gradient_accumulation_steps=2)
     whole.train()
     resumed = trainer(folder / "resumed", batch_size=half)
     resumed.train(resume_from_checkpoint=str(folder / "one" / f"checkpoint-{RESUMED_AT}"))

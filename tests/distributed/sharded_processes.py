@@ -41,7 +41,7 @@ from hf_condlr.errors import CondLRError
 from hf_condlr.layers import factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
 from hf_condlr.manifold import bases
-from tests.training.test_trainer import arguments, convert, dense_vit, image_data
+from tests.training.tiny import arguments, convert, dense_vit, image_data
 
 ROWS = 12  # of a batch, of all processes together
 
