@@ -125,12 +125,13 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
         self._detach()
         if args.load_best_model_at_end:
             restore_best_model(model, state)
-        if handle.step_count < handle.warmup_steps:
+        warmup_steps = handle.state_dict()["warmup_steps"]
+        if handle.step_count < warmup_steps:
             finite = [bound for bound in handle.bounds().values() if math.isfinite(bound)]
             logger.warning(
                 "training ended at step %d of a conditioning warm-up of %d: κ is bounded by %.4g, not yet by 1 + tau",
                 handle.step_count,
-                handle.warmup_steps,
+                warmup_steps,
                 max(finite, default=math.inf),
             )
 

@@ -44,6 +44,16 @@ def distillation_loss(
     return temperature**2 * divergences.mean()
 
 
+def is_causal_model(model: nn.Module) -> bool:
+    """Whether position t of the logits predicts label t + 1."""
+    return type(_without_adapter(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def predicted_labels(labels: Tensor, is_causal: bool) -> Tensor:
+    """The labels that are predicted: all, or all but the first one of each sample."""
+    return labels[:, 1:] if is_causal and labels.dim() == 2 else labels
+
+
 class Distillation:
     """The loss of a student against a teacher.
 
@@ -68,15 +78,10 @@ class Distillation:
         self.teacher = teacher.eval()
         self.temperature = temperature
         self.label_names = {*label_names, "labels"}
-        self.student = student.get_base_model() if isinstance(student, PeftModel) else student
-        self.config = getattr(self.student, "config", None)
-        name = type(self.student).__name__
-        self.is_causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        self.order = _class_order(self.student, teacher) if name.endswith("Classification") else None
-
-    def predicted(self, labels: Tensor | None) -> Tensor | None:
-        """The labels that are predicted: a causal model predicts all but the first one."""
-        return labels[:, 1:] if self.is_causal and labels is not None else labels
+        self.config, self.is_causal = getattr(student, "config", None), is_causal_model(student)
+        student = _without_adapter(student)
+        is_classifier = type(student).__name__.endswith("Classification")
+        self.order = _class_order(student, teacher) if is_classifier else None
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The mean over the samples or tokens of a batch.
@@ -114,8 +119,7 @@ class Distillation:
         if labels is not None and labels.shape == logits.shape[:-1]:
             if self.is_causal:
                 logits, target = logits[:, :-1], target[:, :-1]  # position t predicts t + 1
-                labels = labels[:, 1:]
-            mask = labels.ne(-100)
+            mask = predicted_labels(labels, self.is_causal).ne(-100)
         return distillation_loss(logits, target, self.temperature, mask)
 
     def _problem(self, logits: Tensor, labels: Tensor | None) -> str | None:
@@ -129,6 +133,10 @@ class Distillation:
             return "regression"
         is_multi = labels.is_floating_point() and labels.shape == logits.shape
         return "multi_label_classification" if is_multi else "single_label_classification"
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _class_order(student: nn.Module, teacher: nn.Module) -> Tensor | None:  # -> (classes,)

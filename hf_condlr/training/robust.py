@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_condlr.training.accumulation import follows_item_count
 from hf_condlr.training.arguments import CondLRArguments, RobustnessArguments
 from hf_condlr.training.losses import CombinedLoss
 from hf_condlr.training.robust_evaluation import check_evaluation_data, robust_metrics
@@ -27,8 +25,6 @@ class RobustTrainerMixin:
     """
 
     args: Any
-    accelerator: Any
-    loss_is_scaled_for_ga: bool | None
 
     def __init__(
         self,
@@ -40,34 +36,10 @@ class RobustTrainerMixin:
         super().__init__(*args, **kwargs)
         arguments = self.args if isinstance(self.args, CondLRArguments) else CondLRArguments()
         self.combined_loss = CombinedLoss(self, arguments, teacher)
-        if self.combined_loss.has_terms:
-            self.compute_loss = self.combined_loss  # before that of any subclass
+        self.compute_loss = self.combined_loss  # before that of any subclass
         self.robustness = robustness
         if robustness is not None:
             check_evaluation_data(self)
-        self.loss_follows_item_count: bool | None = None  # not measured yet
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Take Trainer's step; a loss that drops `num_items_in_batch` counts as the mean over its part."""
-        if num_items_in_batch is not None and self._drops_item_count(model, inputs, num_items_in_batch):
-            num_items_in_batch = None
-        return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-
-    def _drops_item_count(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> bool:
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        is_stated = getattr(self, "loss_is_scaled_for_ga", None) is not None
-        if self.loss_follows_item_count is None and parts > 1 and not is_stated:
-            batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-            follows = follows_item_count(self.compute_loss, model, batch, num_items)
-            found = torch.tensor([-1 if follows is None else int(follows)], device=self.args.device)
-            best = self.accelerator.gather(found).max().item()
-            if best >= 0:
-                self.loss_follows_item_count = best > 0
-            if best == 0:
-                self.loss_is_scaled_for_ga = False
-        return self.loss_follows_item_count is False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the radius and the error of the adversarial training."""

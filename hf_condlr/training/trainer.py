@@ -15,7 +15,8 @@ from hf_condlr.training.finite import FiniteGradientsCallback, require_finite
 from hf_condlr.training.robust import RobustTrainerMixin
 
 OVERRIDDEN = (
-    # The mixins and classes of this package override these methods of Trainer, and no others.
+    # The mixins and classes of this package override these methods of Trainer, and no others. `compute_loss` is not
+    # overridden but replaced on the instance, so that a `CombinedLoss` stands before that of any subclass.
     "_load_best_model",
     "_load_from_checkpoint",
     "_save_rng_state",
@@ -26,7 +27,6 @@ OVERRIDDEN = (
     "log",
     "save_model",
     "train",
-    "training_step",
 )
 
 
