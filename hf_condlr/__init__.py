@@ -12,39 +12,35 @@ from hf_condlr.manifold.step import attach_manifold_step
 from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
 from hf_condlr.robustness.metrics import AttackSuccessRate, RobustAccuracy
 from hf_condlr.training import (
-    AdversarialTrainerMixin,
+    AdversarialArguments,
     AdversarialTraining,
+    CondLRArguments,
+    CondLRCallback,
     CondLRSeq2SeqTrainer,
+    CondLRSeq2SeqTrainingArguments,
     CondLRTrainer,
-    CondLRTrainerMixin,
+    CondLRTrainingArguments,
     FactoredTrainer,
     FactoredTrainerMixin,
-    RobustEvaluationMixin,
-)
-from hf_condlr.training.arguments import (
-    AdversarialArguments,
-    CondLRSeq2SeqTrainingArguments,
-    CondLRTrainingArguments,
     RobustnessArguments,
 )
 
 __all__ = [
     "AdversarialArguments",
-    "AdversarialTrainerMixin",
     "AdversarialTraining",
     "AttackSuccessRate",
+    "CondLRArguments",
+    "CondLRCallback",
     "CondLRConfig",
     "CondLRSeq2SeqTrainer",
     "CondLRSeq2SeqTrainingArguments",
     "CondLRTrainer",
-    "CondLRTrainerMixin",
     "CondLRTrainingArguments",
     "FactoredTrainer",
     "FactoredTrainerMixin",
     "LowRankConv2d",
     "LowRankLinear",
     "RobustAccuracy",
-    "RobustEvaluationMixin",
     "RobustnessArguments",
     "RobustnessReport",
     "attach_manifold_step",

@@ -22,7 +22,7 @@ TRAINED = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("seed", "data_seed", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "label_smoothing_factor"),
-    *("conditioning_warmup_ratio", "factor_learning_rate", "core_learning_rate", "metric_scaling"),
+    *("conditioning_warmup_ratio", "metric_scaling"),
     *("projection_interval", "distillation_weight", "distillation_temperature", "adversarial_attack"),
     *("adversarial_epsilon", "adversarial_norm", "adversarial_steps", "adversarial_share", "adversarial_schedule"),
     *("trades_beta", "mixed_precision"),

@@ -7,10 +7,10 @@ same adversarial samples here, so that methods compare.
 from torch import nn
 from transformers import Trainer
 
-from hf_condlr import AdversarialTrainerMixin, CondLRTrainer, FactoredTrainer, FactoredTrainerMixin
+from hf_condlr import CondLRTrainer, FactoredTrainer
 
 
-class DenseTrainer(AdversarialTrainerMixin, FactoredTrainerMixin, Trainer):
+class DenseTrainer(FactoredTrainer):
     """For a dense model."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -25,9 +25,5 @@ class DenseTrainer(AdversarialTrainerMixin, FactoredTrainerMixin, Trainer):
         model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
-class LowRankTrainer(AdversarialTrainerMixin, FactoredTrainer):
-    """For factors that train freely."""
-
-
-TRAINERS: dict[str, type[Trainer]] = {"dense": DenseTrainer, "lowrank": LowRankTrainer, "condlr": CondLRTrainer}
+TRAINERS: dict[str, type[Trainer]] = {"dense": DenseTrainer, "lowrank": FactoredTrainer, "condlr": CondLRTrainer}
 """{method: its Trainer}; `condlr` keeps κ(S) ≤ 1 + τ."""

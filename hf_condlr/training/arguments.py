@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_condlr.errors import ConfigError
+from hf_condlr.errors import ConfigError, require
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.attacks.registry import make_attacks, parse_epsilon
 
 
 @dataclass
 class AdversarialArguments:
-    """Adversarial training: what `AdversarialTraining` makes of the batches, in the Trainer or a loop of one's own."""
+    """How `AdversarialTraining` perturbs the batches of a training, in the Trainer or in a loop of your own."""
 
     adversarial_attack: str = field(
         default="none",
@@ -86,8 +86,7 @@ class AdversarialArguments:
         self._require(std is None or min(std, default=0) > 0, "adversarial_image_std", "be > 0")
 
     def _require(self, valid: bool, name: str, rule: str, remedy: str = "See its help.") -> None:
-        if not valid:
-            raise ConfigError(f"{name} must {rule}", received=getattr(self, name), remedy=remedy)
+        require(valid, f"{name} must {rule}", received=getattr(self, name), remedy=remedy, error=ConfigError)
 
 
 @dataclass
@@ -97,12 +96,6 @@ class CondLRArguments(AdversarialArguments):
     conditioning_warmup_ratio: float = field(
         default=0.3,
         metadata={"help": "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."},
-    )
-    factor_learning_rate: float = field(
-        default=1.0, metadata={"help": "Multiplier of the learning rate for the orthonormal factors U and V."}
-    )
-    core_learning_rate: float = field(
-        default=1.0, metadata={"help": "Multiplier of the learning rate for the cores S."}
     )
     metric_scaling: bool | None = field(
         default=None,
@@ -124,23 +117,33 @@ class CondLRArguments(AdversarialArguments):
     )
     distillation_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ T² KL(teacher ‖ student); needs a teacher."},
+        metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ distillation loss, in [0, 1]; needs a teacher."},
     )
     distillation_temperature: float = field(
-        default=2.0, metadata={"help": "Temperature T that divides both logits in the distillation term."}
+        default=2.0,
+        metadata={"help": "Temperature T that divides both logits in the distillation loss, but for regression."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(0 <= self.conditioning_warmup_ratio <= 1, "conditioning_warmup_ratio", "lie in [0, 1]")
-        self._require(self.factor_learning_rate >= 0, "factor_learning_rate", "be ≥ 0")
-        self._require(self.core_learning_rate >= 0, "core_learning_rate", "be ≥ 0")
         self._require(self.projection_interval >= 1, "projection_interval", "be an integer ≥ 1")
         self._require(self.drift_check_interval >= 0, "drift_check_interval", "be an integer ≥ 0")
         self._require(0 <= self.distillation_weight <= 1, "distillation_weight", "lie in [0, 1]")
         self._require(self.distillation_temperature > 0, "distillation_temperature", "be > 0")
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            self._require(not getattr(self, name, False), name, "be off: rounding breaks the bound")
+        check_evaluation_dtype(self)
+
+
+def check_evaluation_dtype(args: Any) -> None:
+    """Refuse arguments with which Trainer rounds the model to half precision for an evaluation."""
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        require(
+            not getattr(args, name, False),
+            f"{name} must be off: rounding breaks the bound",
+            received=True,
+            remedy="Evaluate under autocast (bf16=True or fp16=True), which leaves the weights alone.",
+            error=ConfigError,
+        )
 
 
 @dataclass
@@ -159,7 +162,7 @@ class RobustnessArguments:
 
     attacks: list[str] = field(
         default_factory=lambda: ["pgd-linf"],
-        metadata={"help": "Names of attacks, as hf_condlr.attacks.ATTACKS has them: pgd-linf, pgd-embedding, ..."},
+        metadata={"help": "Names of attacks in hf_condlr.robustness.attacks.ATTACKS: pgd-linf, pgd-embedding, ..."},
     )
     epsilons: list[str] = field(
         default_factory=lambda: ["8/255"],
@@ -167,16 +170,19 @@ class RobustnessArguments:
     )
     steps: int | None = field(default=None, metadata={"help": "Gradient steps, of the attacks that have them."})
     restarts: int | None = field(default=None, metadata={"help": "Restarts, of the attacks that have them."})
-    max_samples: int | None = field(default=256, metadata={"help": "Attack so many samples, always the same ones."})
+    max_samples: int | None = field(
+        default=256, metadata={"help": "Number of samples that are attacked, always the same ones."}
+    )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Samples attacked at once; that of the evaluation if not given."}
+        default=None,
+        metadata={"help": "Samples that are attacked at once; by default the batch size of the evaluation."},
     )
 
     def __post_init__(self) -> None:
         for name in ("max_samples", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be ≥ 1", received=value, remedy="See its help.")
+            valid = value is None or value >= 1
+            require(valid, f"{name} must be ≥ 1", received=value, remedy="See its help.", error=ConfigError)
         self.build()
 
     def build(self) -> list[Attack]:

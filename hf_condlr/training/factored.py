@@ -3,81 +3,96 @@
 from __future__ import annotations
 
 import logging
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_condlr.checkpoints.card import write_model_card
-from hf_condlr.checkpoints.manifest import STEM
 from hf_condlr.checkpoints.restore import last_complete_checkpoint, restore_weights
 from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.layers import factored_layers
+from hf_condlr.training.best_model import has_own_files, restore_best_model
+from hf_condlr.training.callback import FactoredPushCallback
+from hf_condlr.training.peft_factors import load_factors, save_factors
+from hf_condlr.training.robust_evaluation import card_attacks, card_metrics, last_evaluation
 
 logger = logging.getLogger(__name__)
 
 
-# What an evaluation logs beside its metrics: speed, and what the card takes from the model itself.
-_NOT_MEASURED = re.compile(r"runtime|_per_second$|^kappa_|^orthonormality_error$|^compression$|_preparation_time$")
+class FactoredTrainerMixin:
+    """Complete checkpoints of factored models, whether or not their constraint is kept.
 
-
-class WholeCheckpointsMixin:
-    """To be put before a Trainer class. `hf_condlr.checkpoints.restore.last_complete_checkpoint` goes by that file.
-
-    A checkpoint that an earlier training left under the same name has it already: it is taken away before anything is
-    overwritten. And each process writes its own random state: the first one waits for all of them before it writes it.
-    """
-
-    args: Any
-    accelerator: Any
-    state: Any
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")  # type: ignore[attr-defined]
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
-        self.accelerator.wait_for_everyone()
-
-
-class FactoredTrainerMixin(WholeCheckpointsMixin):
-    """What a Trainer needs for the checkpoints of factored models, whether or not their constraint is kept.
-
-    To be put before a Trainer class. Trainer itself looks for dense weights: it could neither resume nor load the best
-    model, and would only warn.
+    To be put before a Trainer class, of this or another library: `class FactoredSFTTrainer(FactoredTrainerMixin,
+    SFTTrainer)`. Trainer itself looks for dense weights: it could not resume, and would load no best model. A model
+    that loads itself (a `PeftModel`, a `SentenceTransformer`) is left to the Trainer; factors that train inside a
+    `PeftModel`, which saves its adapter alone, are saved beside it.
     """
 
     args: Any
     model: Any
     accelerator: Any
     state: Any
+    callback_handler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not any(isinstance(callback, FactoredPushCallback) for callback in self.callback_handler.callbacks):
+            self.callback_handler.add_callback(FactoredPushCallback())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; with True it goes on from the last checkpoint that was written whole."""
+        """Train as `Trainer.train` does; with True, go on from the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer copies the files it knows the names of to `output_dir` and uploads that: the weights go there too."""
-        if self.args.should_save and self.args.hub_strategy != HubStrategy.END:
-            for path in Path(checkpoint_folder).glob(f"{STEM}*"):
-                shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """No further batch after `max_steps`: a training that is resumed from its last step is over."""
+        if self.state.global_step >= self.state.max_steps > 0:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save as Trainer does.
+
+        `last_complete_checkpoint` goes by the Trainer's state, which is written last. That of an earlier training under
+        the same name is taken away before anything is overwritten.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        if self.args.should_save:
+            save_factors(self.accelerator.unwrap_model(self.model), folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # before the first process writes the Trainer's state
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        bare = self.accelerator.unwrap_model(self.model if model is None else model)
+        if has_own_files(bare):
+            restore_weights(bare, resume_from_checkpoint)
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        load_factors(bare, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        bare = self.accelerator.unwrap_model(self.model)
+        if has_own_files(bare):
+            restore_best_model(bare, self.state)
+            return
+        super()._load_best_model()  # type: ignore[misc]
+        load_factors(bare, self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
+        """Write the card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
 
         Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `robustness` as `write_model_card`
-        takes it. What else a card may say stands in its header, which is the user's.
+        takes it, by default the attacks of the last evaluation. What else a card may say stands in its header, which is
+        the user's.
         """
         model = self.accelerator.unwrap_model(self.model)
         if is_sharded(model):  # the card is made by one process, which does not have the weights
@@ -88,42 +103,15 @@ class FactoredTrainerMixin(WholeCheckpointsMixin):
         if not factored_layers(model):
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
             return
-        dataset = kwargs.get("dataset")
+        dataset, tags = kwargs.get("dataset"), kwargs.get("tags") or []
+        evaluation, robustness = last_evaluation(self), getattr(self, "robustness", None)
         write_model_card(
             model,
             self.args.output_dir,
             base_model=kwargs.get("finetuned_from"),
-            metrics=self._metrics(),
-            robustness=kwargs.get("robustness", ()),
+            metrics=card_metrics(evaluation, robustness),
+            robustness=kwargs.get("robustness", card_attacks(evaluation, robustness)),
             dataset=dataset if isinstance(dataset, str) or not dataset else dataset[0],
             model_id=getattr(self, "hub_model_id", None),
-            tags=[tags] if isinstance(tags := kwargs.get("tags") or [], str) else tags,
+            tags=[tags] if isinstance(tags, str) else tags,
         )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_weights(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        logger.info("loading the best model from %s", self.state.best_model_checkpoint)
-        restore_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-
-    def _metrics(self) -> dict[str, Any]:
-        """What the card says of the last evaluation."""
-        return {name: value for name, value in self._last_evaluation().items() if not _NOT_MEASURED.search(name)}
-
-    def _last_evaluation(self) -> dict[str, Any]:
-        """Of the model as it is: of evaluations after the training, or of the best model's where that was loaded."""
-        history = self.state.log_history
-        ended = max((i for i, entry in enumerate(history) if "train_runtime" in entry), default=-1)
-        after, during = history[ended + 1 :], history[: ended + 1]
-        if self.args.load_best_model_at_end and self.state.best_global_step:
-            during = [entry for entry in during if entry.get("step") == self.state.best_global_step]
-        for entry in reversed([*during, *after]):
-            found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
-            if found:
-                return found
-        return {}
-
-
-class FactoredTrainer(FactoredTrainerMixin, Trainer):
-    """`Trainer` for factored models whose U, S, V train freely, without the manifold step."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.base import Attack, Inputs, require
@@ -22,7 +21,7 @@ STEPS = 7  # Madry et al. 2018
 
 
 class PerturbedInputs(ABC):
-    """A way from the batches of a training to what attacks take, and back."""
+    """Converts the batches of a training to what attacks take, and back."""
 
     model: nn.Module
     """The attacked model: its own normalisation or tokens inside."""
@@ -37,7 +36,7 @@ class PerturbedInputs(ABC):
 
     @abstractmethod
     def attack(self, epsilon: float, seed: int) -> Attack:
-        """For one batch. It goes on after a sample is misclassified: what trains should be far on the wrong side."""
+        """The attack for one batch. It goes on after a sample is misclassified, for training gains from strong ones."""
 
     @abstractmethod
     def applied(self, inputs: dict[str, Any], rows: Tensor, found: Inputs) -> Any:
@@ -78,7 +77,7 @@ class PixelInputs(PerturbedInputs):
         return self.model.denormalize(values)
 
     def attack(self, epsilon: float, seed: int) -> Attack:
-        """FGSM, or PGD in the ball of the chosen norm."""
+        """FGSM, or PGD in the ball of `adversarial_norm`."""
         if self.arguments.adversarial_attack == "fgsm":
             return FGSM(epsilon)
         norm: Any = self.arguments.adversarial_norm or "linf"
@@ -86,14 +85,14 @@ class PixelInputs(PerturbedInputs):
 
     @contextmanager
     def applied(self, inputs: dict[str, Any], rows: Tensor, found: Tensor) -> Iterator[dict[str, Any]]:
-        """The adversarial pixels, normalised, in the place of the others."""
+        """Inputs with the adversarial pixels, normalised, in `rows`."""
         values = inputs["pixel_values"].clone()
         values[rows] = self.model.normalize(found).to(values.dtype)
         yield inputs | {"pixel_values": values}
 
 
 class TokenInputs(PerturbedInputs):
-    """`input_ids` and what else a tokenizer gives, whose embeddings are perturbed."""
+    """`input_ids` and the other outputs of a tokenizer; the embeddings of the tokens are perturbed."""
 
     model: TextModel
 
@@ -129,7 +128,7 @@ class TokenInputs(PerturbedInputs):
 def perturbed_inputs(
     model: nn.Module, inputs: Mapping[str, Any], arguments: AdversarialArguments, processor: Any
 ) -> PerturbedInputs:
-    """Of the kind that the inputs are."""
+    """The conversion for a batch of pixels or of tokens."""
     kinds = [key for key in ("pixel_values", "input_ids") if key in inputs]
     require(
         len(kinds) == 1,
@@ -158,11 +157,6 @@ def class_labels(inputs: Mapping[str, Any]) -> Tensor:  # -> (B,)
         "For language models and token-level tasks leave adversarial_attack at none.",
     )
     return labels  # type: ignore[return-value]
-
-
-def twice(inputs: dict[str, Any], size: int) -> dict[str, Any]:
-    """A batch of `size` samples followed by itself."""
-    return {name: torch.cat([value, value]) if _is_batch(value, size) else value for name, value in inputs.items()}
 
 
 def _is_batch(value: Any, size: int) -> bool:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModel
 from hf_condlr import *
 from tests import models
-from tests.training.test_trainer import arguments, convert, dense_bert, text_data
+from tests.training.tiny import arguments, convert, dense_bert, text_data
 
 time.sleep = lambda seconds: None  # the client's retries
 folder = Path(sys.argv[1])

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 from hf_condlr import CondLRTrainer, attach_manifold_step
 from hf_condlr.errors import CondLRError
 from tests.manifold.nets import make_model
-from tests.training.test_trainer import arguments, convert, dense_vit, image_data
+from tests.training.tiny import arguments, convert, dense_vit, image_data
 
 STEPS, RESUMED_AT, BATCH = 6, 3, 16
 LEARNING_RATE = 2**-6

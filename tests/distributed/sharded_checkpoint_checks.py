@@ -31,7 +31,7 @@ from tests.distributed.sharded_models import (
     sharding_accelerate,
     train,
 )
-from tests.training.test_trainer import arguments, convert, dense_vit, image_data
+from tests.training.tiny import arguments, convert, dense_vit, image_data
 
 
 def resumed(folder):

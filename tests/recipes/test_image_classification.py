@@ -160,8 +160,8 @@ def test_adversarial_training_by_every_method_from_a_file(digits, tmp_path, meth
 
 
 def test_options_that_a_method_does_not_have_are_said(call, caplog):
-    call(method="lowrank", num_train_epochs=0, factor_learning_rate=0.5, distillation_weight=0.5)
-    assert "method lowrank takes no notice of factor_learning_rate, distillation_weight" in caplog.text
+    call(method="lowrank", num_train_epochs=0, conditioning_warmup_ratio=0.5, projection_interval=2)
+    assert "method lowrank takes no notice of conditioning_warmup_ratio, projection_interval" in caplog.text
 
 
 def test_distillation_takes_a_teacher_of_the_same_classes(call, tmp_path):

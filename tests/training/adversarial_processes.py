@@ -10,7 +10,7 @@ from transformers import ViTImageProcessorPil, set_seed
 
 from hf_condlr import CondLRTrainer, RobustnessArguments
 from hf_condlr.training.perturbed_inputs import PixelInputs
-from tests.training.test_trainer import arguments, convert, dense_vit
+from tests.training.tiny import arguments, convert, dense_vit
 
 MEAN, STD, EPSILON = 0.5, 0.25, 1 / 16
 

@@ -18,9 +18,9 @@ from hf_condlr.checkpoints.restore import last_complete_checkpoint
 from hf_condlr.errors import ConditioningError, OptimizerError
 from hf_condlr.layers import LowRankLinear, factored_layers
 from hf_condlr.linalg import condition_number, orthonormality_error
-from hf_condlr.training import finite_gradients as finite
+from hf_condlr.training import finite
 from tests.paths import ROOT
-from tests.training.test_trainer import arguments, assert_equal_weights, convert, dense_vit, image_data
+from tests.training.tiny import arguments, assert_equal_weights, convert, dense_vit, image_data
 
 
 def trainer_of(folder, model=None, rows=None, **options):

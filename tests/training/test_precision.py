@@ -13,8 +13,8 @@ from torch import nn
 from hf_condlr import CondLRTrainer, attach_manifold_step, condition_report
 from hf_condlr.errors import OptimizerError
 from hf_condlr.manifold.bases import BasisStack
-from tests.manifold.nets import assert_guarantee, layers_of, make_model
-from tests.training.test_trainer import arguments, convert, dense_bert, text_data
+from tests.manifold.test_step import assert_guarantee, layers_of, make_model
+from tests.training.tiny import arguments, convert, dense_bert, text_data
 
 FUSED = pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 

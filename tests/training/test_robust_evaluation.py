@@ -10,15 +10,15 @@ from transformers import HfArgumentParser, ViTImageProcessorPil
 from hf_condlr import (
     CondLRTrainer,
     FactoredTrainer,
-    RobustEvaluationMixin,
     RobustnessArguments,
     evaluate_robustness,
     to_dense_model,
 )
 from hf_condlr.errors import AttackError, ConfigError, EvaluationError
 from hf_condlr.robustness.attacks import FGSM, PGD
+from hf_condlr.training.robust_evaluation import robust_metrics
 from tests.training.test_adversarial import MEAN, STD, image_rows, rows_with_weak_features
-from tests.training.test_trainer import arguments, assert_equal_weights, convert, dense_bert, dense_vit, text_data
+from tests.training.tiny import arguments, assert_equal_weights, convert, dense_bert, dense_vit, text_data
 
 ROBUSTNESS = {"attacks": ["fgsm", "pgd-linf"], "epsilons": ["1/64", "0.0625"], "steps": 3}
 KEYS = ["accuracy_fgsm_0.015625", "accuracy_fgsm_0.0625", "accuracy_pgd_linf_0.015625", "accuracy_pgd_linf_0.0625"]
@@ -89,7 +89,7 @@ def test_the_attack_is_in_float32_in_a_training_in_bf16(make):
     trainer, seen = make(robustness=ROBUSTNESS, bf16=True, max_steps=2), []
     trainer.train()
     hook = trainer.model.classifier.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    trainer._attack(trainer.eval_dataset, trainer.robustness)
+    robust_metrics(trainer, trainer.eval_dataset, trainer.robustness)
     hook.remove()
     assert set(seen) == {torch.float32}
 
@@ -149,11 +149,10 @@ def test_robust_accuracy_chooses_the_best_model_whose_attacks_go_into_the_card(m
     trainer.create_model_card()  # Trainer's own, which knows no attacks
 
 
-def test_the_mixin_serves_factors_that_train_freely(make):
-    class Free(RobustEvaluationMixin, FactoredTrainer):
-        pass
-
-    assert "eval_robust_accuracy" in make(Free, robustness=ROBUSTNESS).evaluate()
+@pytest.mark.parametrize("dense", [False, True])
+def test_weights_that_train_freely_are_attacked_too(make, dense):
+    model = dense_vit() if dense else None
+    assert "eval_robust_accuracy" in make(FactoredTrainer, robustness=ROBUSTNESS, model=model).evaluate()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,275 @@
+"""`CondLRCallback`: the manifold step inside any Trainer that is built on transformers' `Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_condlr.checkpoints.manifest import STEM
+from hf_condlr.distributed.shards import local
+from hf_condlr.errors import CondLRError, OptimizerError, require
+from hf_condlr.layers import condition_report, factored_layers
+from hf_condlr.manifold.step import ManifoldStep, attach_manifold_step
+from hf_condlr.training.arguments import CondLRArguments, check_evaluation_dtype
+from hf_condlr.training.best_model import WarmUpVeto, restore_best_model
+from hf_condlr.training.engines import check_engine
+
+logger = logging.getLogger(__name__)
+
+
+class FactoredPushCallback(TrainerCallback):
+    """Puts factored weights among the files that Trainer uploads with a checkpoint.
+
+    Trainer copies the files whose names it knows from the checkpoint to `output_dir`, and uploads that folder.
+    """
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        for path in folder.glob(f"{STEM}*"):
+            shutil.copy(path, args.output_dir)
+
+
+class CondLRCallback(FactoredPushCallback, ExportableState):
+    """Keeps U, V orthonormal and κ(S) ≤ 1 + τ after every optimizer step of a Trainer.
+
+    When training begins, the manifold step is attached to the optimizer that the Trainer uses, whoever made it; when
+    training ends, it is detached. In between the callback
+
+    - stops the training if factors move in an optimizer step that did not run the manifold step;
+    - brings the model back to the constraint (`ManifoldStep.settle`) before evaluations and checkpoints, which matters
+      for `projection_interval` > 1;
+    - adds κ, its bound, the orthonormality error and the compression to the logs of training and evaluation;
+    - keeps models of the warm-up, whose κ is above 1 + τ, from becoming the best model;
+    - stores the conditioning schedule in `trainer_state.json`, and goes on from there when training is resumed.
+
+    A setting that is None is taken from the Trainer's arguments if they are `CondLRArguments`; otherwise it has the
+    default of `CondLRArguments`.
+
+    Args:
+        warmup_ratio: Share of the training over which the bound on κ falls to 1 + τ, in [0, 1]; 0.3 by default.
+        metric_scaling: As for `attach_manifold_step`.
+        projection_interval: As for `attach_manifold_step`; 1 by default.
+        drift_check_interval: As for `attach_manifold_step`; 100 by default.
+
+    Attributes:
+        handle: The `ManifoldStep` of the present or the last training; None before the first one.
+
+    Example:
+        >>> trainer = SFTTrainer(model=model, args=SFTConfig("out"), train_dataset=data, callbacks=[CondLRCallback()])
+    """
+
+    def __init__(
+        self,
+        warmup_ratio: float | None = None,
+        *,
+        metric_scaling: bool | None = None,
+        projection_interval: int | None = None,
+        drift_check_interval: int | None = None,
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "conditioning_warmup_ratio": warmup_ratio,
+            "metric_scaling": metric_scaling,
+            "projection_interval": projection_interval,
+            "drift_check_interval": drift_check_interval,
+        }
+        CondLRArguments(**{name: value for name, value in self.settings.items() if value is not None})  # validates
+        self.handle: ManifoldStep | None = None
+        self.schedule: dict[str, Any] | None = None  # set when transformers restores the callback
+        self._attached = False
+        self._veto = WarmUpVeto()
+        self._before_step: tuple[int, list[Tensor]] = (0, [])
+
+    # ------------------------------------------------------------------------------------------ begin and end
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_evaluation_dtype(args)
+        check_engine(args)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        self.on_init_end(args, state, control)  # the callback may have been added later
+        previous, schedule = self.handle, None
+        if self._attached:  # an exception ended the last training
+            self._detach()
+        settings = {name: self._setting(args, name) for name in self.settings}
+        warmup_steps = math.ceil(settings.pop("conditioning_warmup_ratio") * state.max_steps)
+        handle = attach_manifold_step(optimizer, model, warmup_steps=warmup_steps, **settings)
+        if state.global_step:
+            schedule = self._stored_schedule(state)
+        elif previous is not None and [*previous.layers.values()] == [*handle.layers.values()] and previous.step_count:
+            schedule = previous.state_dict()  # the same model trains on: a bound once reached stays
+        if schedule is not None:
+            try:
+                handle.load_state_dict(schedule)
+            except BaseException:
+                handle.remove()
+                raise
+        self.handle, self._attached = handle, True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._veto.lift()
+        handle = self._handle()
+        if handle is None:
+            return
+        self._detach()
+        if args.load_best_model_at_end:
+            restore_best_model(model, state)
+        warmup_steps = handle.state_dict()["warmup_steps"]
+        if handle.step_count < warmup_steps:
+            finite = [bound for bound in handle.bounds().values() if math.isfinite(bound)]
+            logger.warning(
+                "training ended at step %d of a conditioning warm-up of %d: κ is bounded by %.4g, not yet by 1 + tau",
+                handle.step_count,
+                warmup_steps,
+                max(finite, default=math.inf),
+            )
+
+    def _setting(self, args: Any, name: str) -> Any:
+        given = self.settings[name]
+        return getattr(args, name, getattr(CondLRArguments, name)) if given is None else given
+
+    def _stored_schedule(self, state: Any) -> dict[str, Any]:
+        """The state of the manifold step in the checkpoint that training is resumed from."""
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        schedule = stored.get("attributes", {}).get("schedule") if isinstance(stored, dict) else None
+        require(
+            isinstance(schedule, dict),
+            "a checkpoint to resume from must hold the state of the conditioning schedule",
+            received=f"none of {type(self).__name__} in its trainer_state.json",
+            remedy="Resume from a checkpoint that a Trainer with this callback wrote, or start anew.",
+            error=OptimizerError,
+        )
+        return schedule  # type: ignore[return-value]
+
+    def settle(self) -> None:
+        """Bring the model back to the constraint, while a training is on; see `ManifoldStep.settle`."""
+        if self._attached and self.handle is not None:
+            self.handle.settle()
+
+    def _handle(self) -> ManifoldStep | None:
+        """The handle while it is attached."""
+        return self.handle if self._attached else None
+
+    def _detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        self._attached = False
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into `trainer_state.json`."""
+        self._veto.lift()
+        try:
+            schedule = None if self.handle is None else self.handle.state_dict()
+        except CondLRError:  # between two projections; `on_save` says so
+            schedule = None
+        args = dict(self.settings)
+        return {
+            "args": {"warmup_ratio": args.pop("conditioning_warmup_ratio")} | args,
+            "attributes": {"schedule": schedule},
+        }
+
+    # -------------------------------------------------------------------------------------------------- steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._veto.lift()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        handle = self._handle()
+        if handle is not None:
+            self._before_step = (handle.step_count, _norms(handle))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        handle = self._handle()
+        if handle is None or handle.step_count != self._before_step[0]:
+            return
+        # A step that a gradient scaler skips moves nothing.
+        moved = any(not torch.equal(x, y) for x, y in zip(self._before_step[1], _norms(handle), strict=True))
+        require(
+            not moved,
+            "an optimizer step that moves factors must run the hooks of the manifold step",
+            received=f"step {state.global_step + 1} of {_optimizer_name(optimizer)}, which ran none of them",
+            remedy="Give the Trainer the optimizer whose step() moves the parameters, not a copy of it or a wrapper.",
+            error=OptimizerError,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            self.settle()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._veto.lift()
+        self.on_step_end(args, state, control)
+
+    # ------------------------------------------------------------------------------- evaluations and checkpoints
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        handle = self._handle()
+        if handle is None:
+            return
+        handle.state_dict()  # raises between two projections
+        if any(handle.bounds()[name] > 1 + layer.tau for name, layer in handle.layers.items()):
+            self._veto.remember(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._veto.lift()
+        handle = self._handle()
+        if handle is not None:
+            handle.state_dict()  # raises between two projections
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        self._veto.lift()
+        handle = self._handle()
+        if handle is not None:
+            handle.check()
+            if "train_runtime" in logs:  # the next thing may be to load the best model
+                handle.settle()
+        records = condition_records(model, logs)
+        logs.update(records)
+        if state.log_history:
+            state.log_history[-1].update(records)
+
+
+def condition_records(model: nn.Module, logs: dict[str, Any]) -> dict[str, float]:
+    """What is added to logs that hold a loss: κ, its bound, the orthonormality error and the compression.
+
+    Args:
+        model: Wrapped or not; without factored layers there are no records.
+        logs: Of Trainer. The prefix of the loss ("eval_" of an evaluation) is that of the records.
+    """
+    loss_key = next((key for key in logs if key == "loss" or key.endswith("_loss")), None)
+    if loss_key is None or not factored_layers(model):
+        return {}
+    prefix = loss_key.removesuffix("loss")
+    if f"{prefix}kappa_max" in logs:
+        return {}
+    report = condition_report(extract_model_from_parallel(model, keep_torch_compile=False))
+    records = {
+        "kappa_max": report.max_condition_number,
+        "kappa_mean": report.mean_condition_number,
+        "kappa_bound": max(layer.bound for layer in report.layers),
+        "orthonormality_error": report.max_orthonormality_error,
+        "compression": report.compression,
+    }
+    # Infinite ones are left out: trainer_state.json is read by strict parsers.
+    return {prefix + key: value for key, value in records.items() if math.isfinite(value)}
+
+
+def _norms(handle: ManifoldStep) -> list[Tensor]:
+    """The norm of each factor: how a step that moved factors is told from one that did not."""
+    factors = [local(getattr(layer, kind)).detach() for layer in handle.layers.values() for kind in "USV"]
+    return list(torch._foreach_norm(factors))
+
+
+def _optimizer_name(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
