@@ -35,7 +35,7 @@ from hf_condlr.robustness.attacks import (
     TextModel,
 )
 from hf_condlr.robustness.attacks.corruptions import KINDS
-from hf_condlr.robustness.evaluation.curves import draw
+from hf_condlr.robustness.evaluation.report import plot_reports
 from hf_condlr.tables import markdown_table
 from studies import vit_small
 from studies.data import data_folder, load_images
@@ -153,7 +153,7 @@ def main() -> None:
         reports = [RobustnessReport.load(test["report"]) for test in tests]
         tables.append(table(tests, reports))
         if not part.once:
-            draw(reports, folder / "curves.png")  # runs of one method as one line
+            plot_reports(reports, folder / "curves.png")  # runs of one method as one line
         doubts = [f"- {x['label']}, seed {x['seed']}: {check}" for x in tests for check in x["failed_checks"]]
         if doubts:
             tables.append("\n".join(["Failed checks", "", *doubts]))
