@@ -46,10 +46,9 @@ def attack_batch(
         start = time.perf_counter()
         part, y = take(inputs, index), labels[index.to(labels.device)]
         adversarial, predictions, result = _attack_samples(model, part, y, attack.reseeded(number))
-        for name in ("survived", "survived_rounded"):
-            flags = dict(zip(index.tolist(), getattr(result, name) or [], strict=False))
-            if flags:
-                setattr(result, name, [flags.get(k, False) for k in range(len(labels))])
+        result.survived = _of_batch(result.survived, index, len(labels))
+        if result.survived_rounded is not None:
+            result.survived_rounded = _of_batch(result.survived_rounded, index, len(labels))
         result.seconds = time.perf_counter() - start
         outcome.attacks.append(result)
         if examples is not None:
@@ -75,6 +74,12 @@ def _attack_samples(
         outcome.outside = max(0.0, low - adversarial.min().item(), adversarial.max().item() - high)
         outcome.survived_rounded = _survive_rounding(model, attack, inputs, adversarial, labels, right).tolist()
     return adversarial, predictions, outcome
+
+
+def _of_batch(flags: list[bool], index: Tensor, size: int) -> list[bool]:
+    """The flags of the samples `index` as flags of a batch, False for its other samples."""
+    found = dict(zip(index.tolist(), flags, strict=True))
+    return [found.get(i, False) for i in range(size)]
 
 
 def _has_pixels(inputs: Inputs, attack: Attack) -> bool:
