@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -71,12 +70,12 @@ class FactoredTrainerMixin:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()  # before the first process writes the Trainer's state
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        bare = self.accelerator.unwrap_model(self.model if model is None else model)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
+        bare = self.accelerator.unwrap_model(args[0] if args else self.model)
         if has_own_files(bare):
             restore_weights(bare, resume_from_checkpoint)
             return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, *args)  # type: ignore[misc]
         load_factors(bare, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -87,6 +87,14 @@ TASKS = {
 TRAINED = TASKS | {"question answering": (question_bert, questions, None)}
 
 
+def with_noise(model):
+    """Random weights of transformers are so small that outputs hardly differ."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
 def taught(folder, student, teacher, rows, cls=CondLRTrainer, weight=1.0, **options):
     own = {name: options.pop(name) for name in ("compute_loss_func", "processing_class") if name in options}
     args = arguments(folder, distillation_weight=weight, **options)
@@ -96,10 +104,7 @@ def taught(folder, student, teacher, rows, cls=CondLRTrainer, weight=1.0, **opti
 @pytest.mark.parametrize("task", TASKS)
 def test_distillation_is_the_formula_of_the_task(task, tmp_path):
     build, data, formula = TASKS[task]
-    teacher, rows = build(), data(8)
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    teacher, rows = with_noise(build()), data(8)
     student = convert(build()).train()
     trainer = taught(tmp_path, student, teacher, rows, distillation_temperature=3.0)
     inputs = trainer.data_collator(rows)
@@ -127,8 +132,8 @@ def test_the_starts_and_ends_of_answers_are_learnt(tmp_path):
 def test_with_a_weight_of_one_every_task_trains(task, tmp_path):
     """Towards the teacher, whatever the labels say; and the term of a model with itself is 0."""
     build, data, _ = TRAINED[task]
-    teacher, rows = build(), data()
-    trainer = taught(tmp_path, convert(copy.deepcopy(teacher), rank_ratio=0.3), teacher, rows, learning_rate=1e-2)
+    teacher, rows = with_noise(build()), data()
+    trainer = taught(tmp_path, convert(build()), teacher, rows, learning_rate=1e-2)
     inputs = trainer.data_collator(rows)
     model = trainer.model.train()
     first = trainer.compute_loss(model, dict(inputs)).item()
@@ -136,7 +141,7 @@ def test_with_a_weight_of_one_every_task_trains(task, tmp_path):
     last = trainer.compute_loss(model.train(), dict(inputs)).item()
     assert 0 < last < 0.9 * first
     same = taught(tmp_path, copy.deepcopy(teacher).train(), teacher, rows)
-    assert same.compute_loss(same.model, dict(inputs)).item() == 0
+    assert abs(same.compute_loss(same.model, dict(inputs)).item()) < 1e-7
 
 
 def named(model, *names):
@@ -146,7 +151,7 @@ def named(model, *names):
 
 
 def test_classes_are_matched_by_their_names(tmp_path):
-    teacher = named(dense_bert(num_labels=3), "c", "a", "b")
+    teacher = named(with_noise(dense_bert(num_labels=3)), "c", "a", "b")
     student = named(dense_bert(num_labels=3), "a", "b", "c")
     trainer = taught(tmp_path, convert(student).train(), teacher, text_data(8), distillation_temperature=1.0)
     inputs = trainer.data_collator(text_data(8))
