@@ -47,6 +47,7 @@ def write_model_card(
     robustness: Iterable[Mapping[str, Any]] = (),
     metrics: Mapping[str, Any] | None = None,
     dataset: str | None = None,
+    split: str | None = None,
     plot: bool = True,
     model_id: str | None = None,
     tags: Iterable[str] = (),
@@ -67,6 +68,7 @@ def write_model_card(
             names of their own, such as `epsilon`, `steps`, `restarts`, `samples`.
         metrics: What was measured without an attack, {name of the metric: value}; a value of None is left out.
         dataset: Hub id, or name, of the data that the model was trained on and measured with.
+        split: Name of the split of the data that it was measured with.
         plot: Whether to draw the picture of the spectra.
         model_id: Hub id that the model will have, for the lines that load it; "your-name/<folder>" by default.
         tags: Besides ours.
@@ -84,7 +86,7 @@ def write_model_card(
     """
     report = condition_report(model)
     task = pipeline_tag(model)
-    results = _eval_results(metrics or {}, robustness, dataset, task)
+    results = _eval_results(metrics or {}, robustness, dataset, split, task)
     path = Path(folder) / REPOCARD_NAME
     card, index = _read(path)
     head, tail = _around(path, card.text)
@@ -115,6 +117,7 @@ def write_model_card(
         base=base,
         results=results,
         dataset=dataset,
+        split=split,
         model_id=model_id or f"your-name/{name}",
         picture=PICTURE if plot else None,
     )
@@ -162,13 +165,18 @@ def _around(path: Path, text: str) -> tuple[str, str]:
 
 
 def _eval_results(
-    metrics: Mapping[str, Any], robustness: Iterable[Mapping[str, Any]], dataset: str | None, task: str | None
+    metrics: Mapping[str, Any],
+    robustness: Iterable[Mapping[str, Any]],
+    dataset: str | None,
+    split: str | None,
+    task: str | None,
 ) -> list[EvalResult]:
     """What was measured, checked; an attack's name is the `metric_config`, its parameters are the `metric_args`."""
     place: dict[str, Any] = {
         "task_type": task or "other",  # the Hub requires a task and a data set
         "dataset_type": dataset if dataset and is_hub_id(dataset) else "unknown",
         "dataset_name": dataset or "unknown",
+        "dataset_split": split,
         "source_name": SOURCE["name"],
         "source_url": SOURCE["url"],
     }

@@ -28,6 +28,7 @@ def render_section(
     base: Base,
     results: Sequence[EvalResult],
     dataset: str | None,
+    split: str | None,
     model_id: str,
     picture: str | None,
 ) -> str:
@@ -55,7 +56,7 @@ def render_section(
         orthonormality=f"{report.max_orthonormality_error:.1e}",
         layers=_layers(report),
         picture=f"![singular values and condition number of each layer]({picture})" if picture else "",
-        measured=_measured(results, dataset),
+        measured=_measured(results, dataset, split),
         usage=_usage(model, model_id) if isinstance(model, PreTrainedModel) else "",
         licence=_licence(base),
     )
@@ -99,7 +100,7 @@ def _layers(report: ConditionReport) -> str:
     return f"<details>\n<summary>All {len(rows)} layers</summary>\n\n{table}\n\n</details>"
 
 
-def _measured(results: Sequence[EvalResult], dataset: str | None) -> str:
+def _measured(results: Sequence[EvalResult], dataset: str | None, split: str | None) -> str:
     clean = [(r.metric_type, shown(r.metric_value)) for r in results if r.metric_config is None]
     attacks = [r for r in results if r.metric_config is not None]
     names = list(dict.fromkeys(name for r in attacks for name in r.metric_args or {}))
@@ -107,9 +108,10 @@ def _measured(results: Sequence[EvalResult], dataset: str | None) -> str:
         (r.metric_config, *(shown((r.metric_args or {}).get(name, "")) for name in names), shown(r.metric_value))
         for r in attacks
     ]
+    place = " of ".join(text for text in (split and f"the {split} split", dataset) if text)
     parts = [
         "## Measured" if results else "",
-        f"On {_cell(dataset)}." if results and dataset else "",
+        f"On {_cell(place)}." if results and place else "",
         _table(("metric", "value"), clean) if clean else "",
         _table(("attack", *names, "robust accuracy"), attacked) if attacked else "",
     ]

@@ -76,8 +76,9 @@ class FactoredTrainerMixin(WholeCheckpointsMixin):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
 
-        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `robustness` as `write_model_card`
-        takes it. What else a card may say stands in its header, which is the user's.
+        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `metrics`, `split` and
+        `robustness` as `write_model_card` takes them. What else a card may say stands in its header, which is the
+        user's.
         """
         model = self.accelerator.unwrap_model(self.model)
         if is_sharded(model):  # the card is made by one process, which does not have the weights
@@ -86,14 +87,16 @@ class FactoredTrainerMixin(WholeCheckpointsMixin):
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
         if not factored_layers(model):
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+            known = {name: value for name, value in kwargs.items() if name not in ("metrics", "split", "robustness")}
+            super().create_model_card(*args, **known)  # type: ignore[misc]
             return
         dataset = kwargs.get("dataset")
         write_model_card(
             model,
             self.args.output_dir,
             base_model=kwargs.get("finetuned_from"),
-            metrics=self._metrics(),
+            metrics=kwargs.get("metrics") or self._metrics(),
+            split=kwargs.get("split"),
             robustness=kwargs.get("robustness", ()),
             dataset=dataset if isinstance(dataset, str) or not dataset else dataset[0],
             model_id=getattr(self, "hub_model_id", None),

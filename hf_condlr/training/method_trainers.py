@@ -1,17 +1,17 @@
-"""The Trainer of each method, with attacks in training and restarts.
+"""`trainer_class`: the Trainer of each method, with adversarial training and exact restarts."""
 
-`CondLRTrainer` of the library does the rest for `condlr`. A dense model and one with free factors are trained on the
-same adversarial samples here, so that methods compare.
-"""
+from __future__ import annotations
 
 from torch import nn
 from transformers import Trainer
 
-from hf_condlr import AdversarialTrainerMixin, CondLRTrainer, FactoredTrainer, FactoredTrainerMixin
+from hf_condlr.training.adversarial import AdversarialTrainerMixin
+from hf_condlr.training.factored import FactoredTrainer, FactoredTrainerMixin
+from hf_condlr.training.trainer import CondLRTrainer
 
 
 class DenseTrainer(AdversarialTrainerMixin, FactoredTrainerMixin, Trainer):
-    """For a dense model."""
+    """For dense models, on the same adversarial samples as the other methods."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(resume_from_checkpoint, self.model if model is None else model)
@@ -26,8 +26,13 @@ class DenseTrainer(AdversarialTrainerMixin, FactoredTrainerMixin, Trainer):
 
 
 class LowRankTrainer(AdversarialTrainerMixin, FactoredTrainer):
-    """For factors that train freely."""
+    """For factors U, S, V that train without a constraint."""
 
 
-TRAINERS: dict[str, type[Trainer]] = {"dense": DenseTrainer, "lowrank": LowRankTrainer, "condlr": CondLRTrainer}
-"""{method: its Trainer}; `condlr` keeps κ(S) ≤ 1 + τ."""
+def trainer_class(method: str) -> type[Trainer]:
+    """The Trainer of a method.
+
+    Args:
+        method: `dense`, `lowrank` (U, S, V without a constraint) or `condlr` (κ(S) ≤ 1 + τ).
+    """
+    return {"dense": DenseTrainer, "lowrank": LowRankTrainer, "condlr": CondLRTrainer}[method]
