@@ -33,7 +33,6 @@ class EvaluationArguments:
     text_columns: list[str] | None = field(default=None, metadata={"help": "By default the only column of text."})
     label_column: str | None = field(default=None, metadata={"help": "By default labels or label."})
     batch_size: int = field(default=64, metadata={"help": "Samples attacked together, on each process."})
-    save_examples: bool = field(default=False, metadata={"help": "Keep the adversarial examples, as parquet."})
     use_cpu: bool = field(default=False, metadata={"help": "Even if there is a GPU; for several processes without."})
     output_dir: str = field(default="outputs/attacked", metadata={"help": "Folder of reports and picture."})
 
@@ -76,7 +75,6 @@ def main(args: EvaluationArguments, attack_args: AttackArguments) -> None:
             batch_size=args.batch_size,
             max_samples=attack_args.max_attack_samples,
             checks=attack_args.attack_checks,
-            save_examples=args.save_examples,
             output_dir=folder / label,
             accelerator=accelerator,
         )

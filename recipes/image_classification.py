@@ -49,6 +49,7 @@ from hf_condlr import (
 )
 
 logger = logging.getLogger("image_classification")
+CALIBRATION_SAMPLES = 512  # training images that init_weights and rank_allocation measure, where they depend on data
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # PIL's modes of at most 8 bits a channel
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -237,7 +238,7 @@ def main(
     if model_args.converts(model):
         config = model_args.condlr_config()
         calibration = inputs["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(model_args.calibration_samples, len(calibration))))
+        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
         loader = DataLoader(calibration, batch_size=32, collate_fn=default_data_collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

@@ -46,6 +46,7 @@ from hf_condlr import (
 )
 
 BLOCK_SIZE = 1024  # at most, where the model takes more
+CALIBRATION_SAMPLES = 512  # training blocks that init_weights and rank_allocation measure, where they depend on data
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -219,7 +220,7 @@ def main(model_args: ModelArguments, data_args: TextArguments, training_args: Co
     if model_args.converts(model):
         config = model_args.condlr_config()
         calibration = blocks["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(model_args.calibration_samples, len(calibration))))
+        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
         loader = DataLoader(calibration, batch_size=8, collate_fn=default_data_collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

@@ -47,6 +47,7 @@ from hf_condlr import (
 from hf_condlr.robustness.attacks import TextModel
 
 logger = logging.getLogger("text_classification")
+CALIBRATION_SAMPLES = 512  # training texts that init_weights and rank_allocation measure, where they depend on data
 PAIRS = (
     *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair")),
     *(("question", "sentence"), ("question", "passage")),
@@ -257,7 +258,7 @@ def main(
     if model_args.converts(model):
         config = model_args.condlr_config()
         calibration = tokens["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(model_args.calibration_samples, len(calibration))))
+        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
         loader = DataLoader(calibration, batch_size=32, collate_fn=collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

@@ -96,7 +96,7 @@ class AttackArguments:
             batch_size=trainer.args.eval_batch_size,
             checks=self.attack_checks,
             max_samples=self.max_attack_samples,
-            output_dir=Path(trainer.args.output_dir) / "attacks",
+            output_dir=Path(str(trainer.args.output_dir)) / "attacks",
             progress=not trainer.args.disable_tqdm,
         )
         found = {f"accuracy_{r.name.replace('-', '_')}_{r.epsilon:g}": r.robust_accuracy for r in report.attacks}

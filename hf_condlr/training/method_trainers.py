@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import Trainer
 
@@ -21,8 +23,8 @@ class DenseTrainer(AdversarialTrainerMixin, FactoredTrainerMixin, Trainer):
 
     def _restore(self, folder: str, model: nn.Module) -> None:
         """By `from_pretrained`: Trainer passes over weights whose names on disk are not the model's own (ViT's)."""
-        model = self.accelerator.unwrap_model(model)
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        bare: Any = self.accelerator.unwrap_model(model)
+        bare.load_state_dict(type(bare).from_pretrained(folder, dtype=bare.dtype).state_dict())
 
 
 class LowRankTrainer(AdversarialTrainerMixin, FactoredTrainer):
@@ -35,4 +37,5 @@ def trainer_class(method: str) -> type[Trainer]:
     Args:
         method: `dense`, `lowrank` (U, S, V without a constraint) or `condlr` (κ(S) ≤ 1 + τ).
     """
-    return {"dense": DenseTrainer, "lowrank": LowRankTrainer, "condlr": CondLRTrainer}[method]
+    trainers: dict[str, Any] = {"dense": DenseTrainer, "lowrank": LowRankTrainer, "condlr": CondLRTrainer}
+    return trainers[method]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from hf_condlr.config import CondLRConfig
@@ -64,9 +64,6 @@ class ModelArguments:
     conditioned_start: bool = field(
         default=False, metadata={"help": "Start within κ ≤ 1 + tau instead of lowering κ in a warm-up."}
     )
-    calibration_samples: int = field(
-        default=256, metadata={"help": "Training samples that activation_aware and fisher measure."}
-    )
     tau: float = field(default=0.1, metadata={"help": "κ(S) ≤ 1 + tau; inf: only orthonormal U and V."})
     teacher: str | None = field(
         default=None, metadata={"help": "Dense model of the same task to distil from; needs distillation_weight."}
@@ -76,7 +73,6 @@ class ModelArguments:
         given = [name for name in ("model_name_or_path", "model_type") if getattr(self, name) is not None]
         _check(len(given) == 1, "exactly one of model_name_or_path and model_type must be given", given, "Choose one.")
         _check(self.method in METHODS, f"method must be one of {', '.join(METHODS)}", repr(self.method), "Choose one.")
-        _check(self.calibration_samples >= 1, "calibration_samples must be ≥ 1", self.calibration_samples, "256, say.")
         distils = self.teacher is None or self.method == "condlr"
         _check(distils, "a teacher needs method condlr", repr(self.method), "Leave the teacher out.")
         fresh = self.model_type is not None or not self.config_overrides
@@ -100,7 +96,7 @@ class ModelArguments:
         Raises:
             ConfigError: There is no such architecture or field, or the architecture is not for this task.
         """
-        config = self._fresh_config() if self.model_type else AutoConfig.from_pretrained(self.model_name_or_path)
+        config = self._fresh_config() if self.model_type else AutoConfig.from_pretrained(str(self.model_name_or_path))
         _check(
             auto_class is None or type(config) in auto_class._model_mapping,
             f"the model must be one for {getattr(auto_class, '__name__', '')}",
@@ -114,7 +110,7 @@ class ModelArguments:
         _check(known, "model_type must be one that transformers has", repr(self.model_type), "vit, bert, gpt2, say.")
         rule, remedy = "config_overrides must be a mapping", "{hidden_size: 128}, say; mind the space after a colon."
         _check(isinstance(changes, dict), rule, repr(self.config_overrides), remedy)
-        config_class = CONFIG_MAPPING[self.model_type]
+        config_class = CONFIG_MAPPING[str(self.model_type)]
         unknown = [name for name in changes if not hasattr(config_class(), name)]
         rule = f"config_overrides must be fields of {config_class.__name__}"
         _check(not unknown, rule, ", ".join(unknown), "Mind the space after each colon.")

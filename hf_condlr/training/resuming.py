@@ -47,7 +47,7 @@ def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
     Example:
         >>> trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args, model_args, data_args))
     """
-    folder, asked = Path(args.output_dir), str(args.resume_from_checkpoint or "auto")
+    folder, asked = Path(str(args.output_dir)), str(args.resume_from_checkpoint or "auto")
     stated: dict[str, Any] = {name: value for part in settings for name, value in vars(part).items()}
     stated |= {name: getattr(args, name, None) for name in TRAINED}
     stated = json.loads(json.dumps(stated, default=str))

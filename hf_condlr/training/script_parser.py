@@ -8,12 +8,12 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_condlr.errors import ConfigError, require
@@ -33,7 +33,7 @@ class ScriptParser(HfArgumentParser):
     transformers' `TrainingArguments`, which `--help_trainer` lists.
 
     Args:
-        dataclass_types: Each becomes a group of options under the first line of its docstring.
+        dataclass_types: A dataclass, or several; each becomes a group of options under the first line of its docstring.
         description: What the script does.
 
     Example:
@@ -41,7 +41,7 @@ class ScriptParser(HfArgumentParser):
         >>> model_args, data_args, training_args = parser.parse(["run.yaml", "--learning_rate", "1e-3"])
     """
 
-    def __init__(self, dataclass_types: type | Iterable[type], *, description: str | None = None) -> None:
+    def __init__(self, dataclass_types: Any, *, description: str | None = None) -> None:
         texts = {"description": description, "epilog": HELP, "usage": "%(prog)s [FILE] [OPTIONS]"}
         super().__init__(dataclass_types, formatter_class=_HelpFormatter, allow_abbrev=False, **texts)
         self.add_argument("--help_trainer", action="help", help="list the options of TrainingArguments and exit")
@@ -76,7 +76,8 @@ class ScriptParser(HfArgumentParser):
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """A group of options under the first line of the docstring."""
         title = "Training" if issubclass(dtype, TrainingArguments) else (dtype.__doc__ or dtype.__name__)
-        group, hints = self.add_argument_group(title.splitlines()[0].rstrip(".")), get_type_hints(dtype)
+        group: Any = self.add_argument_group(title.splitlines()[0].rstrip("."))
+        hints = get_type_hints(dtype)
         for option in fields(dtype):
             option.type = hints[option.name]
             self._parse_dataclass_field(group, option)

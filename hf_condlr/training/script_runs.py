@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,7 +23,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None = None) -> None:
         trainer: Before training.
         checkpoint: Folder to go on from, see `checkpoint_to_resume`.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if factored_layers(model):
         report = condition_report(model)
         sizes = f"{report.parameters:,} of {report.dense_parameters:,} parameters"
@@ -57,8 +58,8 @@ def write_results(
     trainer.save_metrics(split, dict(metrics))
     if report is not None and trainer.is_world_process_zero():
         trainer.accelerator.print(report)
-        report.save(Path(trainer.args.output_dir) / "robustness.json")
-    card = {
+        report.save(Path(str(trainer.args.output_dir)) / "robustness.json")
+    card: dict[str, Any] = {
         "dataset": dataset,
         "split": split,
         "metrics": {name: metrics[f"{split}_{name}"] for name in ON_CARD if f"{split}_{name}" in metrics},

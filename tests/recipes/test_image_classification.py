@@ -105,7 +105,6 @@ def test_a_folder_of_images_without_validation_and_test_on_a_fresh_convolutional
         "dataset_name": pictures,
         "target_modules": [r".*\.convolution"],
         "init_weights": "activation_aware",
-        "calibration_samples": 16,
         "horizontal_flip": True,
         "crop_padding": 2,
         "validation_fraction": 0.25,

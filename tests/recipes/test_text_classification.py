@@ -102,7 +102,7 @@ def test_pairs_from_a_csv_file_on_a_fresh_model(call, tmp_path):
     lines = [f"{a},{a if i % 2 else texts[i - 1]},{'same' if i % 2 else 'other'}" for i, a in enumerate(texts)]
     (tmp_path / "pairs.csv").write_text("\n".join(["premise,hypothesis,label", *lines]) + "\n")
     attacked = {"epsilons": 0.1, "attacks": ["fgm-embedding", "characters"], "max_attack_samples": 3}
-    start = {"init_weights": "activation_aware", "calibration_samples": 16}
+    start = {"init_weights": "activation_aware"}
     out = call(dataset_name=tmp_path / "pairs.csv", validation_fraction=0.25, **attacked, **start)
     metrics = read(out / "validation_results.json")
     assert (metrics["validation_samples"], metrics["validation_attacked_samples"]) == (12, 3)
