@@ -24,10 +24,18 @@ from hf_condlr.training import (
     FactoredTrainerMixin,
     RobustnessArguments,
 )
+from hf_condlr.training.attack_arguments import AttackArguments
+from hf_condlr.training.dataset_arguments import DatasetArguments, find_column, labelled
+from hf_condlr.training.method_trainers import trainer_class
+from hf_condlr.training.model_arguments import ModelArguments
+from hf_condlr.training.resuming import checkpoint_to_resume
+from hf_condlr.training.script_parser import ScriptParser, require_one_group
+from hf_condlr.training.script_runs import train_and_save, write_results
 
 __all__ = [
     "AdversarialArguments",
     "AdversarialTraining",
+    "AttackArguments",
     "AttackSuccessRate",
     "CondLRArguments",
     "CondLRCallback",
@@ -36,25 +44,35 @@ __all__ = [
     "CondLRSeq2SeqTrainingArguments",
     "CondLRTrainer",
     "CondLRTrainingArguments",
+    "DatasetArguments",
     "FactoredTrainer",
     "FactoredTrainerMixin",
     "LowRankConv2d",
     "LowRankLinear",
+    "ModelArguments",
     "RobustAccuracy",
     "RobustnessArguments",
     "RobustnessReport",
+    "ScriptParser",
     "attach_manifold_step",
+    "checkpoint_to_resume",
     "compare",
     "condition_report",
     "evaluate_robustness",
     "export_onnx",
+    "find_column",
     "fold_model",
     "get_robust_lowrank_model",
     "is_factored",
+    "labelled",
     "load_sharded",
     "load_split",
+    "require_one_group",
     "save_sharded",
     "to_dense_model",
+    "train_and_save",
+    "trainer_class",
     "write_model_card",
+    "write_results",
 ]
 __version__ = "0.1.0.dev0"

@@ -1,132 +1,252 @@
 r"""Fine-tune a causal language model dense, at low rank, or at low rank with bounded condition numbers.
 
-    accelerate launch recipes/language_modeling.py recipes/configs/docstrings_language.yaml
-    accelerate launch recipes/language_modeling.py --model_name_or_path gpt2 --dataset_name wikitext \
+    accelerate launch language_modeling.py --model_name_or_path gpt2 --dataset_name wikitext \
         --dataset_config_name wikitext-2-raw-v1 --compression_ratio 0.4 --init_weights activation_aware --tau 1 \
         --learning_rate 1e-4 --output_dir outputs/gpt2
+    accelerate launch language_modeling.py configs/docstrings_language.yaml
 
-One method a run, each with a learning rate of its own; `results_table.py` puts runs side by side:
-
-    for method in dense lowrank condlr; do accelerate launch recipes/language_modeling.py \
-        --method $method --output_dir outputs/lm/$method; done
-    python recipes/results_table.py outputs/lm/*
-
-Says the perplexity before training (of a dense method's run: the model's own; of the others': after compression) and
-after it, and writes a sample. Killed and started again with the same command it goes on from its last checkpoint. A
-YAML or JSON file holds the same names as the command line.
-
-To change it, copy this file and those beside it that it and they import: `command_line.py`, `data_splits.py`,
-`docstrings.py`, `fresh_tokenizer.py`, `labelled_data.py`, `text_data.py`, `language_data.py`, `method.py`,
-`text_model.py`, `language_model.py`, `trainers.py`, `restart.py`, `running.py`.
+Reports the perplexity before training (of a low-rank model: after its compression) and after it. Any model of
+`AutoModelForCausalLM`, pretrained or with random weights; any data set with a column of text that
+`datasets.load_dataset` reads, or .txt files. Killed and started again with the same command it goes on from its last
+checkpoint. Copy this file and change it: it needs no other.
 """
 
-import sys
-from functools import partial
-from pathlib import Path
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from command_line import parse as parse_into
-from command_line import require, require_joined
-from datasets import DatasetDict
-from labelled_data import card_name
-from language_data import DataArguments, load_data, pack
-from language_model import TRAINERS, ModelArguments, build_model, build_teacher, build_tokenizer, positions
-from method import say_ignored
-from restart import checkpoint_to_resume
-from running import finish, prepare, settings, train
-from transformers import Trainer, default_data_collator, set_seed
+from datasets import Dataset, DatasetDict, Features, List, Value
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
 
-from hf_condlr import CondLRTrainingArguments
+from hf_condlr import (
+    CondLRTrainingArguments,
+    DatasetArguments,
+    ModelArguments,
+    ScriptParser,
+    checkpoint_to_resume,
+    find_column,
+    get_robust_lowrank_model,
+    train_and_save,
+    trainer_class,
+    write_results,
+)
 
-ARGUMENTS = (ModelArguments, DataArguments, CondLRTrainingArguments)
-PROMPT_WORDS = 8
+BLOCK_SIZE = 1024  # at most, where the model takes more
+CALIBRATION_SAMPLES = 512  # training blocks that init_weights and rank_allocation measure, where they depend on data
+
+# ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def make_trainer(
-    model_args: ModelArguments, data_args: DataArguments, training_args: CondLRTrainingArguments, data: DatasetDict
-) -> tuple[Trainer, DatasetDict]:
-    """The method's Trainer, before training, and each split in blocks."""
-    set_seed(training_args.seed)  # of a fresh model
+@dataclass
+class TextArguments(DatasetArguments):
+    """Texts: which, and how much of them."""
+
+    text_column: str | None = field(default=None, metadata={"help": "By default the only column of text."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": f"Tokens of a training sample; by default what the model takes, {BLOCK_SIZE} at most."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"block_size must be ≥ 2; received {self.block_size}")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def load_data(args: TextArguments) -> DatasetDict:
+    """Splits train, validation and perhaps test of the columns text and source_row; empty texts are left out."""
+
+    def is_text(name: str, kind: Any) -> bool:
+        return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+
+    data = args.load()
+    columns = data["train"].features
+    name = find_column(columns, "text_column", args.text_column, is_text, "text")
+    if not is_text(name, columns[name]):
+        raise ValueError(f"text_column must hold text; received {name}, of {columns[name]}")
+    for split, rows in data.items():
+        if name not in rows.column_names:
+            raise ValueError(f"the {split} split must have the column {name}; received {', '.join(rows.column_names)}")
+        data[split] = rows.select_columns([name, "source_row"]).rename_columns(
+            {name: "text", "source_row": "source_row"}
+        )
+    data = args.drop_unreadable(data, lambda row: "no text" if row["text"] is None else None)
+    data = data.filter(lambda row: bool(row["text"].strip()))
+    empty = [split for split, rows in data.items() if not len(rows)]
+    if empty:
+        raise ValueError(f"a split must hold text; received none in {', '.join(empty)}")
+    return args.hold_out(data)
+
+
+def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
+    """Documents one after the other, each ended by the end-of-text token, cut into blocks without padding.
+
+    What does not fill a block at the end of the split is left out.
+
+    Returns:
+        Columns input_ids and labels, both the block: models shift the labels themselves. Its first token, which nothing
+        predicts, is labelled -100, for Trainer divides some models' loss by the number of labels (GPT-2's).
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("documents are separated by the tokenizer's end-of-text token; received None. Set eos_token.")
+    rest: list[int] = []
+
+    def blocks(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
+        for ids in tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]:
+            rest.extend(ids if ids and ids[-1] == end else [*ids, end])
+        full = len(rest) - len(rest) % block_size
+        packed = [rest[i : i + block_size] for i in range(0, full, block_size)]
+        del rest[:full]
+        return {"input_ids": packed, "labels": [[-100, *block[1:]] for block in packed]}
+
+    features = Features(dict.fromkeys(("input_ids", "labels"), List(Value("int64"))))
+    uncached = {"keep_in_memory": True, "load_from_cache_file": False}
+    packed = rows.map(blocks, batched=True, remove_columns=rows.column_names, features=features, **uncached)
+    if not len(packed):
+        remedy = "Lower block_size, or give more text."
+        raise ValueError(f"the {split} split must fill a block of {block_size} tokens; received {len(rest)}. {remedy}")
+    return packed
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and model
+
+
+def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
+    """The model's own; for random weights one of byte pairs, trained on the training texts."""
+    if args.model_name_or_path is not None:
+        return AutoTokenizer.from_pretrained(args.model_name_or_path)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": ["<s>", "</s>"]}
+    size = args.config().vocab_size
+    backend.train_from_iterator(train["text"], trainers.BpeTrainer(vocab_size=size, show_progress=False, **options))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def load_model(args: ModelArguments, tokenizer: Any) -> PreTrainedModel:
+    """The model before its layers are factored; with random weights its config describes the tokenizer."""
+    fresh = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = args.load_model(AutoModelForCausalLM, **(fresh if args.model_type is not None else {}))
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokens must lie in the model's vocabulary of {rows}; received {len(tokenizer)}")
+    return model
+
+
+def choose_block_size(asked: int | None, model: PreTrainedModel) -> int:
+    """What is asked for, or what the model takes, up to BLOCK_SIZE."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and most is not None and asked > most:
+        raise ValueError(f"block_size must be ≤ {most}, the model's positions; received {asked}")
+    return asked or min(most or BLOCK_SIZE, BLOCK_SIZE)
+
+
+def build_teacher(name: str | None, tokenizer: Any) -> dict[str, PreTrainedModel]:
+    """The dense model to distil from, of the same tokens."""
+    if name is None:
+        return {}
+    own = AutoTokenizer.from_pretrained(name)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"teacher and student must have the same tokens; received {len(own)} and {len(tokenizer)}")
+    return {"teacher": AutoModelForCausalLM.from_pretrained(name)}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def block_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:  # (B, T, vocabulary), (B, T) -> (B,)
+    """Mean loss of each block, in the place of logits, which would fill the memory."""
+    logits, targets = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1], labels[:, 1:]
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.reshape(targets.shape).mean(1)
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """Of all blocks, each of them once: Trainer's mean loss counts some twice where there are several processes."""
+    return {"perplexity": math.exp(min(float(prediction.predictions.mean()), 700.0))}  # more is no float
+
+
+def at_start(trainer: Trainer) -> dict[str, float]:
+    """Loss and perplexity before the first step, which a checkpoint keeps, too."""
+    history = trainer.state.log_history
+    first = next((entry for entry in history if entry["step"] == 0 and "eval_perplexity" in entry), {})
+    return {f"start_{name}": first[f"eval_{name}"] for name in ("loss", "perplexity") if first}
+
+
+def main(model_args: ModelArguments, data_args: TextArguments, training_args: CondLRTrainingArguments) -> None:
+    """Evaluate, train, save, evaluate."""
+    # Everything that can be refused without data is refused now.
+    if training_args.adversarial_attack != "none":
+        raise ValueError(f"only classifiers are trained on attacks; received {training_args.adversarial_attack}")
+    model_args.config(AutoModelForCausalLM)
+    model_args.warn_about_ignored(training_args)
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+
+    with training_args.main_process_first():  # the others find the data in the cache
+        data = load_data(data_args)
+    checkpoint = checkpoint_to_resume(training_args, model_args, data_args)
+    training_args.eval_on_start = checkpoint is None
+
+    # Model
+    set_seed(training_args.seed)  # of random weights
     tokenizer = build_tokenizer(model_args, data["train"])
-    model, block_size = build_model(model_args, data["train"], tokenizer, data_args.block_size)
-    most, new = positions(model), data_args.max_new_tokens
-    rule = f"max_new_tokens must be < {most}, the model's positions, of which the prompt takes one or more"
-    require(most is None or new < most, rule, new, "Lower it; 0: no sample.")
-    teacher = build_teacher(model_args, tokenizer)
-    blocks = DatasetDict({split: pack(rows, tokenizer, block_size, split) for split, rows in data.items()})
-    say_ignored(model_args, training_args)
-    prepare(training_args)
-    trainer = TRAINERS[model_args.method](
+    model = load_model(model_args, tokenizer)
+    block_size = choose_block_size(data_args.block_size, model)
+    blocks = {split: pack(rows, tokenizer, block_size, split) for split, rows in data.items()}
+
+    # Conversion: each linear layer becomes U S Vᵀ; embeddings that are also the output layer stay dense and tied
+    if model_args.converts(model):
+        config = model_args.condlr_config()
+        calibration = blocks["train"].shuffle(seed=0)
+        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        loader = DataLoader(calibration, batch_size=8, collate_fn=default_data_collator)
+        get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
+
+    # Trainer
+    trainer = trainer_class(model_args.method)(
         model=model,
         args=training_args,
         train_dataset=blocks["train"],
         eval_dataset=blocks["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        **({} if teacher is None else {"teacher": teacher}),
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=block_losses,
+        **build_teacher(model_args.teacher, tokenizer),
     )
-    return trainer, blocks
+    train_and_save(trainer, checkpoint)
 
-
-def at_start(trainer: Trainer) -> dict[str, float]:
-    """What was evaluated before the first step; nothing where training went on from a checkpoint of another kind."""
-    history = trainer.state.log_history
-    measured = next((entry for entry in history if entry["step"] == 0 and "eval_perplexity" in entry), {})
-    return {name.replace("eval_", "start_"): value for name, value in measured.items() if name.startswith("eval_")}
-
-
-@torch.no_grad()
-def generate(trainer: Trainer, prompt: str, new_tokens: int) -> str:
-    """The prompt and what the model goes on with, drawn with the training's seed.
-
-    Every process must call it, for a sharded model gathers its weights on each step; all draw the same.
-    """
-    set_seed(trainer.args.seed)
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    most = positions(model)
-    if most is not None:
-        ids = ids[:, new_tokens - most :]
-    options = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
-    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options)
-    return tokenizer.decode(drawn[0], skip_special_tokens=True)
-
-
-def write_sample(trainer: Trainer, prompt: str, new_tokens: int) -> None:
-    """`sample.txt`, by the first process; nothing for no new tokens."""
-    if not new_tokens:
-        return
-    sample = generate(trainer, prompt, new_tokens)
-    if trainer.is_world_process_zero():
-        Path(trainer.args.output_dir, "sample.txt").write_text(sample + "\n", encoding="utf-8")
-        print(f"sample: {sample}")
-
-
-def main(model_args: ModelArguments, data_args: DataArguments, training_args: CondLRTrainingArguments) -> None:
-    """Evaluate, train, evaluate, write a sample; write metrics and model."""
-    require_joined(training_args.world_size)
-    attack, remedy = training_args.adversarial_attack, "Leave it out: only classifiers are trained on attacks."
-    require(attack == "none", "adversarial_attack must be none for a language model", attack, remedy)
-    data = load_data(data_args)
-    checkpoint = checkpoint_to_resume(training_args, settings(model_args, data_args, training_args))
-    training_args.eval_on_start = checkpoint is None  # Trainer.evaluate() before train() would keep DDP from working
-    trainer, blocks = make_trainer(model_args, data_args, training_args, data)
-    train(trainer, checkpoint)
+    # Evaluation
     trainer.save_metrics("start", at_start(trainer))
     trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(blocks["validation"])})
-
     split = "test" if "test" in data else "validation"
+    sizes = {f"{split}_samples": len(blocks[split]), f"{split}_tokens": len(blocks[split]) * block_size}
     metrics = trainer.evaluate(blocks[split], metric_key_prefix=split)
-    metrics |= {f"{split}_samples": len(blocks[split]), f"{split}_tokens": sum(map(len, blocks[split]["input_ids"]))}
-    prompt = data_args.prompt or " ".join(data[split]["text"][0].split()[:PROMPT_WORDS])
-    sample = partial(write_sample, trainer, prompt, data_args.max_new_tokens)
-    finish(trainer, split, metrics, dataset=card_name(data_args.dataset_name), further=sample)
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CondLRTrainingArguments]:
-    """Of the command line; mistakes in one line."""
-    return parse_into(ARGUMENTS, argv, __doc__.splitlines()[0])
+    write_results(trainer, split, metrics | sizes, dataset=data_args.hub_name)
 
 
 if __name__ == "__main__":
-    main(*parse(sys.argv[1:]))
+    options = (ModelArguments, TextArguments, CondLRTrainingArguments)
+    main(*ScriptParser(options, description=__doc__.splitlines()[0]).parse())

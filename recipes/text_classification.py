@@ -1,83 +1,289 @@
 r"""Train a text classifier dense, at low rank, or at low rank with bounded condition numbers, and attack it.
 
-    accelerate launch recipes/text_classification.py recipes/configs/docstrings.yaml
-    accelerate launch recipes/text_classification.py --model_name_or_path bert-base-uncased \
-        --dataset_name glue --dataset_config_name mrpc --compression_ratio 0.4 --tau 1 --output_dir outputs/mrpc
-    accelerate launch recipes/text_classification.py recipes/configs/sst2_minilm.yaml --learning_rate 3e-5
+    accelerate launch text_classification.py --model_name_or_path bert-base-uncased --dataset_name glue \
+        --dataset_config_name mrpc --compression_ratio 0.4 --tau 1 --output_dir outputs/mrpc
+    accelerate launch text_classification.py configs/sst2_minilm.yaml --learning_rate 3e-5
 
-Any data set of one or two columns of text that `datasets.load_dataset` reads: a name on the Hub, a folder, a parquet,
-csv or json file. Any classifier of `AutoModelForSequenceClassification`, encoder or decoder, pretrained or fresh. Every
-option of `TrainingArguments`, adversarial training and distillation. Killed and started again with the same command it
-goes on from its last checkpoint. A YAML or JSON file holds the same names as the command line.
-
-To change it, copy this file and those beside it that it and they import: `command_line.py`, `data_splits.py`,
-`docstrings.py`, `fresh_tokenizer.py`, `labelled_data.py`, `text_data.py`, `method.py`, `text_model.py`, `trainers.py`,
-`restart.py`, `running.py`.
+Any classifier of `AutoModelForSequenceClassification`, encoder or decoder, pretrained or with random weights; any data
+set of one or two columns of text that `datasets.load_dataset` reads. Killed and started again with the same command it
+goes on from its last checkpoint. Copy this file and change it: it needs no other.
 """
 
-import sys
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from command_line import parse as parse_into
-from command_line import require_joined
-from datasets import DatasetDict
-from labelled_data import card_name
-from method import say_ignored
-from restart import checkpoint_to_resume
-from running import accuracy, attack, finish, prepare, require_whole_for_attacks, settings, train
-from text_data import DataArguments, encode, load_data
-from text_model import ModelArguments, build_model, build_teacher, build_tokenizer
-from trainers import TRAINERS
-from transformers import DataCollatorWithPadding, Trainer, set_seed
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
-from hf_condlr import CondLRTrainingArguments
+from hf_condlr import (
+    AttackArguments,
+    CondLRTrainingArguments,
+    DatasetArguments,
+    ModelArguments,
+    RobustAccuracy,
+    ScriptParser,
+    checkpoint_to_resume,
+    find_column,
+    get_robust_lowrank_model,
+    labelled,
+    train_and_save,
+    trainer_class,
+    write_results,
+)
+from hf_condlr.robustness.attacks import TextModel
 
-ARGUMENTS = (ModelArguments, DataArguments, CondLRTrainingArguments)
+logger = logging.getLogger("text_classification")
+CALIBRATION_SAMPLES = 512  # training texts that init_weights and rank_allocation measure, where they depend on data
+PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair")),
+    *(("question", "sentence"), ("question", "passage")),
+)  # both are taken without being named: another second column may be an identifier
+SPECIAL = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+
+# ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def make_trainer(
-    model_args: ModelArguments, data_args: DataArguments, training_args: CondLRTrainingArguments, data: DatasetDict
-) -> Trainer:
-    """Model, tokens and the method's Trainer, before training."""
-    set_seed(training_args.seed)  # of a fresh model, or a new head
-    tokenizer = build_tokenizer(model_args, data["train"])
-    model = build_model(model_args, data["train"], tokenizer, data_args.max_length)
-    teacher = build_teacher(model_args, model, tokenizer)
-    say_ignored(model_args, training_args)
-    prepare(training_args)
-    return TRAINERS[model_args.method](
-        model=model,
-        args=training_args,
-        train_dataset=encode(data["train"], tokenizer, "train"),
-        eval_dataset=encode(data["validation"], tokenizer, "validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
-        **({} if teacher is None else {"teacher": teacher}),
+@dataclass
+class TextArguments(DatasetArguments):
+    """Texts: which, and how much of them."""
+
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "One or two; by default the only column of text, or a pair of usual names."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "By default the class labels, label or labels."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Cut texts to this many tokens; by default to what the model takes."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.text_columns
+        if names is not None and not len(names) == len(set(names)) in (1, 2):
+            raise ValueError(f"text_columns must be one column or two different ones; received {names}")
+        if self.max_length is not None and self.max_length < 3:
+            raise ValueError(f"max_length must be ≥ 3; received {self.max_length}")
 
-def main(model_args: ModelArguments, data_args: DataArguments, training_args: CondLRTrainingArguments) -> None:
-    """Train, evaluate, attack; write metrics and model."""
-    require_joined(training_args.world_size)
-    data = load_data(data_args)
-    checkpoint = checkpoint_to_resume(training_args, settings(model_args, data_args, training_args))
-    trainer = make_trainer(model_args, data_args, training_args, data)
-    require_whole_for_attacks(trainer, data_args)
-    train(trainer, checkpoint)
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def load_data(args: TextArguments) -> DatasetDict:
+    """Splits train, validation and perhaps test of the columns text, perhaps text_pair, labels and source_row."""
+    data = args.load()
+    columns = data["train"].features
+    known = any(isinstance(kind, ClassLabel) for kind in columns.values())
+    label = find_column(
+        columns,
+        "label_column",
+        args.label_column,
+        lambda name, kind: isinstance(kind, ClassLabel) if known else name in ("label", "labels"),
+        "class labels",
+    )
+    names = dict(zip(text_columns(args, columns, label), ("text", "text_pair"), strict=False))
+    data = args.hold_out(labelled(data, label, names), "labels")
+    return args.drop_unreadable(data, unreadable)
+
+
+def text_columns(args: TextArguments, columns: Mapping[str, Any], label: str) -> list[str]:
+    """The columns that are named, a pair of usual names, or the only column of text."""
+
+    def is_text(name: str, kind: Any) -> bool:
+        return (
+            isinstance(kind, Value) and kind.dtype in ("string", "large_string") and name not in (label, "source_row")
+        )
+
+    found = {name for name, kind in columns.items() if is_text(name, kind)}
+    pair = next((list(names) for names in PAIRS if set(names) <= found), [None])
+    named = args.text_columns or pair
+    chosen = [find_column(columns, "text_columns", name, is_text, "text") for name in named]
+    if not set(chosen) <= found:
+        raise ValueError(
+            f"text_columns must hold text, as {', '.join(found) or 'no column here'} does; received {chosen}"
+        )
+    return chosen
+
+
+def unreadable(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row: csv reads an empty cell, NA and null as no text."""
+    return "no text" if row["text"] is None or row.get("text_pair", "") is None else None
+
+
+def encode(rows: Dataset, tokenizer: Any, split: str) -> Dataset:
+    """Tokens and labels; longer texts are cut to the tokenizer's `model_max_length`, and a warning counts them."""
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+
+    def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
+        encoded = tokenizer(*(batch[name] for name in columns), truncation=True)
+        cut = [bool(text.overflowing) for text in encoded.encodings or []]  # a slow tokenizer does not tell
+        return {**encoded, "cut": cut or [False] * len(encoded["input_ids"])}
+
+    encoded = rows.map(tokens, batched=True, remove_columns=columns, keep_in_memory=True, load_from_cache_file=False)
+    empty = next((row for row, ids in zip(rows["source_row"], encoded["input_ids"], strict=True) if not ids), None)
+    if empty is not None:
+        raise ValueError(f"a text must have at least one token; received none in {empty}")
+    if any(encoded["cut"]):
+        numbers = (sum(encoded["cut"]), len(rows), split, tokenizer.model_max_length)
+        logger.warning("%d of %d texts of the %s split are cut to %d tokens", *numbers)
+    return encoded.remove_columns(["cut", "source_row"])
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and model
+
+
+def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
+    """The model's own; for random weights one of byte pairs, trained on the training texts: `<s> text </s>`."""
+    if args.model_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders have none
+        if tokenizer.pad_token is None:
+            raise ValueError("a tokenizer must have a token for padding or for the end of a text; received neither")
+        tokenizer.padding_side = "right"  # on the left, positions of GPT-2 would begin in the padding
+        return tokenizer
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [text for name in ("text", "text_pair") if name in train.column_names for text in train[name]]
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": list(SPECIAL.values())}
+    config = args.config()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=config.vocab_size, show_progress=False, **options)
+    )
+    frame = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    single, pair = "<s> $A </s>", "<s> $A </s> $B:1 </s>:1"
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=frame)
+    segments = ["token_type_ids"] if getattr(config, "type_vocab_size", 1) > 1 else []
+    names = SPECIAL | {"bos_token": "<s>", "eos_token": "</s>"}
+    inputs = ["input_ids", *segments, "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **names)
+
+
+def config_changes(args: ModelArguments, tokenizer: Any, names: list[str]) -> dict[str, Any]:
+    """What the config says of the classes and, for random weights, of the tokenizer."""
+    changes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if args.model_type is not None:
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
+        config = args.config()
+        changes |= {"vocab_size": len(tokenizer)} | {name: i for name, i in ids.items() if hasattr(config, name)}
+    return changes
+
+
+def fit(tokenizer: Any, model: PreTrainedModel, max_length: int | None, pairs: bool) -> None:
+    """Make tokenizer and model agree on padding, inputs and lengths, or say why they do not."""
+    for config in (model.config, model.config.get_text_config()):  # decoders find the last token of a text by it
+        config.pad_token_id = tokenizer.pad_token_id
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokens must lie in the model's vocabulary of {rows}; received {len(tokenizer)}")
+    if pairs and tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
+        remedy = "Join the two columns into one, or take an encoder such as BERT."
+        raise ValueError(
+            f"pairs need a tokenizer that separates two texts; received {type(tokenizer).__name__}. {remedy}"
+        )
+    taken = inspect.signature(model.forward).parameters
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
+    most = TextModel(model, tokenizer).max_length  # of the tokenizer, and the positions of the model
+    if most is None and max_length is None:
+        raise ValueError("max_length must be given where neither model nor tokenizer has one; received None")
+    if most is not None and max_length is not None and max_length > most:
+        raise ValueError(f"max_length must be ≤ {most}, the tokens that the model takes; received {max_length}")
+    tokenizer.model_max_length = max_length or most
+
+
+def build_teacher(name: str | None, model: PreTrainedModel, tokenizer: Any) -> dict[str, PreTrainedModel]:
+    """The dense model to distil from, of the same classes in the same order and the same tokens."""
+    if name is None:
+        return {}
+    teacher, own = AutoModelForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    if teacher.config.id2label != model.config.id2label:
+        known, wanted = list(teacher.config.label2id)[:5], list(model.config.label2id)[:5]
+        raise ValueError(f"the teacher must know the classes {wanted}, ... in this order; received {known}, ...")
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"teacher and student must have the same tokens; received {len(own)} and {len(tokenizer)}")
+    return {"teacher": teacher}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of correct classes; `evaluate.load("accuracy")` would need the network."""
+    scores = prediction.predictions  # (N, classes); BART and T5 give hidden states after it
+    scores = scores[0] if isinstance(scores, tuple) else scores
+    metric = RobustAccuracy(keep_in_memory=True)  # of predictions without an attack
+    result = metric.compute(predictions=scores.argmax(-1), references=prediction.label_ids)
+    return {"accuracy": result["robust_accuracy"]}
+
+
+def main(
+    model_args: ModelArguments,
+    data_args: TextArguments,
+    attack_args: AttackArguments,
+    training_args: CondLRTrainingArguments,
+) -> None:
+    """Train, save, evaluate, attack."""
+    # Everything that can be refused without data is refused now.
+    attack_args.make_attacks("tokens", "texts")
+    model_args.config(AutoModelForSequenceClassification)
+    model_args.warn_about_ignored(training_args)
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+
+    with training_args.main_process_first():  # the others find the data in the cache
+        data = load_data(data_args)
+    checkpoint = checkpoint_to_resume(training_args, model_args, data_args)
+
+    # Model
+    set_seed(training_args.seed)  # of random weights, or of a new head
+    tokenizer = build_tokenizer(model_args, data["train"])
+    names = data["train"].features["labels"].names
+    changes = config_changes(model_args, tokenizer, names)
+    model = model_args.load_model(AutoModelForSequenceClassification, **changes)
+    fit(tokenizer, model, data_args.max_length, pairs="text_pair" in data["train"].column_names)
+    tokens = {split: encode(rows, tokenizer, split) for split, rows in data.items()}
+    collator = DataCollatorWithPadding(tokenizer)
+
+    # Conversion: each linear layer becomes U S Vᵀ
+    if model_args.converts(model):
+        config = model_args.condlr_config()
+        calibration = tokens["train"].shuffle(seed=0)
+        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        loader = DataLoader(calibration, batch_size=32, collate_fn=collator)
+        get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
+
+    # Trainer
+    trainer = trainer_class(model_args.method)(
+        model=model,
+        args=training_args,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["validation"],
+        processing_class=tokenizer,
+        data_collator=collator,
+        compute_metrics=accuracy,
+        **build_teacher(model_args.teacher, model, tokenizer),
+    )
+    attack_args.require_unsharded(trainer)
+    train_and_save(trainer, checkpoint)
+
+    # Evaluation and attacks
     trainer.save_metrics("eval", trainer.evaluate() | {"eval_samples": len(data["validation"])})
-
     split = "test" if "test" in data else "validation"
-    texts = data[split].remove_columns("row")
-    clean = encode(data[split], trainer.processing_class, split)
-    metrics = trainer.evaluate(clean, metric_key_prefix=split) | {f"{split}_samples": len(texts)}
-    attacked, report = attack(trainer, trainer.model, texts, data_args, split)
-    finish(trainer, split, metrics | attacked, dataset=card_name(data_args.dataset_name), report=report)
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CondLRTrainingArguments]:
-    """Of the command line; mistakes in one line."""
-    return parse_into(ARGUMENTS, argv, __doc__.splitlines()[0])
+    metrics = trainer.evaluate(tokens[split], metric_key_prefix=split) | {f"{split}_samples": len(data[split])}
+    attacked, report = attack_args.evaluate(trainer, data[split].remove_columns("source_row"), split)
+    write_results(trainer, split, metrics | attacked, report=report, dataset=data_args.hub_name)
 
 
 if __name__ == "__main__":
-    main(*parse(sys.argv[1:]))
+    options = (ModelArguments, TextArguments, AttackArguments, CondLRTrainingArguments)
+    main(*ScriptParser(options, description=__doc__.splitlines()[0]).parse())

@@ -35,6 +35,7 @@ def write_model_card(
     robustness: Iterable[Mapping[str, Any]] = (),
     metrics: Mapping[str, Any] | None = None,
     dataset: str | None = None,
+    split: str | None = None,
     plot: bool = True,
     model_id: str | None = None,
     tags: Iterable[str] = (),
@@ -55,6 +56,7 @@ def write_model_card(
             names of their own, such as `epsilon`, `steps`, `restarts`, `samples`.
         metrics: What was measured without an attack, {name of the metric: value}; a value of None is left out.
         dataset: Hub id, or name, of the data that the model was trained on and measured with.
+        split: Name of the split of the data that it was measured with.
         plot: Whether to draw the picture of the spectra.
         model_id: Hub id that the model will have, for the lines that load it; "your-name/<folder>" by default.
         tags: Further tags.
@@ -72,7 +74,7 @@ def write_model_card(
     """
     report = condition_report(model)
     task = pipeline_tag(model)
-    results = evaluation_results(metrics or {}, robustness, dataset, task)
+    results = evaluation_results(metrics or {}, robustness, dataset=dataset, split=split, task=task)
     path = Path(folder) / REPOCARD_NAME
     card, index = _read(path)
     head, tail = _around(path, card.text)
@@ -103,6 +105,7 @@ def write_model_card(
         attacked=attacked,
         settings=dict.fromkeys(name for result in attacked for name in result.metric_args or {}),
         dataset=dataset,
+        split=split,
         picture=PICTURE if plot and _draw(report, path.with_name(PICTURE)) else None,
         auto=auto_class(model) if isinstance(model, PreTrainedModel) else None,
         model_id=model_id or f"your-name/{name}",

@@ -18,7 +18,12 @@ MARK = " (hf_condlr)"
 
 
 def evaluation_results(
-    metrics: Mapping[str, Any], robustness: Iterable[Mapping[str, Any]], dataset: str | None, task: str | None
+    metrics: Mapping[str, Any],
+    robustness: Iterable[Mapping[str, Any]],
+    *,
+    dataset: str | None,
+    split: str | None,
+    task: str | None,
 ) -> list[EvalResult]:
     """The measurements, checked. An attack's name is the `metric_config`, its parameters are the `metric_args`.
 
@@ -29,6 +34,7 @@ def evaluation_results(
         "task_type": task or "other",  # the Hub requires a task and a data set
         "dataset_type": dataset if dataset and is_hub_id(dataset) else "unknown",
         "dataset_name": dataset or "unknown",
+        "dataset_split": split,
         "source_name": SOURCE["name"],
         "source_url": SOURCE["url"],
     }

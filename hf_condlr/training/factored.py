@@ -89,9 +89,9 @@ class FactoredTrainerMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
 
-        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `robustness` as `write_model_card`
-        takes it, by default the attacks of the last evaluation. What else a card may say stands in its header, which is
-        the user's.
+        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `metrics`, `split` and `robustness`
+        as `write_model_card` takes them, by default the metrics and attacks of the last evaluation. What else a card
+        may say stands in its header, which is the user's.
         """
         model = self.accelerator.unwrap_model(self.model)
         if is_sharded(model):  # the card is made by one process, which does not have the weights
@@ -100,7 +100,8 @@ class FactoredTrainerMixin:
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
         if not factored_layers(model):
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+            known = {name: value for name, value in kwargs.items() if name not in ("metrics", "split", "robustness")}
+            super().create_model_card(*args, **known)  # type: ignore[misc]
             return
         dataset, tags = kwargs.get("dataset"), kwargs.get("tags") or []
         evaluation, robustness = last_evaluation(self), getattr(self, "robustness", None)
@@ -108,7 +109,8 @@ class FactoredTrainerMixin:
             model,
             self.args.output_dir,
             base_model=kwargs.get("finetuned_from"),
-            metrics=card_metrics(evaluation, robustness),
+            metrics=kwargs.get("metrics") or card_metrics(evaluation, robustness),
+            split=kwargs.get("split"),
             robustness=kwargs.get("robustness", card_attacks(evaluation, robustness)),
             dataset=dataset if isinstance(dataset, str) or not dataset else dataset[0],
             model_id=getattr(self, "hub_model_id", None),

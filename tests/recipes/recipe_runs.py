@@ -1,11 +1,14 @@
-"""What the tests of the recipes share: their modules, command lines, and a training of a second."""
+"""What the tests of the recipes share: each recipe copied alone into an empty folder, and a tiny training."""
 
-import importlib
+import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
+from hf_condlr import ScriptParser
 from tests.paths import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -26,16 +29,17 @@ ANY = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
-SMALL = ANY | {"model_type": "vit", "config_overrides": [VIT], "attack_checks": False}  # the overrides are one word
+IMAGES = ANY | {"model_type": "vit", "config_overrides": [VIT], "attack_checks": False}  # the overrides are one word
 
 
-def load(name):
-    """A recipe's module; it finds those beside it as where it is run."""
-    sys.path.insert(0, str(RECIPES))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPES))
+def copied(name, folder):
+    """A recipe's module, from a copy that lies in `folder` alone."""
+    path = Path(shutil.copy(RECIPES / f"{name}.py", folder))
+    spec = importlib.util.spec_from_file_location(f"copied_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def words(**options):
@@ -52,15 +56,20 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def train(output_dir, name="image_classification", small=SMALL, **options):
-    """Run a recipe in this process; returns the folder that it wrote."""
-    recipe = load(name)
-    recipe.main(*recipe.parse(words(**small | {"output_dir": output_dir} | options)))
-    return output_dir
-
-
 def launch(config, recipe, *arguments):
-    """The command that accelerate starts the recipe with, and its environment."""
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
-    command += ["--config_file", str(RECIPES / "accelerate" / config), str(RECIPES / recipe), *arguments]
-    return command, os.environ | {"OMP_NUM_THREADS": "1"}
+    """The command that accelerate starts a recipe with, and its environment."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--main_process_port", "0"]
+    command += ["--config_file", str(RECIPES / "accelerate" / config), str(recipe), *arguments]
+    return command, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def parse(recipe, line):
+    """The arguments of a recipe's `main`."""
+    kinds = [kind for name, kind in get_type_hints(recipe.main).items() if name != "return"]
+    return ScriptParser(kinds).parse(line)
+
+
+def run(recipe, output_dir, **options):
+    """A training in this process; returns the folder that it wrote."""
+    recipe.main(*parse(recipe, words(output_dir=output_dir, **options)))
+    return output_dir
