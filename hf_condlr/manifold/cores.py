@@ -81,7 +81,8 @@ class CoreStack(Stack):
         if self.bounded:
             S, start = yield [self.rows.spread(S), self.rows.spread(self.start)]
             initial, final = self.endpoints.unbind(-1)
-            bounds, previous_bounds = bound_at(initial, final, progress), bound_at(initial, final, previous)
+            bounds = bound_at(initial, final, progress)
+            previous_bounds = bound_at(initial, final, previous) if self.by_products else bounds  # else not looked at
             results = self._condition(*map(self._own_cores, (S, start, bounds, previous_bounds)))
             S, followed, vanished = yield [self._among_all(X) for X in results]
             S = self.rows.own(S)
