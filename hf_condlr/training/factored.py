@@ -89,8 +89,8 @@ class FactoredTrainerMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
 
-        Of Trainer's arguments `finetuned_from`, `dataset` and `tags` go into it, and `metrics`, `split` and `robustness`
-        as `write_model_card` takes them, by default the metrics and attacks of the last evaluation. What else a card
+        Of the arguments of Trainer, `finetuned_from`, `dataset` and `tags` go into it, and also `metrics`, `split` and
+        `robustness` as `write_model_card` takes them, by default those of the last evaluation. What else a card
         may say stands in its header, which is the user's.
         """
         model = self.accelerator.unwrap_model(self.model)
