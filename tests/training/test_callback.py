@@ -12,25 +12,20 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from hf_condlr import CondLRCallback, CondLRTrainer, FactoredTrainerMixin, condition_report
 from hf_condlr.errors import ConfigError, OptimizerError
 from hf_condlr.linalg import obeys_bound
-from tests.training.tiny import StopAt, arguments, assert_equal_weights, convert, dense_bert, dense_vit, text_data
+from tests.training.tiny import (
+    AfterEachStep,
+    StopAt,
+    arguments,
+    assert_equal_weights,
+    convert,
+    dense_bert,
+    dense_vit,
+    text_data,
+)
 
 
 class FactoredPlainTrainer(FactoredTrainerMixin, Trainer):
     """A foreign Trainer with the checkpoints of factored models."""
-
-
-class AfterEachStep(TrainerCallback):
-    """Checks the guarantee after every optimizer step."""
-
-    def __init__(self):
-        self.steps = 0
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps += 1
-        report = condition_report(model)
-        assert all(obeys_bound(layer.condition_number, layer.bound) for layer in report.layers)
-        assert all(math.isfinite(layer.bound) for layer in report.layers)
-        assert report.max_orthonormality_error <= 1e-5
 
 
 def plain(folder, cls=Trainer, **options):

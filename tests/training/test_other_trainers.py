@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import random
 from types import SimpleNamespace
 
@@ -19,14 +18,12 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from hf_condlr import CondLRCallback, FactoredTrainerMixin, condition_report
-from hf_condlr.linalg import obeys_bound
 from tests.training.test_accumulation import peft_gpt2, token_data
-from tests.training.tiny import SIZES, arguments, assert_equal_weights, convert, dense_bert
+from tests.training.tiny import SIZES, AfterEachStep, arguments, assert_equal_weights, convert, dense_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the other libraries
 WORDS = ["the", "a", "cat", "dog", "runs", "sits", "on", "under", "mat", "tree", "fast", "slow"]
@@ -40,17 +37,6 @@ def tokenizer():
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     names = ("pad_token", "bos_token", "eos_token", "unk_token")
     return PreTrainedTokenizerFast(tokenizer_object=bare, **dict(zip(names, SPECIAL, strict=True)))
-
-
-class AfterEachStep(TrainerCallback):
-    def __init__(self):
-        self.steps = 0
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps += 1
-        report = condition_report(model)
-        assert all(obeys_bound(x.condition_number, x.bound) and math.isfinite(x.bound) for x in report.layers)
-        assert report.max_orthonormality_error <= 1e-5
 
 
 def sentences(count, length=4):

@@ -7,18 +7,12 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import HfArgumentParser, ViTImageProcessorPil
 
-from hf_condlr import (
-    CondLRTrainer,
-    FactoredTrainer,
-    RobustnessArguments,
-    evaluate_robustness,
-    to_dense_model,
-)
+from hf_condlr import CondLRTrainer, FactoredTrainer, RobustnessArguments, evaluate_robustness, to_dense_model
 from hf_condlr.errors import AttackError, ConfigError, EvaluationError
 from hf_condlr.robustness.attacks import FGSM, PGD
 from hf_condlr.training.robust_evaluation import robust_metrics
-from tests.training.test_adversarial import MEAN, STD, image_rows, rows_with_weak_features
 from tests.training.tiny import arguments, assert_equal_weights, convert, dense_bert, dense_vit, text_data
+from tests.training.tiny_images import MEAN, STD, image_rows, rows_with_weak_features
 
 ROBUSTNESS = {"attacks": ["fgsm", "pgd-linf"], "epsilons": ["1/64", "0.0625"], "steps": 3}
 KEYS = ["accuracy_fgsm_0.015625", "accuracy_fgsm_0.0625", "accuracy_pgd_linf_0.015625", "accuracy_pgd_linf_0.0625"]

@@ -1,5 +1,7 @@
 """Tiny models, data and arguments for the tests of Trainers."""
 
+import math
+
 import torch
 from transformers import (
     BertConfig,
@@ -9,7 +11,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_condlr import CondLRConfig, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr import CondLRConfig, CondLRTrainingArguments, condition_report, get_robust_lowrank_model
+from hf_condlr.linalg import obeys_bound
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -63,3 +66,17 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == self.step
+
+
+class AfterEachStep(TrainerCallback):
+    """Checks the guarantee after every optimizer step."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps += 1
+        report = condition_report(model)
+        assert all(obeys_bound(layer.condition_number, layer.bound) for layer in report.layers)
+        assert all(math.isfinite(layer.bound) for layer in report.layers)
+        assert report.max_orthonormality_error <= 1e-5
