@@ -25,7 +25,8 @@ from hf_condlr.training import (
     RobustnessArguments,
 )
 from hf_condlr.training.attack_arguments import AttackArguments
-from hf_condlr.training.dataset_arguments import DatasetArguments, find_column, labelled
+from hf_condlr.training.dataset_arguments import DatasetArguments
+from hf_condlr.training.dataset_columns import find_column, labelled
 from hf_condlr.training.method_trainers import trainer_class
 from hf_condlr.training.model_arguments import ModelArguments
 from hf_condlr.training.resuming import checkpoint_to_resume

@@ -1,7 +1,6 @@
 """Dense, low-rank and robust low-rank training side by side, on real digits, in a few minutes on a laptop.
 
-    python recipes/demo.py                    # one seed
-    python recipes/demo.py --seeds 0 1 2      # mean ± standard deviation
+    python recipes/demo.py --seeds 0 1 2      # mean ± standard deviation; one seed by default
 
 Trains a small dense ViT, then continues from it with each method, everything else alike: epochs, sweep of learning
 rates, attacks. Prints a table, and draws `demo.png`. Copy this file and change it: it needs no other.
@@ -168,8 +167,8 @@ def sweep(
         runs.append(({"learning_rate": rate, "accuracy": found["eval_accuracy"], "loss": loss}, trainer))
         bar.update()
     chosen, trainer = min(runs, key=lambda run: worse(run[0]))
-    attacks, options = [PGD(epsilon) for epsilon in EPSILONS], {"batch_size": 256, "checks": False, "progress": False}
-    report = evaluate_robustness(trainer.model, data["test"], attacks, processor=processor, **options)
+    options = {"processor": processor, "batch_size": 256, "checks": False, "progress": False}
+    report = evaluate_robustness(trainer.model, data["test"], [PGD(epsilon) for epsilon in EPSILONS], **options)
     return {
         "learning_rate": chosen["learning_rate"],
         "sweep": [record for record, _ in runs],

@@ -1,15 +1,15 @@
-"""`DatasetArguments`: the options of a training script that read a data set, and what its rows are checked for."""
+"""`DatasetArguments`: the options of a training script that read, split and check a data set."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
 from hf_condlr.errors import ConfigError, EvaluationError, listed, require
@@ -145,89 +145,6 @@ class DatasetArguments:
             _require(len(wrong) < len(rows), "a split must have rows that can be read", first, "Mend them.")
             data[split] = rows.select([i for i, text in enumerate(problems) if not text])
         return data
-
-
-def find_column(
-    columns: Mapping[str, Any], option: str, given: str | None, matches: Callable[[str, Any], bool], kind: str
-) -> str:
-    """The column that an option names, or else the only one that matches.
-
-    Args:
-        columns: {name: feature} of a data set.
-        option: Name of the option, for messages.
-        given: Its value.
-        matches: Whether a name and its feature are of the kind that is looked for.
-        kind: For messages.
-
-    Raises:
-        EvaluationError: No such column; or none or several match.
-    """
-    columns = {name: feature for name, feature in columns.items() if name != "source_row"}
-    if given is not None:
-        _require(given in columns, f"{option} must be one of {', '.join(columns)}", repr(given), "Choose one.")
-        return given
-    found = [name for name, feature in columns.items() if matches(name, feature)]
-    rule = f"the data must have one column of {kind}, or --{option} must name it"
-    _require(len(found) == 1, rule, ", ".join(found) or "none", f"The columns are {', '.join(columns)}.")
-    return found[0]
-
-
-def labelled(data: DatasetDict, label: str, inputs: Mapping[str, str]) -> DatasetDict:
-    """Only the columns that are used; labels are numbers of the training split's classes, the same in every split.
-
-    A test split without labels, or with -1 in all of its rows, has secret ones and is left out.
-
-    Args:
-        data: What `DatasetArguments.load` returned.
-        label: The column of labels.
-        inputs: {column: the name that it gets} of the others.
-
-    Returns:
-        The columns of `inputs`, `labels` and `source_row`.
-
-    Raises:
-        EvaluationError: A column is missing, there are less than two classes, or a label is none of the training
-            split's.
-    """
-    used = {**inputs, label: "labels", "source_row": "source_row"}
-    if "test" in data and (label not in data["test"].column_names or set(data["test"][label]) <= {-1, None}):
-        data = DatasetDict({split: rows for split, rows in data.items() if split != "test"})
-    for split, rows in data.items():
-        missing = [name for name in used if name not in rows.column_names]
-        rule, remedy = (
-            f"the {split} split must have the columns of the training split",
-            "Add them, or remove the split.",
-        )
-        _require(not missing, rule, f"none named {', '.join(missing)}", remedy)
-        data[split] = rows.select_columns(list(used)).rename_columns(used)
-    feature, present = data["train"].features["labels"], set(data["train"]["labels"])
-    if isinstance(feature, ClassLabel):
-        numbers = {label: label for label in sorted(present & set(range(feature.num_classes)))}
-        shown = [feature.names[i] for i in numbers]
-    else:
-        values = sorted(present - {None})
-        broken = next((value for value in values if isinstance(value, float) and value != int(value)), None)
-        rule, remedy = "labels must be classes, not numbers with a fraction", "Classify; nothing is regressed here."
-        _require(broken is None, rule, broken, remedy)
-        numbers, shown = {value: i for i, value in enumerate(values)}, [str(value) for value in values]
-        feature = ClassLabel(names=shown)
-    remedy = "Is this the column of labels?"
-    _require(len(numbers) >= 2, "the training split must have two classes or more", ", ".join(shown), remedy)
-    for split, rows in data.items():
-        labels = list(rows["labels"])
-        wrong = next((i for i, value in enumerate(labels) if value not in numbers), None)
-        if wrong is not None:
-            value = labels[wrong]
-            known = isinstance(rows.features["labels"], ClassLabel) and value is not None and value >= 0
-            rule = f"labels of the {split} split must be classes of the training split, {listed(shown)}"
-            received = (
-                f"{rows.features['labels'].int2str(value) if known else repr(value)} in {rows['source_row'][wrong]}"
-            )
-            _require(False, rule, received, "Mend or remove the row.")
-        if rows.features["labels"] != feature:
-            coded = rows.remove_columns("labels").add_column("labels", [numbers[value] for value in labels])
-            data[split] = coded.cast_column("labels", feature)
-    return data
 
 
 def _read(path: Path) -> DatasetDict:
