@@ -88,6 +88,8 @@ def load_data(args: ImageArguments, processes: int) -> DatasetDict:
 
 def unreadable(row: dict[str, Any]) -> str | None:
     """What is wrong with the image of a row, and its file; None where it can be read."""
+    if row["image"] is None:
+        return "no image"
     try:
         read_image(row["image"])
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and others

@@ -79,8 +79,9 @@ class ScriptParser(HfArgumentParser):
         group: Any = self.add_argument_group(title.splitlines()[0].rstrip("."))
         hints = get_type_hints(dtype)
         for option in fields(dtype):
-            option.type = hints[option.name]
-            self._parse_dataclass_field(group, option)
+            if option.init:
+                option.type = hints[option.name]
+                self._parse_dataclass_field(group, option)
 
     def _show_trainer(self, trainer: bool) -> None:
         """Hide from the help the options of `TrainingArguments` or all others, and each --no_... of an option."""

@@ -192,7 +192,8 @@ def test_grey_and_colour_images_become_what_the_model_takes(recipe, caplog):
         recipe.Transform(processor, 4)
 
 
-def test_sixteen_bits_are_refused_rather_than_cut_off(recipe):
+def test_sixteen_bits_are_refused_rather_than_cut_off_and_no_image_too(recipe):
+    assert recipe.unreadable({"image": None}) == "no image"
     deep = Picture.fromarray(np.full((8, 8), 40_000, dtype=np.uint16))
     assert (
         recipe.unreadable(rows(recipe, deep)[0]) == "ValueError: images must have 8 bits a channel; received mode I;16"
