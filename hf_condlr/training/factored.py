@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -40,6 +41,12 @@ class FactoredTrainerMixin:
         super().__init__(*args, **kwargs)
         if not any(isinstance(callback, FactoredPushCallback) for callback in self.callback_handler.callbacks):
             self.callback_handler.add_callback(FactoredPushCallback())
+        reference = getattr(self, "ref_model", None)  # of TRL's DPOTrainer, and others
+        if isinstance(reference, nn.Module) and factored_layers(self.model) and not factored_layers(reference):
+            logger.warning(
+                "the reference model is dense, and the trained one is factored: without ref_model it is loaded from "
+                "the checkpoint that the model came from. Give ref_model=copy.deepcopy(model) for one like it."
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; with True, go on from the last checkpoint that is complete."""

@@ -94,15 +94,15 @@ class CombinedLoss:
 
     def _plain(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         """The loss of the Trainer, as its share of the accumulated batch."""
-        inputs, labels = dict(inputs), inputs.get("labels")  # Trainer may take the labels out
         if self.follows_item_count is not False or num_items is None:
             return self.plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
+        labels = inputs.get("labels")  # before Trainer takes them out
         found = self.plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)
         share = self._share(labels, num_items)
         return (found[0] * share, found[1]) if return_outputs else found * share
 
     def _distilled(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
-        loss, outputs = self._plain(model, inputs, True, num_items)
+        loss, outputs = self._plain(model, dict(inputs), True, num_items)
         if self.distillation is None:
             return loss, outputs
         term = self.distillation(outputs, inputs) * self._share(inputs.get("labels"), num_items)

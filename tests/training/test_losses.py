@@ -280,3 +280,19 @@ def test_batch_norm_sees_clean_and_perturbed_samples_apart():
         (F.cross_entropy(logits, inputs["labels"]) + batch.regularizer(logits)).backward()
     assert model.sizes == [4, 4]
     assert model.head.weight.grad.abs().sum() > 0
+
+
+def test_batches_need_not_be_mappings(tmp_path):
+    """Where a compute_loss of the user's takes them."""
+
+    class Pairs(CondLRTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids, labels = inputs
+            return F.cross_entropy(model(ids).logits, labels)
+
+    rows = [(row["input_ids"], row["labels"]) for row in text_data(16)]
+    collate = torch.utils.data.default_collate
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = Pairs(model=convert(dense_bert()), args=args, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert trainer.manifold_step.step_count == 2

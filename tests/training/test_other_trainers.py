@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import random
 from types import SimpleNamespace
 
@@ -110,6 +111,24 @@ def test_dpo(tmp_path, tokenizer):
 
     reference = llama()
     check(make, copy.deepcopy(reference), tmp_path, trl.DPOTrainer)
+
+
+def test_a_dense_reference_is_said(tmp_path, tokenizer, caplog):
+    """`ref_model=None` of a model that was converted in memory."""
+    trl = pytest.importorskip("trl")
+
+    class Factored(FactoredTrainerMixin, trl.DPOTrainer):
+        pass
+
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_key_value_heads=2, pad_token_id=0, **SIZES))
+    dense.save_pretrained(tmp_path / "dense")
+    model = convert(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), rank_ratio=0.4)
+    texts = [" " + text for text in sentences(8)]
+    rows = Dataset.from_dict({"prompt": sentences(4), "chosen": texts[:4], "rejected": texts[4:]})
+    args = trl.DPOConfig(max_length=16, **settings(tmp_path / "out"))
+    with caplog.at_level(logging.WARNING, logger="hf_condlr"):
+        Factored(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    assert "the reference model is dense, and the trained one is factored" in caplog.text
 
 
 def test_reward(tmp_path, tokenizer):
