@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.timing import any_device, run
+from benchmarks.timing import run
 from benchmarks.training_step import Options, Step
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.tables import markdown_table
+from studies.record import any_device
 
 OPERATORS = {
     "matrix products": {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"},

@@ -31,10 +31,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import set_seed
 
 from benchmarks.models import CONFIGS, DTYPES, autocast, batch_for, build, factor, linear_names, tokens_of
-from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
+from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
 from hf_condlr.tables import markdown_table
-from studies.record import option, set_up
+from studies.record import any_device, option, set_up
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
 LORA_RANK = 16

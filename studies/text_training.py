@@ -21,7 +21,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr import (
+    CondLRConfig,
+    CondLRTrainer,
+    CondLRTrainingArguments,
+    FactoredTrainer,
+    get_robust_lowrank_model,
+)
 from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
 from studies.data import data_folder
 from studies.paper.methods import condition_numbers
@@ -214,7 +220,7 @@ class Experiment:
             distillation_weight=setting.distillation,
             **(adversarial if setting.adversarial else {}),
         )
-        trainer_class = FreeTrainer if setting.unconstrained or setting.dense else CondLRTrainer
+        trainer_class = FactoredTrainer if setting.unconstrained or setting.dense else CondLRTrainer
         trainer = trainer_class(
             model=model,
             args=args,
@@ -252,11 +258,3 @@ class Experiment:
     def attacks(self, seed: int) -> list[Attack]:
         """Those that the models of this seed meet."""
         return ATTACKS + SLOW_ATTACKS if seed == self.first_seed else ATTACKS
-
-
-class FreeTrainer(CondLRTrainer):
-    """The same training without the manifold step: unconstrained U, S, V."""
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of transformers' Trainer."""
-        return Trainer.create_optimizer(self, *(() if model is None else (model,)))
