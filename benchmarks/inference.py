@@ -71,13 +71,13 @@ def why_no_compiler(device: torch.device) -> str | None:
     """The reason, or None where `torch.compile` works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(3, device=device))
-    except Exception as error:  # whatever the compiler behind torch dies of
+    except Exception as error:  # any error of the compiler behind torch
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
 
 class Forms:
-    """A model and what becomes of it at one compression ratio."""
+    """A model and its factored forms at one compression ratio."""
 
     def __init__(self, dense: PreTrainedModel, ratio: float, rank_multiple: int, with_compiler: bool) -> None:
         names = linear_names(dense)

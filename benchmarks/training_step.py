@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW, manifold step): time and peak memory of CondLR beside its rivals.
+"""One training step (forward, backward, AdamW, manifold step): time and peak memory of CondLR and its alternatives.
 
 Compared, interleaved in one run, on models with random weights and random inputs:
 
@@ -92,7 +92,7 @@ class Step:
 
 
 def peak_memory(method: str, name: str, options: Options) -> int | None:
-    """Bytes at the peak of a step, to be called in a process of its own; None where nothing tells."""
+    """Bytes at the peak of a step, to be called in a process of its own; None where it cannot be measured."""
     set_up(options.threads)
     device = any_device()
     on_linux = (PROC / "clear_refs").exists()

@@ -1,4 +1,4 @@
-"""A pretrained text encoder on SST-2: the settings that `text_study.py` compares, their models and their trainings."""
+"""A pretrained text encoder on SST-2: models and trainings of the settings that `text_study.py` compares."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class TrainingOptions:
     steps: int = option(150, "Optimizer steps after compression.")
     dense_steps: int = option(432, "Optimizer steps of fine-tuning before it; an epoch.")
     dense_learning_rate: float = option(1e-4, "Learning rate of the fine-tuning.")
-    attacked: int = option(256, "Test sentences that attacks see, drawn once.")
-    calibration_sentences: int = option(512, "Training sentences that starts and ranks see.")
+    attacked: int = option(256, "Number of test sentences that are attacked, drawn once.")
+    calibration_sentences: int = option(512, "Number of training sentences that starts and ranks use.")
     threads: int = option(1, "Threads of torch.")
     output_dir: str = option("outputs/text_study", "Rows, models and results go here.")
 
@@ -256,5 +256,5 @@ class Experiment:
         )
 
     def attacks(self, seed: int) -> list[Attack]:
-        """Those that the models of this seed meet."""
+        """The attacks on models of this seed."""
         return ATTACKS + SLOW_ATTACKS if seed == self.first_seed else ATTACKS

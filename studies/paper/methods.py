@@ -53,7 +53,7 @@ class Method:
 
     @property
     def has_rank(self) -> bool:
-        """Whether a rank ratio means something to it."""
+        """Whether the method takes a rank ratio."""
         return self.kind not in FULL_RANK
 
     @property
