@@ -52,7 +52,7 @@ class Options:
 
 
 def train(folder: Path, options: Options, start_seed: int) -> None:
-    """Train from the last complete checkpoint, if any, to the end; leaves `final.pt`. `start_seed` must not change the result."""
+    """Train from the last complete checkpoint to the end, write `final.pt`. `start_seed` must not change the result."""
     transformers.set_seed(0)
     rows = [{"pixel_values": torch.rand(1, 8, 8), "labels": i % 3} for i in range(48)]
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
