@@ -83,11 +83,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for label, result in results.items():
         times, sent = result["seconds"], result["bytes_written"]
         check = statistics.median(b - a for a, b in zip(times[STEP], times[CHECKED], strict=True))
-        cells = [statistics.median(times[STEP]), check, statistics.median(times[REDUCE])]
-        sizes = [result["bytes_of_factors"], sent[CHECKED] - sent[STEP], sent[REDUCE]]
-        lines.append([label, *(f"{1e3 * cell:,.1f}" for cell in cells), *(f"{size / 1e6:.3f}" for size in sizes)])
-    header = ["model", "step, ms", "drift check, ms", "all-reduce, ms", "factors, MB"]
-    return markdown_table([*header, "sent by the check, MB", "by the all-reduce, MB"], lines)
+        sizes = [f"{x / 1e6:.1f}" for x in (result["bytes_of_factors"], sent[REDUCE])]
+        seconds = [f"{1e3 * x:,.0f}" for x in (statistics.median(times[STEP]), check)]
+        lines.append([label, *sizes, f"{(sent[CHECKED] - sent[STEP]) / 1e3:.1f}", *seconds])
+    header = ["factors", "size, MB", "all-reduce sends, MB", "drift check sends, kB", "step, ms", "drift check, ms"]
+    return markdown_table(header, lines, align="lr")
 
 
 def main() -> None:

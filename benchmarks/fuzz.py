@@ -1,7 +1,7 @@
 """Random cases against the manifold step: models, optimizers, gradients of every bad kind, factors that others change.
 
-`hypothesis` draws a case, runs it, checks the invariants of `fuzz_cases.py` after each of its steps, and shrinks what
-fails to the least case that still does, printed as code. Nothing is remembered between calls.
+`hypothesis` draws a case, runs it, checks the invariants of `fuzz_cases.py` after each of its steps, and shrinks a
+case that fails to the smallest one that still does, printed as code. No state is kept between calls.
 
     python -m benchmarks.fuzz
 """
@@ -32,7 +32,7 @@ configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 
 @dataclass
 class Options:
-    """How long."""
+    """How many steps, and from which seed."""
 
     steps: int = option(100_000, "Least number of optimizer steps.")
     seed: int = option(0, "Seed of the first hundred cases; the next hundred have the next seed.")
@@ -52,7 +52,7 @@ def layers(draw: Any) -> Layer:
 
 
 def steps(most: int) -> st.SearchStrategy[Step]:
-    """One in four with gradients of one bad kind throughout, else of such a kind in up to two factors."""
+    """One step in four has gradients of one bad kind in all factors, the others in at most two factors."""
     kinds = st.sampled_from(list(GRADIENTS))
     others = st.lists(st.tuples(st.integers(0, 11), kinds), max_size=2).map(tuple)
     times = st.sampled_from([n for n in (1, 2, 10, 40) if n <= most])  # to draw a case costs as much as ten steps
@@ -60,7 +60,7 @@ def steps(most: int) -> st.SearchStrategy[Step]:
 
 
 def doings() -> st.SearchStrategy[Do]:
-    """Between two steps."""
+    """What happens between two steps."""
     number = st.integers(0, 11)
     return st.one_of(
         st.builds(Do, st.sampled_from(["settle", "keep", "reload", "return", "freeze", "bases"]), number),
@@ -72,7 +72,7 @@ def doings() -> st.SearchStrategy[Do]:
 
 @st.composite
 def cases(draw: Any, most: int) -> Case:
-    """Everything; `most` is how often a step may be repeated."""
+    """A complete case, in which a step is repeated at most `most` times."""
     step, least = steps(most), draw(st.sampled_from([1, 5, 15]))
     return Case(
         layers=tuple(draw(st.lists(layers(), min_size=1, max_size=3))),

@@ -1,8 +1,8 @@
 """Cases of `fuzz.py` as plain values that print as code, and how one is run against the manifold step and checked.
 
 After every step, in float64 and by NumPy: ‖UᵀU − I‖_F ≤ 1e-5 √r, likewise V; κ(S) ≤ (1 + τ(t))(1 + 1e-4); every factor
-finite, and whatever the optimizer keeps of it. Between two projections only the last two hold. The one error allowed is
-the documented one of a core that would vanish, and after it, too, the model must obey.
+and the optimizer's state of it are finite. Between two projections only the last two hold. The only error allowed is
+the documented one of a core that would vanish, and the model must obey after it, too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """Optimizer steps: every factor's gradient of one kind, but those that `others` names by their number."""
+    """Optimizer steps: gradients of one kind, except for the factors that `others` names by their number."""
 
     seed: int
     gradient: str = "normal"
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Do:
-    """Something between two steps; `number` chooses a layer, `value` is what it needs."""
+    """An event between two steps; `number` chooses a layer or a factor, `value` is the event's argument."""
 
     what: str
     number: int = 0
@@ -223,7 +223,7 @@ class Run:
 
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
-        """A core that would vanish may be refused."""
+        """Counts the documented refusals of a core that would vanish."""
         try:
             yield
         except ConditioningError as error:
@@ -263,7 +263,7 @@ class Run:
 
 
 def run(case: Case) -> Run:
-    """Everything in order, checked after each step; AssertionError where an invariant does not hold."""
+    """Run all events in order and check after each step; AssertionError where an invariant does not hold."""
     with contextlib.ExitStack() as stack:
         if case.ahead:
             stack.enter_context(mock.patch("hf_condlr.manifold.masks.runs_ahead", lambda X: True))

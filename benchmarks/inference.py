@@ -30,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from benchmarks.models import CONFIGS, DTYPES, batch_for, build, factor, linear_names, tokens_of
-from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
+from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import fold_model
 from hf_condlr.tables import markdown_table
-from studies.record import option
+from studies.record import any_device, option
 
 
 @dataclass
@@ -71,13 +71,13 @@ def why_no_compiler(device: torch.device) -> str | None:
     """The reason, or None where `torch.compile` works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(3, device=device))
-    except Exception as error:  # whatever the compiler behind torch dies of
+    except Exception as error:  # any error of the compiler behind torch
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
 
 class Forms:
-    """A model and what becomes of it at one compression ratio."""
+    """A model and its factored forms at one compression ratio."""
 
     def __init__(self, dense: PreTrainedModel, ratio: float, rank_multiple: int, with_compiler: bool) -> None:
         names = linear_names(dense)

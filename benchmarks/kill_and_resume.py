@@ -1,4 +1,4 @@
-"""Trainings killed by SIGKILL at random moments, and started again until they end: what is left at the end, to the bit.
+"""Trainings killed by SIGKILL at random moments, and started again until they end: is the result the same, bit for bit?
 
 A small ViT with dropout on random images, `CondLRTrainer`, AdamW, a cosine schedule, a conditioning warm-up, and a
 checkpoint every fourth step. One training is not interrupted. Others are killed at random moments and go on with
@@ -37,12 +37,12 @@ from hf_condlr.files import replacing
 from hf_condlr.tables import markdown_table
 from studies.record import option, parse, set_up, write_record
 
-LONGEST = 600  # seconds of a training
+LONGEST = 600  # seconds that a training may take
 
 
 @dataclass
 class Options:
-    """How often, and how long a training is."""
+    """Number of kills, and length of a training."""
 
     kills: int = option(30, "Kills of trainings on one process.")
     rank_kills: int = option(5, "Kills of one of two processes.")
@@ -52,7 +52,7 @@ class Options:
 
 
 def train(folder: Path, options: Options, start_seed: int) -> None:
-    """Train from the last complete checkpoint, if any, to the end; leaves `final.pt`. `start_seed` must not matter."""
+    """Train from the last complete checkpoint to the end, write `final.pt`. `start_seed` must not change the result."""
     transformers.set_seed(0)
     rows = [{"pixel_values": torch.rand(1, 8, 8), "labels": i % 3} for i in range(48)]
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -103,7 +103,7 @@ class Dies(TrainerCallback):
 
 
 def equal(x: Any, y: Any) -> bool:
-    """To the bit, at every depth."""
+    """Whether two nested values are equal bit for bit."""
     if isinstance(x, torch.Tensor):
         return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
     if isinstance(x, dict):
@@ -163,7 +163,7 @@ def start(folder: Path, options: Options, seed: int, processes: int) -> list[int
 
 
 def wait(pid: int, seconds: float) -> int | None:
-    """The exit status, negative for a signal; None if it still runs after so long."""
+    """The exit status, negative for a signal; None if it still runs after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -247,7 +247,7 @@ def main() -> None:
         seconds = found["seconds"]
         lived = f"{statistics.mean(seconds):.2f} s (longest {max(seconds):.2f})" if seconds else ""
         rows.append([name, found["kills"], found["while saving"], f"{found['equal']} of {found['trainings']}", lived])
-    header = ["killed", "kills", "of them while saving", "ended equal to the bit", "the other one's end after"]
+    header = ["killed", "kills", "of them while saving", "ended equal bit for bit", "the other process ended after"]
     print(markdown_table(header, rows), *two["said"], sep="\n")
     print("wrote", write_record(options.output, {"one": one, "two": two}, options))
 

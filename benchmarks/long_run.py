@@ -51,7 +51,7 @@ class Options(CommonOptions):
 
 
 def batches(split: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Without end: shuffled, with fresh noise."""
+    """Endless shuffled batches with fresh noise."""
     X, y = split
     generator = torch.Generator().manual_seed(0)
     while True:

@@ -38,7 +38,7 @@ def build(name: str, layers: int | None = None) -> PreTrainedModel:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The linear layers but the head."""
+    """Names of the linear layers, without the head."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "classifier"]
 
 

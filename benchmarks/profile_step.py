@@ -6,8 +6,8 @@ over torch's operators: matrix products; factorisations (Cholesky, triangular in
 else: elementwise operators, checks for finite values, and Python.
 
 The floor is the bare matrix products: two projections, a Gram matrix and the product with its inverse factor for each U
-and V, one factor after the other, after each step. Times are means over all steps, and shares those of the sums: on a
-shared machine the median of a short range is one that nobody interrupted, that of a long one is not.
+and V, one factor after the other, after each step. Times are means over all steps: on a shared
+machine long ranges are interrupted more often than short ones, so that medians would distort the shares.
 
     python -m benchmarks.profile_step --models minilm
     python -m benchmarks.profile_step --models vit-b16 --batch_size 128 --dtype bfloat16
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.timing import any_device, run
+from benchmarks.timing import run
 from benchmarks.training_step import Options, Step
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.tables import markdown_table
+from studies.record import any_device
 
 OPERATORS = {
     "matrix products": {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"},

@@ -34,11 +34,6 @@ def run(options_class: type, measure: Callable[[Any], dict[str, Any]], table: Ca
     print(f"{table(results)}\n\nwrote {path}")
 
 
-def any_device() -> torch.device:
-    """CUDA where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Time of one call, the device's work included.
 

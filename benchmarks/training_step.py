@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW, manifold step): time and peak memory of CondLR beside its rivals.
+"""One training step (forward, backward, AdamW, manifold step): time and peak memory of CondLR and its alternatives.
 
 Compared, interleaved in one run, on models with random weights and random inputs:
 
@@ -31,10 +31,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import set_seed
 
 from benchmarks.models import CONFIGS, DTYPES, autocast, batch_for, build, factor, linear_names, tokens_of
-from benchmarks.timing import CommonOptions, any_device, interleaved, ratios, run, spread
+from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
 from hf_condlr.tables import markdown_table
-from studies.record import option, set_up
+from studies.record import any_device, option, set_up
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
 LORA_RANK = 16
@@ -92,7 +92,7 @@ class Step:
 
 
 def peak_memory(method: str, name: str, options: Options) -> int | None:
-    """Bytes at the peak of a step, to be called in a process of its own; None where nothing tells."""
+    """Bytes at the peak of a step, to be called in a process of its own; None where it cannot be measured."""
     set_up(options.threads)
     device = any_device()
     on_linux = (PROC / "clear_refs").exists()

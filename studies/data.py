@@ -1,33 +1,25 @@
-"""Data of the studies: where they lie, and images as 8-bit tensors, split and cut into batches."""
+"""Data of the studies: where they lie, and MNIST as 8-bit tensors, split and cut into batches."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("fine_label", "label", "labels")
-# Mean and standard deviation of the training pixels in [0, 1], for each channel.
-PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "mnist": ((0.1307,), (0.3081,)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
+from hf_condlr.robustness.attacks import PixelModel
 
 
 @dataclass
 class Split:
-    """Images (N, c, h, w) uint8 and labels (N,)."""
+    """Images (N, 1, h, w) uint8 and labels (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -43,29 +35,11 @@ class Split:
 
     def take(self, index: Tensor) -> Split:
         """The rows of `index`."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> Split:
-        """On another device, all of it: 8-bit images are small."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-
-@dataclass
-class Augmented(Split):
-    """A split whose batches are mirrored with probability ½ and shifted by up to 4 pixels, black beyond the border."""
-
-    generator: torch.Generator
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        pixels, labels = super().batch(index)
-        height, width = pixels.shape[-2:]
-        mirrored = torch.rand(len(index), generator=self.generator) < 0.5
-        corners = torch.randint(0, 9, (len(index), 2), generator=self.generator).tolist()
-        pixels = torch.where(mirrored.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
-        padded = F.pad(pixels, [4] * 4)
-        return torch.stack(
-            [x[:, i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)]
-        ), labels
+        """All images and labels on another device: 8-bit images are small."""
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 def data_folder(name: str, data_dir: str | None = None) -> str:
@@ -78,31 +52,27 @@ def data_folder(name: str, data_dir: str | None = None) -> str:
     return str(Path(folder, name))
 
 
-def load_images(name: str, data_dir: str | None = None, dataset_name: str | None = None) -> dict[str, Split]:
-    """The splits train and test of a folder of parquet files, see `data_folder`, or of a data set on the Hub."""
-    source = dataset_name or data_folder(name, data_dir)
+def load_images(data_dir: str | None = None) -> dict[str, Split]:
+    """The splits train and test of MNIST, from the parquet files of the Hub's `ylecun/mnist` in `data_folder`."""
+    source = data_folder("mnist", data_dir)
     try:
         rows = datasets.load_dataset(source)
-    except (OSError, ValueError) as error:
-        sys.exit(f"The data set {source} cannot be read: {str(error).splitlines()[0]}")
-    if missing := {"train", "test"} - set(rows):
-        sys.exit(f"The data set {source} has no split {' and '.join(sorted(missing))}, but {', '.join(rows)}.")
-    return {split: _read(rows[split], source) for split in ("train", "test")}
+        return {split: _read(rows[split]) for split in ("train", "test")}
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{source} must hold the splits train and test of MNIST, with the columns image and label: {error!r}")
 
 
-def _read(rows: datasets.Dataset, source: str) -> Split:
+def _read(rows: datasets.Dataset) -> Split:
     """All images and labels of a split, in memory."""
-    image, label = (
-        next((name for name in names if name in rows.column_names), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)
-    )
-    if image is None or label is None:
-        sys.exit(f"The data set {source} must have the columns image and label; it has {', '.join(rows.column_names)}.")
-    rows = rows.cast_column(image, datasets.Image(decode=False))  # decoding the bytes ourselves is faster
-    pictures = [Image.open(io.BytesIO(cell["bytes"])) for cell in rows[image]]
-    mode = "L" if pictures[0].mode in ("1", "L") else "RGB"
-    images = torch.from_numpy(np.stack([np.asarray(picture.convert(mode)) for picture in pictures]))
-    images = images.unsqueeze(1) if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(list(rows[label])))
+    # Decoding the bytes ourselves is faster.
+    rows = rows.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
+    pictures = [np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L")) for cell in rows["image"]]
+    return Split(torch.from_numpy(np.stack(pictures)).unsqueeze(1), torch.tensor(list(rows["label"])))
+
+
+def pixel_model(model: nn.Module) -> PixelModel:
+    """The model behind the normalisation of MNIST's training pixels in [0, 1], which is part of what is attacked."""
+    return PixelModel(model, mean=0.1307, std=0.3081)
 
 
 def hold_out(train: Split, validation_images: int, subset: int | None = None) -> tuple[Split, Split]:

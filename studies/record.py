@@ -52,6 +52,11 @@ def set_up(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def any_device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def environment(*options: Any) -> dict[str, Any]:
     """Command, versions, kind of machine, and the fields of the dataclasses `options`."""
     modules = {"hf_condlr": hf_condlr, "torch": torch, "transformers": transformers, "datasets": datasets}

@@ -5,7 +5,7 @@ validation data; attacks see the test split only, and all models the same sample
 model, and a second call goes on from there.
 
     CONDLR_DATA=path/to/data python -m studies.robustness_study --study lenet5 \
-        --record outputs/constant/lenet5_mnist/results.json
+        --record outputs/constant/results.json
     CONDLR_DATA=path/to/data python -m studies.robustness_study --study vit --record outputs/vit_mnist/results.json
     CONDLR_DATA=path/to/data python -m studies.robustness_study --study minilm --record outputs/text_study/results.json
 """
@@ -38,9 +38,8 @@ from hf_condlr.robustness.attacks.corruptions import KINDS
 from hf_condlr.robustness.evaluation.report import plot_reports
 from hf_condlr.tables import markdown_table
 from studies import vit_small
-from studies.data import data_folder, load_images
-from studies.paper.experiments import EXPERIMENTS
-from studies.paper.study import load_trained, pixel_model
+from studies.data import data_folder, load_images, pixel_model
+from studies.paper.study import load_trained
 from studies.record import mean_and_spread, option, parse, set_up, write_record
 from studies.report import summary_table
 from studies.rows import attacked
@@ -87,7 +86,7 @@ def parts(o: Options) -> list[Part]:
         attacks: list[Attack] = [EmbeddingPGD(epsilon, steps=o.steps) for epsilon in EMBEDDING]
         attacks += [CharacterAttack(share) for share in CHARACTERS]
         return [Part(attacks, lambda: load_dataset(data_folder("sst2"))["test"], o.samples)]
-    test = load_images("mnist")["test"]
+    test = load_images()["test"]
     linf, l2, autoattack = BUDGETS[o.study]
     attacks = [FGSM(epsilon) for epsilon in linf]
     attacks += [PGD(epsilon, "linf", steps=o.steps, loss=loss) for loss in ("ce", "margin") for epsilon in linf]
@@ -97,13 +96,12 @@ def parts(o: Options) -> list[Part]:
     return [Part(attacks, partial(test.first, o.samples), o.samples), few]
 
 
-def build(study: str, row: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+def build(study: str, row: dict[str, Any]) -> nn.Module:
     """The trained model of a row, with what lies between pixels or text and its inputs."""
     if study == "lenet5":
-        experiment = EXPERIMENTS[options["experiment"]]
-        return pixel_model(load_trained(row, experiment), experiment).eval()
+        return pixel_model(load_trained(row)).eval()
     if study == "vit":
-        return vit_small.load_trained(row["folder"], options["dataset"])
+        return vit_small.load_trained(row["folder"])
     model = AutoModelForSequenceClassification.from_pretrained(row["folder"]).eval()
     return TextModel(model, AutoTokenizer.from_pretrained(row["folder"]), max_length=MAX_LENGTH)
 
@@ -128,8 +126,7 @@ def main() -> None:
     """Attack what has not been attacked, print the tables, write them, the record and the picture."""
     (o,) = parse(Options)
     set_up(o.threads)
-    record = json.loads(Path(o.record).read_text())
-    rows = [row for row in record["rows"] if not row["diverged"]]
+    rows = [row for row in json.loads(Path(o.record).read_text())["rows"] if not row["diverged"]]
     folder = Path(o.output_dir) / o.study
     folder.mkdir(parents=True, exist_ok=True)
     results, tables = [], [summary_table(rows)]
@@ -140,7 +137,7 @@ def main() -> None:
                 row["label"],
                 part.attacks,
                 part.samples,
-                build=partial(build, o.study, row, record["options"]),
+                build=partial(build, o.study, row),
                 data=part.data,
                 checks=not part.once and row["seed"] in o.checked_seeds,  # AutoAttack is itself a check
                 check_samples=o.check_samples,

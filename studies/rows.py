@@ -16,7 +16,7 @@ from hf_condlr.robustness.attacks import Attack
 from studies.record import logger, write_json
 
 CHECKPOINT = "checkpoint.pt"
-"""What a training that was interrupted goes on from; removed when its row is finished."""
+"""State of a training that is not finished; removed when its row is."""
 
 
 class Rows:
@@ -26,7 +26,7 @@ class Rows:
         self.root = root
 
     def folder(self, name: str, key: Mapping[str, Any]) -> Path:
-        """Its name is `name` in letters and digits, and a digest of `key`, every setting that the row depends on."""
+        """`name` in letters and digits, and a digest of `key`, which holds every setting that the row depends on."""
         return self.root / f"{re.sub(r'[^a-z0-9_.=]+', '-', name.lower())}-{digest(key)}"
 
     def row(self, name: str, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -58,12 +58,12 @@ def attacked(
     clean: Callable[[Any], float] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The part of a row that its test adds, made once and kept in the row's folder, with the report of the attacks.
+    """What the test adds to a row; measured once and kept in the row's folder, with the report of the attacks.
 
     Args:
         folder: Of the row.
         label: Name of the model in the report.
-        attacks: What the test samples meet.
+        attacks: Attacks on the test samples.
         samples: How many of the samples of `data`, drawn once, the same for all models; None: all.
         build: Makes the model.
         data: Makes the test samples.
@@ -107,7 +107,7 @@ def sweep(
     each chosen model.
 
     Args:
-        variants: What is compared: whatever `train` and `test` take.
+        variants: What is compared; passed to `train` and `test`.
         rates: Learning rates.
         seeds: The first one sweeps.
         train: The row of (variant, rate, seed), with `label`, `learning_rate`, `diverged` and `validation_accuracy`.

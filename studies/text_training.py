@@ -1,4 +1,4 @@
-"""A pretrained text encoder on SST-2: the settings that `text_study.py` compares, their models and their trainings."""
+"""A pretrained text encoder on SST-2: models and trainings of the settings that `text_study.py` compares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
+from hf_condlr import (
+    CondLRConfig,
+    CondLRTrainer,
+    CondLRTrainingArguments,
+    FactoredTrainer,
+    get_robust_lowrank_model,
+)
 from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
 from studies.data import data_folder
 from studies.paper.methods import condition_numbers
@@ -82,8 +88,8 @@ class TrainingOptions:
     steps: int = option(150, "Optimizer steps after compression.")
     dense_steps: int = option(432, "Optimizer steps of fine-tuning before it; an epoch.")
     dense_learning_rate: float = option(1e-4, "Learning rate of the fine-tuning.")
-    attacked: int = option(256, "Test sentences that attacks see, drawn once.")
-    calibration_sentences: int = option(512, "Training sentences that starts and ranks see.")
+    attacked: int = option(256, "Number of test sentences that are attacked, drawn once.")
+    calibration_sentences: int = option(512, "Number of training sentences that starts and ranks use.")
     threads: int = option(1, "Threads of torch.")
     output_dir: str = option("outputs/text_study", "Rows, models and results go here.")
 
@@ -214,7 +220,7 @@ class Experiment:
             distillation_weight=setting.distillation,
             **(adversarial if setting.adversarial else {}),
         )
-        trainer_class = FreeTrainer if setting.unconstrained or setting.dense else CondLRTrainer
+        trainer_class = FactoredTrainer if setting.unconstrained or setting.dense else CondLRTrainer
         trainer = trainer_class(
             model=model,
             args=args,
@@ -250,13 +256,5 @@ class Experiment:
         )
 
     def attacks(self, seed: int) -> list[Attack]:
-        """Those that the models of this seed meet."""
+        """The attacks on models of this seed."""
         return ATTACKS + SLOW_ATTACKS if seed == self.first_seed else ATTACKS
-
-
-class FreeTrainer(CondLRTrainer):
-    """The same training without the manifold step: unconstrained U, S, V."""
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of transformers' Trainer."""
-        return Trainer.create_optimizer(self, *(() if model is None else (model,)))

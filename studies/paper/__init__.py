@@ -1,1 +1,1 @@
-"""The published experiments of CondLR (arXiv 2306.01485): `python -m studies.paper.table`."""
+"""The published experiment of CondLR on MNIST (arXiv 2306.01485): `python -m studies.paper.table`."""

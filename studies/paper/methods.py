@@ -10,8 +10,9 @@ from torch.optim import SGD, Optimizer
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model, is_factored
 from studies.paper.baselines import CayleySGD, ProjectedSGD, attach_penalty, stiefel_groups
-from studies.paper.experiments import Experiment
+from studies.paper.lenet5 import LAST_LAYER, LeNet5
 
+MOMENTUM = 0.3
 FULL_RANK = {"dense": SGD, "cayley": CayleySGD, "projected": ProjectedSGD}
 NAMES = "dense, unconstrained, svd_prune, cayley, projected, tau=NUMBER, tau=NUMBER:CENTER or penalty=BETA"
 
@@ -52,7 +53,7 @@ class Method:
 
     @property
     def has_rank(self) -> bool:
-        """Whether a rank ratio means something to it."""
+        """Whether the method takes a rank ratio."""
         return self.kind not in FULL_RANK
 
     @property
@@ -73,22 +74,21 @@ class Method:
         return self.kind in ("tau", "penalty")
 
 
-def build_model(method: Method, experiment: Experiment, seed: int, rank_ratio: float | None) -> nn.Module:
+def build_model(method: Method, seed: int, rank_ratio: float | None) -> nn.Module:
     """A fresh model: for one seed the same dense weights, and the same random factors for all factored methods."""
     torch.manual_seed(seed)
-    model = experiment.network()
+    model = LeNet5()
     if method.kind in FULL_RANK or method.kind == "svd_prune":
         return model
-    return factor(model, method, experiment, rank_ratio, "orthogonal")
+    return factor(model, method, rank_ratio, "orthogonal")
 
 
-def factor(model: nn.Module, method: Method, experiment: Experiment, rank_ratio: float | None, start: str) -> nn.Module:
+def factor(model: nn.Module, method: Method, rank_ratio: float | None, start: str) -> nn.Module:
     """Every convolution and linear layer at `rank_ratio`, the last one at its full rank."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     config = CondLRConfig(
-        target_modules=layers,
+        target_modules=["conv1", "conv2", "fc1", "fc2"],
         rank_ratio=rank_ratio,
-        rank_pattern={experiment.last_layer: 1.0},
+        rank_pattern={LAST_LAYER: 1.0},
         tau=method.tau,
         center=method.center,
         init_weights=start,
@@ -96,16 +96,16 @@ def factor(model: nn.Module, method: Method, experiment: Experiment, rank_ratio:
     return get_robust_lowrank_model(model, config)
 
 
-def prune(model: nn.Module, experiment: Experiment, rank_ratio: float | None) -> nn.Module:
+def prune(model: nn.Module, rank_ratio: float | None) -> nn.Module:
     """A trained dense model truncated to its largest singular values, without training after it."""
-    return factor(model, Method("svd_prune"), experiment, rank_ratio, "svd")
+    return factor(model, Method("svd_prune"), rank_ratio, "svd")
 
 
-def make_optimizer(method: Method, model: nn.Module, learning_rate: float, momentum: float) -> tuple[Optimizer, Any]:
-    """SGD with momentum in the method's form, and the handle of its manifold step where it has one."""
+def make_optimizer(method: Method, model: nn.Module, learning_rate: float) -> tuple[Optimizer, Any]:
+    """SGD with the published momentum in the method's form, and the handle of its manifold step where it has one."""
     if method.kind in ("cayley", "projected"):
-        return FULL_RANK[method.kind](stiefel_groups(model), lr=learning_rate, momentum=momentum), None
-    optimizer = SGD(model.parameters(), lr=learning_rate, momentum=momentum)
+        return FULL_RANK[method.kind](stiefel_groups(model), lr=learning_rate, momentum=MOMENTUM), None
+    optimizer = SGD(model.parameters(), lr=learning_rate, momentum=MOMENTUM)
     if method.kind == "penalty":
         attach_penalty(optimizer, model, method.beta)
     handle = attach_manifold_step(optimizer, model) if method.has_step else None

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.lr_scheduler import MultiStepLR
 
-from hf_condlr.robustness.attacks import PixelModel
-from studies.data import PIXELS, Split, hold_out, load_images
-from studies.paper.experiments import EXPERIMENTS, Experiment
+from studies.data import Split, hold_out, load_images, pixel_model
+from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import Method, build_model, make_optimizer, prune
 from studies.paper.training import accuracy, fit, measure
-from studies.record import option
+from studies.record import any_device, option
 from studies.rows import Rows, attacked
 
 MILESTONES = (70 / 120, 100 / 120)  # of the training; as published
@@ -26,21 +25,13 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a trained model depends on, apart from experiment, method, rank, learning rate and seed."""
+    """What a trained model depends on, apart from method, rank, learning rate and seed."""
 
     epochs: int = option(120, "Passes over the training images; 120 as published.")
     batch_size: int = option(128, "Images of one step.")
     gamma: float = option(0.3, "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate.")
     subset: int | None = option(None, "Number of training images, validation included; all if not given.")
     validation_fraction: float = option(0.25, "Share of the training images held out for the choice of the rate.")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "subset"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be ≥ 1; received {value}")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in (0, 1); received {self.validation_fraction}")
 
 
 @dataclass(frozen=True)
@@ -58,23 +49,21 @@ class Entry:
 
 
 class Study:
-    """Makes the rows that are missing, and keeps them in the folder of the experiment.
+    """Makes the rows that are missing, and keeps them in the output folder.
 
     Args:
         options: `studies.paper.table.Options`.
         training: What all rows have in common.
-        device: Where models are trained.
     """
 
-    def __init__(self, options: Any, training: TrainingOptions, device: torch.device) -> None:
-        self.options, self.training, self.device = options, training, device
-        self.experiment = EXPERIMENTS[options.experiment]
-        self.rows = Rows(Path(options.output_dir) / options.experiment / "rows")
+    def __init__(self, options: Any, training: TrainingOptions) -> None:
+        self.options, self.training, self.device = options, training, any_device()
+        self.rows = Rows(Path(options.output_dir) / "rows")
 
     @functools.cached_property
     def data(self) -> dict[str, Split]:
         """Read when first needed: a call that only prints needs no images."""
-        splits = load_images(self.experiment.dataset, self.options.data_dir, self.options.dataset_name)
+        splits = load_images(self.options.data_dir)
         total = min(len(splits["train"].labels), self.training.subset or len(splits["train"].labels))
         held_out = round(self.training.validation_fraction * total)
         splits["train"], splits["validation"] = hold_out(splits["train"], held_out, total)
@@ -92,17 +81,17 @@ class Study:
             save_model(model, str(folder / WEIGHTS))
             return {"label": entry.label, **facts, **result}
 
-        key = {"experiment": self.options.experiment, **facts, **asdict(self.training)}
-        return self.rows.row(f"{entry.method} {entry.rank_ratio or ''} lr {learning_rate:g} seed {seed}", key, make)
+        name = f"{entry.method} {entry.rank_ratio or ''} lr {learning_rate:g} seed {seed}"
+        return self.rows.row(name, facts | asdict(self.training), make)
 
     def _trained(self, entry: Entry, learning_rate: float, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         method, o = Method.parse(entry.method), self.training
-        model = build_model(method, self.experiment, seed, entry.rank_ratio).to(self.device)
-        optimizer, handle = make_optimizer(method, model, learning_rate, self.experiment.momentum)
+        model = build_model(method, seed, entry.rank_ratio).to(self.device)
+        optimizer, handle = make_optimizer(method, model, learning_rate)
         steps = o.epochs * math.ceil(len(self.data["train"].labels) / o.batch_size)
         schedule = MultiStepLR(optimizer, [round(share * steps) for share in MILESTONES], o.gamma)
         result = fit(
-            pixel_model(model, self.experiment).to(self.device),
+            pixel_model(model).to(self.device),
             optimizer,
             schedule,
             handle,
@@ -110,7 +99,6 @@ class Study:
             epochs=o.epochs,
             batch_size=o.batch_size,
             seed=seed,
-            augment=self.experiment.augment,
             folder=folder,
         )
         return model, result
@@ -119,10 +107,10 @@ class Study:
         """The dense network of the same rate and seed, truncated, without training after it."""
         row = self.train(Entry("dense", None), learning_rate, seed)
         result = {name: row[name] for name in ("training_loss", "diverged", "training_seconds")}
-        model = load_trained(row, self.experiment).to(self.device)
+        model = load_trained(row).to(self.device)
         if not result["diverged"]:
-            model = prune(model, self.experiment, entry.rank_ratio)
-            result |= measure(pixel_model(model, self.experiment).to(self.device), self.data["validation"])
+            model = prune(model, entry.rank_ratio)
+            result |= measure(pixel_model(model).to(self.device), self.data["validation"])
         return model, result
 
     def test(self, entry: Entry, learning_rate: float, seed: int) -> dict[str, Any]:
@@ -131,9 +119,9 @@ class Study:
         return attacked(
             Path(row["folder"]),
             entry.label,
-            self.experiment.attacks,
+            ATTACKS,
             self.options.attacked_images,
-            build=lambda: pixel_model(load_trained(row, self.experiment), self.experiment).to(self.device).eval(),
+            build=lambda: pixel_model(load_trained(row)).to(self.device).eval(),
             data=self.data["test"].first,
             clean=lambda model: accuracy(model, self.data["test"]),
             batch_size=250,
@@ -142,17 +130,11 @@ class Study:
         )
 
 
-def pixel_model(model: torch.nn.Module, experiment: Experiment) -> PixelModel:
-    """The model with the normalisation of pixels in [0, 1] in front."""
-    mean, std = PIXELS[experiment.dataset]
-    return PixelModel(model, mean=mean, std=std)
-
-
-def load_trained(row: dict[str, Any], experiment: Experiment) -> torch.nn.Module:
+def load_trained(row: dict[str, Any]) -> torch.nn.Module:
     """The model of a row, on the CPU, in evaluation mode."""
     method = Method.parse(row["method"])
-    model = build_model(method, experiment, row["seed"], row["rank_ratio"])
+    model = build_model(method, row["seed"], row["rank_ratio"])
     if method.kind == "svd_prune":
-        model = prune(model, experiment, row["rank_ratio"])
+        model = prune(model, row["rank_ratio"])
     load_model(model, str(Path(row["folder"]) / WEIGHTS))
     return model.eval()

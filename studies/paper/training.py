@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hf_condlr import condition_report
 from hf_condlr.files import replacing
 from hf_condlr.robustness.attacks import PixelModel
-from studies.data import Augmented, Split
+from studies.data import Split
 from studies.paper.methods import condition_numbers
 from studies.rows import CHECKPOINT
 
@@ -33,7 +33,6 @@ def fit(
     epochs: int,
     batch_size: int,
     seed: int,
-    augment: bool,
     folder: Path,
 ) -> dict[str, Any]:
     """Train, and measure the trained model on validation images.
@@ -46,30 +45,26 @@ def fit(
         data: Splits train and validation.
         epochs: Passes over the training images.
         batch_size: Images of one step.
-        seed: Of the order and the augmentation of the images: each method sees the same ones in the same order.
-        augment: Whether to mirror and shift training images.
+        seed: Of the order of the images, which is the same for each method.
         folder: Where the checkpoint is kept.
 
     Returns:
         `training_loss`, None for an epoch in which the loss was not finite, which ends the training; `diverged`,
         `training_seconds`, and the results of `measure`.
     """
-    generators = {name: torch.Generator().manual_seed(seed) for name in ("order", "augmentation")}
-    images = data["train"]
-    if augment:
-        images = Augmented(images.images, images.labels, generators["augmentation"])
+    order = torch.Generator().manual_seed(seed)
     # The handle comes last: it looks at the weights when its state is loaded.
     stateful = {"model": model.model, "optimizer": optimizer, "schedule": schedule} | (
         {"step": handle} if handle else {}
     )
-    losses, seconds = load_checkpoint(folder / CHECKPOINT, stateful, generators)
+    losses, seconds = load_checkpoint(folder / CHECKPOINT, stateful, order)
     while len(losses) < epochs and None not in losses:
         start = time.perf_counter()
         model.train()
-        losses.append(one_epoch(model, optimizer, images, generators["order"], batch_size, schedule))
+        losses.append(one_epoch(model, optimizer, data["train"], order, batch_size, schedule))
         seconds += time.perf_counter() - start
         logger.info("  epoch %d of %d: loss %s", len(losses), epochs, losses[-1])
-        save_checkpoint(folder / CHECKPOINT, stateful, generators, losses, seconds)
+        save_checkpoint(folder / CHECKPOINT, stateful, order, losses, seconds)
     result = {"training_loss": losses, "diverged": None in losses, "training_seconds": round(seconds, 1)}
     if handle:
         result["orthonormality_error"] = condition_report(model.model).max_orthonormality_error
@@ -117,27 +112,26 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return correct / len(split.labels)
 
 
-def save_checkpoint(path: Path, stateful: Mapping, generators: Mapping, losses: list, seconds: float) -> None:
+def save_checkpoint(path: Path, stateful: Mapping, order: torch.Generator, losses: list, seconds: float) -> None:
     """Everything that the rest of the training depends on, in one file that replaces the one before."""
     state = {
         "losses": losses,
         "seconds": seconds,
         "stateful": {name: part.state_dict() for name, part in stateful.items()},
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
+        "order": order.get_state(),
         "random": torch.get_rng_state(),
     }
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
-def load_checkpoint(path: Path, stateful: Mapping, generators: Mapping) -> tuple[list[float | None], float]:
+def load_checkpoint(path: Path, stateful: Mapping, order: torch.Generator) -> tuple[list[float | None], float]:
     """Losses of the finished epochs and the seconds spent; nothing where there is no checkpoint."""
     if not path.exists():
         return [], 0.0
     state = torch.load(path, weights_only=True)
     for name, part in stateful.items():
         part.load_state_dict(state["stateful"][name])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
+    order.set_state(state["order"])
     torch.set_rng_state(state["random"])
     return state["losses"], state["seconds"]

@@ -8,15 +8,12 @@ import torch
 from transformers.utils import logging as verbosity
 
 from benchmarks import (
-    forward,
     inference,
     long_run,
     manifold_step,
     models,
-    precision,
     profile_step,
     projection_interval,
-    scaling,
     timing,
     training_step,
 )
@@ -118,21 +115,6 @@ def test_inference_limit_is_that_of_the_formula():
     assert limits["three factors"] == pytest.approx(total / sum(layer.parameters for layer in converted))
 
 
-def test_scaling(run):
-    sizes = ["--ranks", "4", "8", "--widths", "16", "32", "--numbers", "1", "2"]
-    rows, results = run(scaling, "--width", "32", "--rank", "8", "--layers", "2", *sizes, "--rounds", "2")
-    labels = ["rank r", "width m = n", "layers"]
-    points = [
-        [label, size]
-        for label, pair in zip(labels, (("4", "8"), ("16", "32"), ("1", "2")), strict=True)
-        for size in pair
-    ]
-    assert [row[:2] for row in rows[:6]] == points
-    assert [[row[0], row[2]] for row in rows[6:]] == [["rank r", "2.00"], ["width m = n", "1.00"], ["layers", "1.00"]]
-    assert results["rank"]["operations"] == [2 * 8 * 64 * 16, 2 * 8 * 64 * 64]
-    assert scaling.slope([1, 2, 4], [3, 24, 192]) == pytest.approx(3)
-
-
 def test_profile_step(run):
     rows, results = run(profile_step, "--models", "tiny", *TINY, "--rounds", "1")
     parts = ["matrix products", "factorisations", "copies", "elementwise, checks and Python"]
@@ -149,22 +131,6 @@ def test_manifold_step(run, monkeypatch):
     assert [row[0] for row in rows] == list(results["vit-b, rank ratio 0.2"]["seconds"])
     assert len(rows) == 8 and rows[0][3] == "1.00 ×"
     assert 1 < results["vit-b, rank ratio 0.2"]["copies_of_factors"] < 5
-
-
-def test_forward(run, monkeypatch):
-    monkeypatch.setitem(forward.SHAPES, "768x768", (32, 32))
-    options = ["--shapes", "768x768", "--rank_ratios", "0.5", "--rows", "8", "128", "--rounds", "1"]
-    rows, _ = run(forward, *options)
-    assert [row[:3] for row in rows] == [["768x768", "16", "8"], ["768x768", "16", "128"]]
-    assert rows[0][-1] == "1.00" and float(rows[1][-1]) < 0.8  # the layer joins S where rows are many
-
-
-def test_precision(run):
-    settings = ["float32", "bfloat16 autocast", "gradient checkpointing"]
-    rows, results = run(precision, "--model", "tiny", "--steps", "3", "--settings", *settings)
-    assert [row[0] for row in rows] == [*settings, precision.ROUNDED]
-    assert all(results[name]["kappa_over_bound"] < 1 + 1e-4 for name in settings)
-    assert results["gradient checkpointing"]["distance"] == 0 < results["bfloat16 autocast"]["distance"]
 
 
 def test_projection_interval(run):

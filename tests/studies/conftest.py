@@ -2,36 +2,28 @@
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 
 from tests.text_models import reviews
 
 
-def pictures(shape, count, classes, seed, names=("image", "label")):
+def pictures(shape, count, classes, seed):
     """Images whose brightness tells the class, and noise."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, classes, count)
     pixels = generator.integers(0, 60, (count, *shape)) + (190 * labels / classes).reshape(-1, *[1] * len(shape))
-    columns = {names[0]: [Picture.fromarray(p.astype(np.uint8)) for p in pixels], names[1]: labels.tolist()}
-    features = {names[0]: Image(), names[1]: ClassLabel(num_classes=classes)}
-    if names[1] == "fine_label":
-        columns["coarse_label"], features["coarse_label"] = [0] * count, Value("int64")
-    return Dataset.from_dict(columns, features=Features(features))
+    columns = {"image": [Picture.fromarray(p.astype(np.uint8)) for p in pixels], "label": labels.tolist()}
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "label": ClassLabel(num_classes=classes)}))
 
 
 @pytest.fixture(scope="package")
 def data_dir(tmp_path_factory):
-    """A folder of small data sets: MNIST, CIFAR-100 with the columns that it has on the Hub, and SST-2."""
+    """A folder of small data sets: MNIST and SST-2."""
     folder = tmp_path_factory.mktemp("data")
-    for name, shape, classes, names in (
-        ("mnist", (28, 28), 10, ("image", "label")),
-        ("cifar100", (32, 32, 3), 100, ("img", "fine_label")),
-    ):
-        (folder / name).mkdir()
-        for split, count in (("train", 80), ("test", 30)):
-            rows = pictures(shape, count, classes, len(split), names)
-            rows.to_parquet(folder / name / f"{split}.parquet")
+    (folder / "mnist").mkdir()
+    for split, count in (("train", 80), ("test", 30)):
+        pictures((28, 28), count, 10, len(split)).to_parquet(folder / "mnist" / f"{split}.parquet")
     (folder / "sst2").mkdir()
     for seed, split in enumerate(("train", "validation", "test")):
         sentences, labels = reviews(64, seed)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
-from hf_condlr.errors import OptimizerError
 from studies.paper.baselines import attach_penalty, penalty_gradient, penalty_value
 from tests.linalg import cases
 from tests.linalg.reference import array
@@ -124,25 +123,3 @@ def test_the_penalty_keeps_kappa_smaller():
     free, light, heavy = (train(beta) for beta in (0.0, 0.03, 0.3))
     assert heavy < light < free
     assert heavy < 1.5 < free
-
-
-def test_removing_it():
-    model = factored()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach_penalty(optimizer, model, 1.0).remove()
-    before = array(model[0].S)
-    model[0].S.grad = torch.zeros_like(model[0].S)
-    optimizer.step()
-    np.testing.assert_array_equal(array(model[0].S), before)
-
-
-def test_errors():
-    model = factored()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for beta in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(OptimizerError, match=f"beta must be a finite number ≥ 0; received {beta}"):
-            attach_penalty(optimizer, model, beta)
-    with pytest.raises(OptimizerError, match="must have factored layers"):
-        attach_penalty(optimizer, nn.Linear(2, 2), 0.1)
-    with pytest.raises(OptimizerError, match=r"must hold every trainable factor; received 0\.U"):
-        attach_penalty(torch.optim.SGD([model[2].S], lr=0.1), model, 0.1)

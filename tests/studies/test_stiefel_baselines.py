@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from hf_condlr.errors import OptimizerError
 from studies.paper.baselines import CayleySGD, ProjectedSGD, orthonormalize_, stiefel_groups
 from tests.linalg import reference
 from tests.linalg.reference import array
@@ -172,10 +171,9 @@ def test_resuming_from_the_state_equals_no_interruption(optimizer_class):
 
 def test_groups_of_a_model():
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6, 4))
-    model[3].bias.requires_grad_(False)
     constrained, rest = stiefel_groups(model)
     assert [p.shape for p in constrained["params"]] == [(6, 2, 3, 3), (4, 6)]
-    assert len(rest["params"]) == 3
+    assert len(rest["params"]) == 4
     for parameter in constrained["params"]:
         assert reference.orthonormality_error(tall(array(parameter))) < 1e-5
     optimizer = CayleySGD([constrained, rest], lr=0.1)
@@ -183,14 +181,7 @@ def test_groups_of_a_model():
     model(torch.randn(3, 2, 3, 3)).square().sum().backward()
     optimizer.step()
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
-    assert moved == [True] * 5 + [False]
-
-
-def test_a_tied_weight_is_constrained_once():
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    model[1].weight = model[0].weight
-    [group] = stiefel_groups(model)
-    assert len(group["params"]) == 1
+    assert all(moved)
 
 
 def test_orthonormalize_takes_the_nearest():
@@ -198,63 +189,3 @@ def test_orthonormalize_takes_the_nearest():
     parameter = nn.Parameter(W.clone())
     orthonormalize_([parameter])
     np.testing.assert_allclose(array(parameter), reference.polar(array(W)), atol=1e-13)
-
-
-def test_a_closure_is_called_with_gradients():
-    parameter = weight((6, 3))
-    optimizer = CayleySGD([{"params": [parameter], "stiefel": True}], lr=0.1)
-    before = parameter.detach().clone()
-
-    def closure():
-        loss = parameter.sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == pytest.approx(before.sum().item())
-    assert not torch.equal(parameter, before)
-
-
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -0.1}, r"lr must be a finite number ≥ 0; received -0.1"),
-        ({"lr": float("inf")}, "lr must be a finite number ≥ 0; received inf"),
-        ({"lr": 0.1, "momentum": 1.0}, r"momentum must be in \[0, 1\); received 1.0"),
-    ],
-)
-def test_wrong_options(optimizer_class, options, message):
-    with pytest.raises(OptimizerError, match=message):
-        optimizer_class([weight((3, 2))], **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"iterations": 1}, "iterations must be at least 2; received 1"),
-        ({"contraction": 1.0}, r"contraction must be in \(0, 1\); received 1.0"),
-    ],
-)
-def test_wrong_options_of_cayley(options, message):
-    with pytest.raises(OptimizerError, match=message):
-        CayleySGD([weight((3, 2))], lr=0.1, **options)
-
-
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-@pytest.mark.parametrize(
-    ("parameter", "message"),
-    [
-        (torch.ones(()), r"at least two dimensions; received shape \(\)"),
-        (torch.ones(3), r"at least two dimensions; received shape \(3,\)"),
-        (torch.eye(3, dtype=torch.bfloat16), "float32 or float64.*received torch.bfloat16"),
-        (torch.ones(3, 2), r"orthonormal from the start; received .* for shape \(3, 2\).*orthonormalize_"),
-    ],
-)
-def test_parameters_that_cannot_be_constrained(optimizer_class, parameter, message):
-    group = {"params": [nn.Parameter(parameter)], "stiefel": True}
-    with pytest.raises(OptimizerError, match=message):
-        optimizer_class([group], lr=0.1)
-    optimizer = optimizer_class([nn.Parameter(torch.ones(3))], lr=0.1)
-    with pytest.raises(OptimizerError, match=message):
-        optimizer.add_param_group(group)
-    assert len(optimizer.param_groups) == 1

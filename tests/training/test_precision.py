@@ -1,7 +1,4 @@
-"""Settings that change the arithmetic of a training: autocast, skipped steps, recomputed and compiled passes, 8 bits.
-
-`python -m benchmarks.precision` measures them at a larger size.
-"""
+"""Settings that change the arithmetic of a training: autocast, skipped steps, recomputation, compilation, 8 bits."""
 
 import copy
 import math

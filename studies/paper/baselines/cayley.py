@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_condlr.linalg import retract_cholesky, retract_qr
-from studies.paper.baselines.stiefel import StiefelSGD, check_option
+from studies.paper.baselines.stiefel import StiefelSGD
 
 
 class CayleySGD(StiefelSGD):
@@ -39,21 +39,12 @@ class CayleySGD(StiefelSGD):
         momentum: β.
         iterations: s, of the fixed-point iteration.
         contraction: q in (0, 1), its factor at most.
-
-    Raises:
-        OptimizerError: An option is out of its range, or a weight is not orthonormal.
     """
 
     def __init__(
         self, params: Any, lr: float, *, momentum: float = 0.0, iterations: int = 2, contraction: float = 0.5
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, iterations=iterations, contraction=contraction)
-
-    def check(self, group: dict[str, Any]) -> None:
-        """Raise `OptimizerError` for options and weights that the step cannot be taken with."""
-        check_option("iterations", group["iterations"], group["iterations"] >= 2, "at least 2")
-        check_option("contraction", group["contraction"], 0 < group["contraction"] < 1, "in (0, 1)")
-        super().check(group)
 
     def stiefel_step(self, X: Tensor, G: Tensor, M: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The next weight and momentum, (p, q) each."""

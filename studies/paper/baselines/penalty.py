@@ -6,18 +6,12 @@ attacks* (arXiv 2505.08022): κ(S) ≤ exp(R(S)/(√2 σ_r²)).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_condlr.layers import factored_layers
-from hf_condlr.manifold.optimizers import check_optimizer
-from studies.paper.baselines.stiefel import check_option
 
 
 def penalty_value(S: Tensor) -> Tensor:  # (*, r, r) -> (*,)
@@ -40,29 +34,20 @@ def penalty_gradient(S: Tensor) -> Tensor:  # (*, r, r) -> (*, r, r)
     return (gradient * scale[..., None, None]).to(S.dtype)
 
 
-def attach_penalty(optimizer: Any, model: nn.Module, beta: float) -> RemovableHandle:
+def attach_penalty(optimizer: torch.optim.Optimizer, model: nn.Module, beta: float) -> None:
     """Add β Σ R(S), over the factored layers, to what `optimizer` minimises: S.grad receives its gradient at each step.
 
     With `tau=inf` and `attach_manifold_step` this is training with orthonormal bases and a soft penalty. Call this
     first and `attach_manifold_step` after it: hooks run in the order in which they were made, and the manifold step
     takes S.grad out of a step if it is not finite. A core without a gradient does not move. Gradient clipping does not
-    see the penalty. A copy of the optimizer has lost it.
+    see the penalty.
 
     Args:
-        optimizer: Any `torch.optim.Optimizer` that holds the factors, or accelerate's wrapper of it.
-        model: With `LowRankLinear` or `LowRankConv2d` layers.
+        optimizer: Holds the factors of `model`.
+        model: Has `LowRankLinear` or `LowRankConv2d` layers.
         beta: β ≥ 0.
-
-    Returns:
-        A handle, to `remove()` it.
-
-    Raises:
-        OptimizerError: β is negative or not finite, the model has no factored layers, or the optimizer misses factors.
     """
-    check_option("beta", beta, 0 <= beta < math.inf, "a finite number ≥ 0")
-    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    layers = factored_layers(extract_model_from_parallel(model, keep_torch_compile=False))
-    check_optimizer(inner, layers)
+    layers = factored_layers(model)
 
     @torch.no_grad()
     def add_gradients(*_: Any) -> None:
@@ -70,8 +55,7 @@ def attach_penalty(optimizer: Any, model: nn.Module, beta: float) -> RemovableHa
             if layer.S.grad is not None:
                 layer.S.grad.add_(penalty_gradient(layer.S.detach()), alpha=beta)
 
-    handle: RemovableHandle = inner.register_step_pre_hook(add_gradients)
-    return handle
+    optimizer.register_step_pre_hook(add_gradients)
 
 
 def _scaled(S: Tensor) -> tuple[Tensor, Tensor]:  # (*, r, r) -> (*, r, r), (*,)

@@ -30,9 +30,6 @@ class ProjectedSGD(StiefelSGD):
             get plain SGD with momentum.
         lr: Step size.
         momentum: β.
-
-    Raises:
-        OptimizerError: An option is out of its range, or a weight is not orthonormal.
     """
 
     def __init__(self, params: Any, lr: float, *, momentum: float = 0.0) -> None:
