@@ -2,7 +2,7 @@
 
     python recipes/demo.py --seeds 0 1 2      # mean ± standard deviation; one seed by default
 
-Trains a small dense ViT, then continues from it with each method, everything else alike: epochs, sweep of learning
+Trains a small dense ViT, then continues from it with each method, everything else equal: epochs, sweep of learning
 rates, attacks. Prints a table, and draws `demo.png`. Copy this file and change it: it needs no other.
 """
 
@@ -98,7 +98,7 @@ def normalized(images: Dataset, processor: Any) -> Dataset:
 def train(
     args: Arguments, model: Any, data: DatasetDict, processor: Any, method: str, rate: float, epochs: int, seed: int
 ) -> Trainer:
-    """One training, after which the Trainer holds the model."""
+    """Train one model; the Trainer holds it afterwards."""
     training_args = CondLRTrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=epochs,

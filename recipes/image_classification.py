@@ -5,7 +5,7 @@ r"""Train an image classifier dense, at low rank, or at low rank with bounded co
     accelerate launch image_classification.py configs/mnist.yaml --learning_rate 1e-3
 
 Any classifier of `AutoModelForImageClassification`, pretrained or with random weights; any data set that
-`datasets.load_dataset` reads. Killed and started again with the same command it goes on from its last checkpoint.
+`datasets.load_dataset` reads. Killed and started again with the same command it resumes from its last checkpoint.
 Copy this file and change it: it needs no other.
 """
 
@@ -43,6 +43,7 @@ from hf_condlr import (
     find_column,
     get_robust_lowrank_model,
     labelled,
+    require_readable,
     train_and_save,
     trainer_class,
     write_results,
@@ -78,12 +79,14 @@ def load_data(args: ImageArguments, processes: int) -> DatasetDict:
     data = args.load()
     columns = data["train"].features
     image = find_column(columns, "image_column", args.image_column, lambda _, kind: isinstance(kind, Image), "images")
+    classes = "class labels"
     label = find_column(
-        columns, "label_column", args.label_column, lambda _, kind: isinstance(kind, ClassLabel), "class labels"
+        columns, "label_column", args.label_column, lambda _, kind: isinstance(kind, ClassLabel), classes
     )
     data = args.hold_out(labelled(data, label, {image: "image"}), "labels")
     data = data.cast_column("image", Image(decode=False))
-    return args.drop_unreadable(data, unreadable, processes=processes)
+    require_readable(data, unreadable, processes=processes)
+    return data
 
 
 def unreadable(row: dict[str, Any]) -> str | None:
@@ -148,7 +151,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator, flip: bool, paddin
 
 
 def build_processor(args: ModelArguments, train: Dataset) -> Any:
-    """The model's own; for random weights one that resizes to its image size and normalises by training images."""
+    """The model's; for random weights one that resizes to its image size and normalises by training images."""
     if args.model_name_or_path is not None:
         return AutoImageProcessor.from_pretrained(args.model_name_or_path)
     config = args.config()
@@ -163,7 +166,7 @@ def build_processor(args: ModelArguments, train: Dataset) -> Any:
 
 
 def channels(config: Any) -> int:
-    """Of the images that the model takes."""
+    """Number of channels of the images that the model takes."""
     return getattr(config, "num_channels", 3)
 
 
@@ -182,10 +185,10 @@ def build_teacher(name: str | None, model: PreTrainedModel) -> dict[str, PreTrai
 
 
 class Augmentation:
-    """Augments each training batch on its device. To be put before a Trainer class.
+    """Augments each training batch on its device; put it before a Trainer class.
 
     What is drawn depends on the seed, the step, the part of its accumulated batch and the process, so that a training
-    that was killed and goes on draws what an uninterrupted one would have drawn.
+    that was killed and resumed draws what an uninterrupted one would have drawn.
     """
 
     flip, padding = False, 0
@@ -218,7 +221,6 @@ def main(
     # Everything that can be refused without data is refused now.
     attack_args.make_attacks("pixels")
     model_args.config(AutoModelForImageClassification)
-    model_args.warn_about_ignored(training_args)
     training_args.remove_unused_columns = False  # the transforms read the column of images
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
@@ -239,8 +241,7 @@ def main(
     # Conversion: each linear layer becomes U S Vᵀ
     if model_args.converts(model):
         config = model_args.condlr_config()
-        calibration = inputs["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        calibration = inputs["train"].shuffle(seed=0).take(CALIBRATION_SAMPLES)
         loader = DataLoader(calibration, batch_size=32, collate_fn=default_data_collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

@@ -7,7 +7,7 @@ r"""Fine-tune a causal language model dense, at low rank, or at low rank with bo
 
 Reports the perplexity before training (of a low-rank model: after its compression) and after it. Any model of
 `AutoModelForCausalLM`, pretrained or with random weights; any data set with a column of text that
-`datasets.load_dataset` reads, or .txt files. Killed and started again with the same command it goes on from its last
+`datasets.load_dataset` reads, or .txt files. Killed and started again with the same command it resumes from its last
 checkpoint. Copy this file and change it: it needs no other.
 """
 
@@ -40,6 +40,7 @@ from hf_condlr import (
     checkpoint_to_resume,
     find_column,
     get_robust_lowrank_model,
+    require_readable,
     train_and_save,
     trainer_class,
     write_results,
@@ -81,13 +82,10 @@ def load_data(args: TextArguments) -> DatasetDict:
     name = find_column(columns, "text_column", args.text_column, is_text, "text")
     if not is_text(name, columns[name]):
         raise ValueError(f"text_column must hold text; received {name}, of {columns[name]}")
-    for split, rows in data.items():
-        if name not in rows.column_names:
-            raise ValueError(f"the {split} split must have the column {name}; received {', '.join(rows.column_names)}")
-        data[split] = rows.select_columns([name, "source_row"]).rename_columns(
-            {name: "text", "source_row": "source_row"}
-        )
-    data = args.drop_unreadable(data, lambda row: "no text" if row["text"] is None else None)
+    data = data.select_columns([name, "source_row"])
+    if name != "text":
+        data = data.rename_column(name, "text")
+    require_readable(data, lambda row: "no text" if row["text"] is None else None)
     data = data.filter(lambda row: bool(row["text"].strip()))
     empty = [split for split, rows in data.items() if not len(rows)]
     if empty:
@@ -184,7 +182,7 @@ def block_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:  # (B, T, v
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Of all blocks, each of them once: Trainer's mean loss counts some twice where there are several processes."""
+    """Perplexity over all blocks, each counted once: Trainer's mean loss counts some twice with several processes."""
     return {"perplexity": math.exp(min(float(prediction.predictions.mean()), 700.0))}  # more is no float
 
 
@@ -201,7 +199,6 @@ def main(model_args: ModelArguments, data_args: TextArguments, training_args: Co
     if training_args.adversarial_attack != "none":
         raise ValueError(f"only classifiers are trained on attacks; received {training_args.adversarial_attack}")
     model_args.config(AutoModelForCausalLM)
-    model_args.warn_about_ignored(training_args)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache
@@ -219,8 +216,7 @@ def main(model_args: ModelArguments, data_args: TextArguments, training_args: Co
     # Conversion: each linear layer becomes U S Vᵀ; embeddings that are also the output layer stay dense and tied
     if model_args.converts(model):
         config = model_args.condlr_config()
-        calibration = blocks["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        calibration = blocks["train"].shuffle(seed=0).take(CALIBRATION_SAMPLES)
         loader = DataLoader(calibration, batch_size=8, collate_fn=default_data_collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

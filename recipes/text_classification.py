@@ -6,7 +6,7 @@ r"""Train a text classifier dense, at low rank, or at low rank with bounded cond
 
 Any classifier of `AutoModelForSequenceClassification`, encoder or decoder, pretrained or with random weights; any data
 set of one or two columns of text that `datasets.load_dataset` reads. Killed and started again with the same command it
-goes on from its last checkpoint. Copy this file and change it: it needs no other.
+resumes from its last checkpoint. Copy this file and change it: it needs no other.
 """
 
 import inspect
@@ -40,6 +40,7 @@ from hf_condlr import (
     find_column,
     get_robust_lowrank_model,
     labelled,
+    require_readable,
     train_and_save,
     trainer_class,
     write_results,
@@ -95,7 +96,8 @@ def load_data(args: TextArguments) -> DatasetDict:
     )
     names = dict(zip(text_columns(args, columns, label), ("text", "text_pair"), strict=False))
     data = args.hold_out(labelled(data, label, names), "labels")
-    return args.drop_unreadable(data, unreadable)
+    require_readable(data, unreadable)
+    return data
 
 
 def text_columns(args: TextArguments, columns: Mapping[str, Any], label: str) -> list[str]:
@@ -237,7 +239,6 @@ def main(
     # Everything that can be refused without data is refused now.
     attack_args.make_attacks("tokens", "texts")
     model_args.config(AutoModelForSequenceClassification)
-    model_args.warn_about_ignored(training_args)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache
@@ -257,8 +258,7 @@ def main(
     # Conversion: each linear layer becomes U S Vᵀ
     if model_args.converts(model):
         config = model_args.condlr_config()
-        calibration = tokens["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        calibration = tokens["train"].shuffle(seed=0).take(CALIBRATION_SAMPLES)
         loader = DataLoader(calibration, batch_size=32, collate_fn=collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

@@ -75,7 +75,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(call, tmp_path, ca
     shutil.copytree(first, tmp_path / "out" / first.name)
     shutil.copy(whole / "settings.json", tmp_path / "out")
     out = call(**options)
-    assert f"going on from {out / first.name}" in caplog.text
+    assert f"resuming from {out / first.name}" in caplog.text
     names = ("start_perplexity", "eval_perplexity", "test_perplexity", "test_kappa_max")
     before, after = (read(folder / "all_results.json") for folder in (whole, out))
     assert [after[name] for name in names] == pytest.approx([before[name] for name in names], rel=1e-6)
@@ -113,9 +113,9 @@ def test_what_no_language_model_can_be_trained_on(call, wrong, message):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a b", None], "received 1 that are not: no text in row 1 of the train split"),
+        (["a b", None], "received no text in row 1 of the train split"),
         (["", " "], "a split must hold text; received none in train"),
-        (["a b"], "a validation split must be held out; received 1 rows"),
+        (["a b"], "the resulting train set will be empty"),
         ([1, 2], "one column of text, or --text_column must name it; received none"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_wrong_argument_is_one_line(recipe, capsys, wrong, message):
             "text_columns must hold text, as te",
         ),
         ({"text": ["x", "y"]}, {}, "one column of class labels, or --label_column must name it; received none"),
-        ({"text": ["x", None] * 4, "label": [0, 1] * 4}, {}, r"2 that are not: no text in row \d of the train split"),
+        ({"text": ["x", None] * 4, "label": [0, 1] * 4}, {}, r"received no text in row \d of the train split"),
     ],
 )
 def test_data_that_do_not_fit(recipe, tmp_path, columns, options, message):

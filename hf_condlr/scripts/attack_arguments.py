@@ -19,15 +19,10 @@ class AttackArguments:
 
     attacks: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "pgd-linf, pgd-linf-margin, fgsm, ...; for texts pgd-embedding, characters; none by default."
-        },
+        metadata={"help": "pgd-linf, pgd-linf-margin, fgsm, ...; for texts pgd-embedding, characters; default: none."},
     )
     epsilons: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Budgets of each attack, numbers or fractions (8/255): for pixels in [0, 1], shares of texts."
-        },
+        default_factory=list, metadata={"help": "Budgets of each attack (8/255): of pixels in [0, 1], shares of texts."}
     )
     attack_steps: int | None = field(default=None, metadata={"help": "Gradient steps of the attacks that have them."})
     max_attack_samples: int | None = field(
@@ -58,28 +53,19 @@ class AttackArguments:
         return attacks
 
     def require_unsharded(self, trainer: Trainer) -> None:
-        """Refuse attacks, at the end or in training, on a model that FSDP shards.
-
-        Raises:
-            ConfigError: Attacks are asked for, and the model is sharded.
-        """
-        asked = self.attacks + [
-            name for name in [getattr(trainer.args, "adversarial_attack", "none")] if name != "none"
-        ]
-        _check(
-            not asked or not trainer.is_fsdp_enabled,
-            "attacks need the full model on every process, and FSDP shards it",
-            ", ".join(asked),
-            "Leave the attacks out, attack the saved model, or use DDP.",
-        )
+        """Raise a ConfigError if FSDP shards a model that is to be attacked, at the end or in training."""
+        asked = {*self.attacks, getattr(trainer.args, "adversarial_attack", "none")} - {"none"}
+        rule = "attacks need the full model on every process, and FSDP shards it"
+        remedy = "Leave the attacks out, attack the saved model, or use DDP."
+        _check(not asked or not trainer.is_fsdp_enabled, rule, ", ".join(sorted(asked)), remedy)
 
     def evaluate(self, trainer: Trainer, dataset: Any, split: str) -> tuple[dict[str, float], RobustnessReport | None]:
         """Attack the trained model; batches that are done are kept in `output_dir/attacks` for a restart.
 
         Args:
-            trainer: Its model, and its `processing_class` for that.
+            trainer: Its model is attacked, on what its `processing_class` makes of the data.
             dataset: Images or texts and labels, as `evaluate_robustness` takes them.
-            split: What the data are called in the metrics.
+            split: Name of the data in the metrics.
 
         Returns:
             Metrics such as test_accuracy_pgd_linf_0.05 and test_robust_accuracy, and the report; without attacks none.
