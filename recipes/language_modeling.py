@@ -49,8 +49,6 @@ from hf_condlr import (
 BLOCK_SIZE = 1024  # at most, where the model takes more
 CALIBRATION_SAMPLES = 512  # training blocks that init_weights and rank_allocation measure, where they depend on data
 
-# ---------------------------------------------------------------------------------------------------------- arguments
-
 
 @dataclass
 class TextArguments(DatasetArguments):
@@ -62,20 +60,12 @@ class TextArguments(DatasetArguments):
         metadata={"help": f"Tokens of a training sample; by default what the model takes, {BLOCK_SIZE} at most."},
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"block_size must be ≥ 2; received {self.block_size}")
-
-
-# --------------------------------------------------------------------------------------------------------------- data
-
 
 def load_data(args: TextArguments) -> DatasetDict:
     """Splits train, validation and perhaps test of the columns text and source_row; empty texts are left out."""
 
     def is_text(name: str, kind: Any) -> bool:
-        return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+        return getattr(kind, "dtype", None) in ("string", "large_string")
 
     data = args.load()
     columns = data["train"].features
@@ -124,9 +114,6 @@ def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
     return packed
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer and model
-
-
 def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
     """The model's own; for random weights one of byte pairs, trained on the training texts."""
     if args.model_name_or_path is not None:
@@ -156,8 +143,8 @@ def load_model(args: ModelArguments, tokenizer: Any) -> PreTrainedModel:
 def choose_block_size(asked: int | None, model: PreTrainedModel) -> int:
     """What is asked for, or what the model takes, up to BLOCK_SIZE."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is not None and most is not None and asked > most:
-        raise ValueError(f"block_size must be ≤ {most}, the model's positions; received {asked}")
+    if asked is not None and not 2 <= asked <= (most or asked):
+        raise ValueError(f"block_size must lie in [2, {most}], the model's positions; received {asked}")
     return asked or min(most or BLOCK_SIZE, BLOCK_SIZE)
 
 
@@ -169,9 +156,6 @@ def build_teacher(name: str | None, tokenizer: Any) -> dict[str, PreTrainedModel
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"teacher and student must have the same tokens; received {len(own)} and {len(tokenizer)}")
     return {"teacher": AutoModelForCausalLM.from_pretrained(name)}
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 def block_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:  # (B, T, vocabulary), (B, T) -> (B,)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -21,15 +20,12 @@ class DenseTrainer(FactoredTrainer):
     """For dense models, on the same adversarial samples as the other methods."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
-        self._restore(resume_from_checkpoint, args[0] if args else self.model)
+        """Load with `from_pretrained`: Trainer skips weights whose names on disk are not the model's own (ViT's)."""
+        bare: Any = self.accelerator.unwrap_model(self.model)
+        bare.load_state_dict(type(bare).from_pretrained(resume_from_checkpoint, dtype=bare.dtype).state_dict())
 
     def _load_best_model(self) -> None:
-        self._restore(self.state.best_model_checkpoint, self.model)
-
-    def _restore(self, folder: str, model: nn.Module) -> None:
-        """Load with `from_pretrained`: Trainer skips weights whose names on disk are not the model's own (ViT's)."""
-        bare: Any = self.accelerator.unwrap_model(model)
-        bare.load_state_dict(type(bare).from_pretrained(folder, dtype=bare.dtype).state_dict())
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def trainer_class(method: str) -> type[Trainer]:

@@ -12,7 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import ModelCard
 from PIL import Image as Picture
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from tests.checkpoints.hub_server import Hub
 from tests.recipes.recipe_runs import IMAGES, METHODS, RECIPES, copied, launch, parse, read, run, words
@@ -178,20 +178,16 @@ def rows(recipe, *images):
     return data.cast_column("image", Image(decode=False))
 
 
-def test_grey_and_colour_images_become_what_the_model_takes(recipe, caplog):
+def test_grey_and_colour_images_become_what_the_model_takes(recipe):
     grey, red = Picture.new("L", (8, 8), 51), Picture.new("RGB", (8, 8), (255, 0, 0))
     processor = recipe.ViTImageProcessorPil(size={"height": 8, "width": 8}, do_normalize=False)
-    data = rows(recipe, grey, red)
-    colour = recipe.Transform(processor, 3)(data[:])["pixel_values"]
+    data, takes = rows(recipe, grey, red), lambda channels: PreTrainedConfig(num_channels=channels)
+    colour = recipe.Transform(processor, takes(3))(data[:])["pixel_values"]
     assert torch.equal(colour[0], torch.full((3, 8, 8), 0.2)) and colour[1, :, 0, 0].tolist() == [1, 0, 0]
-    weighed = recipe.Transform(processor, 1)(data[:])["pixel_values"]
+    weighed = recipe.Transform(processor, takes(1))(data[:])["pixel_values"]
     assert weighed[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.299], abs=2e-3)
-    recipe.warn_of_colours(data, 1)
-    assert not caplog.messages
-    recipe.warn_of_colours(data, 3)
-    assert caplog.messages == ["grey images (the first of the training split) are converted for a colour model"]
     with pytest.raises(ValueError, match=r"must take images of 1 or 3 channels; received 4"):
-        recipe.Transform(processor, 4)
+        recipe.Transform(processor, takes(4))
 
 
 def test_sixteen_bits_are_refused_rather_than_cut_off_and_no_image_too(recipe):
@@ -305,7 +301,7 @@ def test_two_processes_under_autocast_killed_started_again_and_pushed(place, tmp
 
 def test_a_wrong_argument_is_one_line(recipe, capsys):
     for wrong, message in (
-        ({"crop_padding": -1}, "crop_padding must be ≥ 0; received -1"),
+        ({"validation_fraction": 1.5}, "validation_fraction must lie in (0, 1); received 1.5"),
         ({"method": "robust"}, "method must be one of dense, lowrank, condlr; received 'robust'"),
     ):
         with pytest.raises(SystemExit):

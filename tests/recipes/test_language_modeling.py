@@ -98,7 +98,7 @@ def test_paragraphs_of_a_text_file_distilled_with_an_activation_aware_start(call
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"block_size": 33}, "block_size must be ≤ 32, the model's positions; received 33"),
+        ({"block_size": 33}, r"block_size must lie in \[2, 32\], the model's positions; received 33"),
         ({"text_column": "body"}, "text_column must be one of text; received 'body'"),
         ({"max_eval_samples": 1}, r"the validation split must fill a block of 32 tokens; received \d+\. Lower block"),
         ({"adversarial_attack": "fgsm", "adversarial_epsilon": 0.1}, "only classifiers are trained on attacks"),
