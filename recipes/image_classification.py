@@ -183,9 +183,7 @@ def main(
     training_args: CondLRTrainingArguments,
 ) -> None:
     """Train, save, evaluate, attack."""
-    # Everything that can be refused without data is refused now.
     attack_args.make_attacks("pixels")
-    model_args.config(AutoModelForImageClassification)
     training_args.remove_unused_columns = False  # the transforms read the column of images
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 

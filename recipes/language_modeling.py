@@ -179,10 +179,8 @@ def at_start(trainer: Trainer) -> dict[str, float]:
 
 def main(model_args: ModelArguments, data_args: TextArguments, training_args: CondLRTrainingArguments) -> None:
     """Evaluate, train, save, evaluate."""
-    # Everything that can be refused without data is refused now.
     if training_args.adversarial_attack != "none":
         raise ValueError(f"only classifiers are trained on attacks; received {training_args.adversarial_attack}")
-    model_args.config(AutoModelForCausalLM)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache

@@ -195,9 +195,7 @@ def main(
     training_args: CondLRTrainingArguments,
 ) -> None:
     """Train, save, evaluate, attack."""
-    # Everything that can be refused without data is refused now.
     attack_args.make_attacks("tokens", "texts")
-    model_args.config(AutoModelForSequenceClassification)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache

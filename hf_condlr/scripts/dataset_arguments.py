@@ -10,7 +10,8 @@ from typing import Any
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
-from hf_condlr.errors import ConfigError, EvaluationError, listed, require
+from hf_condlr.errors import EvaluationError, listed
+from hf_condlr.scripts.options import check, check_data, option
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
@@ -22,22 +23,17 @@ class DatasetArguments:
     dataset_name: str = field(
         metadata={"help": "Name on the Hub; a folder of images (train/cat/1.png) or of files (train.csv); or a file."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration, where there are several."})
-    validation_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the training split that is held out where there is no validation."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many, for a try."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on this many, for a try."})
+    dataset_config_name: str | None = option(None, "Configuration, where there are several.")
+    validation_fraction: float = option(0.15, "Share of the training split to hold out where there is no validation.")
+    max_train_samples: int | None = option(None, "Train on this many, for a try.")
+    max_eval_samples: int | None = option(None, "Validate and test on this many, for a try.")
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
-            remedy = "Leave it out to take all."
-            require(
-                value is None or value >= 1, f"{name} must be ≥ 1", received=value, remedy=remedy, error=ConfigError
-            )
-        share, rule = self.validation_fraction, "validation_fraction must lie in (0, 1)"
-        require(0 < share < 1, rule, received=share, remedy="For example 0.15.", error=ConfigError)
+            check(value is None or value >= 1, f"{name} must be ≥ 1", value, "Leave it out to take all.")
+        share = self.validation_fraction
+        check(0 < share < 1, "validation_fraction must lie in (0, 1)", share, "For example 0.15.")
 
     @property
     def hub_name(self) -> str | None:
@@ -67,9 +63,11 @@ class DatasetArguments:
             message = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
             rule = f"{path} must be a data set that load_dataset reads, without an empty split"
             raise EvaluationError(rule, received=message, remedy="Name another one, or repair its files.") from error
-        _require("train" in data, "the data must have a split named train", list(data), "Name its files or folder so.")
+        check_data(
+            "train" in data, "the data must have a split named train", list(data), "Name its files or folder so."
+        )
         empty = [name for name, rows in data.items() if not len(rows)]
-        _require(not empty, "a split must have rows", f"none in {', '.join(empty)}", "Fill it, or remove it.")
+        check_data(not empty, "a split must have rows", f"none in {', '.join(empty)}", "Fill it, or remove it.")
         splits = DatasetDict({split: data[split] for split in ("train", "validation", "test") if split in data})
         for split, rows in splits.items():
             splits[split] = rows.add_column("source_row", [f"row {i} of the {split} split" for i in range(len(rows))])
@@ -114,14 +112,10 @@ def require_readable(data: DatasetDict, problem: Callable[[Any], str | None], *,
         )
         found = zip(checked["problem"], rows["source_row"], strict=True)
         wrong += [f"{text} in {place}" for text, place in found if text]
-    _require(not wrong, "every row must be readable", listed(wrong), "Repair or remove them.")
+    check_data(not wrong, "every row must be readable", listed(wrong), "Repair or remove them.")
 
 
 def _holds_only_text(folder: Path) -> bool:
     """Whether all files are .txt, at any depth: a license or a list of classes may lie next to other data."""
     files = (path for path in folder.rglob("*.*") if path.name != "README.md" and not path.name.startswith("."))
     return {path.suffix for path in files if path.is_file()} == {".txt"}
-
-
-def _require(valid: bool, rule: str, received: object, remedy: str) -> None:
-    require(valid, rule, received=received, remedy=remedy, error=EvaluationError)

@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import ClassLabel, DatasetDict
 
-from hf_condlr.errors import EvaluationError, listed, require
+from hf_condlr.errors import listed
+from hf_condlr.scripts.options import check_data
 
 
 def find_column(
@@ -27,11 +28,11 @@ def find_column(
     """
     columns = {name: feature for name, feature in columns.items() if name != "source_row"}
     if given is not None:
-        _require(given in columns, f"{option} must be one of {', '.join(columns)}", repr(given), "Choose one.")
+        check_data(given in columns, f"{option} must be one of {', '.join(columns)}", repr(given), "Choose one.")
         return given
     found = [name for name, feature in columns.items() if matches(name, feature)]
     rule = f"the data must have one column of {kind}, or --{option} must name it"
-    _require(len(found) == 1, rule, ", ".join(found) or "none", f"The columns are {', '.join(columns)}.")
+    check_data(len(found) == 1, rule, ", ".join(found) or "none", f"The columns are {', '.join(columns)}.")
     return found[0]
 
 
@@ -65,17 +66,13 @@ def labelled(data: DatasetDict, label: str, inputs: Mapping[str, str]) -> Datase
     classes = listed([feature.names[number] for number in numbers.values()])
     fractions = any(isinstance(value, float) and value % 1 for value in numbers)
     rule, remedy = "the training split must have two classes or more, not fractions", "Is this the column of labels?"
-    _require(len(numbers) >= 2 and not fractions, rule, classes, remedy)
+    check_data(len(numbers) >= 2 and not fractions, rule, classes, remedy)
     for split, rows in data.items():
         wrong = [
             f"{v!r} in {row}" for v, row in zip(rows["labels"], rows["source_row"], strict=True) if v not in numbers
         ]
         rule = f"labels of the {split} split must be classes of the training split, {classes}"
-        _require(not wrong, rule, listed(wrong), "Repair or remove the rows.")
+        check_data(not wrong, rule, listed(wrong), "Repair or remove the rows.")
         coded = [numbers[value] for value in rows["labels"]]
         data[split] = rows.remove_columns("labels").add_column("labels", coded).cast_column("labels", feature)
     return data
-
-
-def _require(valid: bool, rule: str, received: object, remedy: str) -> None:
-    require(valid, rule, received=received, remedy=remedy, error=EvaluationError)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_condlr.errors import ConfigError, require
+from hf_condlr.scripts.options import check
 
 HELP = (
     "A YAML or JSON file of options may come first; the command line wins. Every option of transformers' "
@@ -113,14 +113,14 @@ def require_one_group(processes: int) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     rule, remedy = f"{started} processes were started and must work as one group", "Without a GPU add --use_cpu true."
-    require(started == processes, rule, received=f"{processes} in a group", remedy=remedy, error=ConfigError)
+    check(started == processes, rule, f"{processes} in a group", remedy)
 
 
 def _words_of_file(path: Path) -> list[str]:
     """The options of a file as words of a command line, whose types decide: YAML takes 1e-3 for text."""
     options = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     rule, remedy = f"{path} must hold options and their values", "Write `name: value`, one option a line."
-    require(isinstance(options, dict), rule, received=repr(options), remedy=remedy, error=ConfigError)
+    check(isinstance(options, dict), rule, repr(options), remedy)
     words = []
     for name, value in options.items():
         if value is not None:

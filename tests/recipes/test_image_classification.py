@@ -309,8 +309,8 @@ def test_a_wrong_argument_is_one_line(recipe, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_refused_before_data_are_read(call):
-    with pytest.raises(ValueError, match="must be one for AutoModelForImageClassification; received 'bert'"):
-        call(model_type="bert", config_overrides=None, dataset_name="gone")
+def test_models_and_attacks_for_other_data(call):
+    with pytest.raises(ValueError, match=r"BertConfig.* for this kind of AutoModel: AutoModelForImageClassification"):
+        call(model_type="bert", config_overrides=None)
     with pytest.raises(ValueError, match="attacks must be on pixels; received characters"):
         call(attacks="characters", epsilons=0.1, dataset_name="gone")

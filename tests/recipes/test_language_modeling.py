@@ -102,7 +102,6 @@ def test_paragraphs_of_a_text_file_distilled_with_an_activation_aware_start(call
         ({"text_column": "body"}, "text_column must be one of text; received 'body'"),
         ({"max_eval_samples": 1}, r"the validation split must fill a block of 32 tokens; received \d+\. Lower block"),
         ({"adversarial_attack": "fgsm", "adversarial_epsilon": 0.1}, "only classifiers are trained on attacks"),
-        ({"model_type": "vit", "config_overrides": None}, "must be one for AutoModelForCausalLM; received 'vit'"),
     ],
 )
 def test_what_no_language_model_can_be_trained_on(call, wrong, message):
