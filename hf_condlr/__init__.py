@@ -11,6 +11,13 @@ from hf_condlr.layers import LowRankConv2d, LowRankLinear, condition_report, is_
 from hf_condlr.manifold.step import attach_manifold_step
 from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
 from hf_condlr.robustness.metrics import AttackSuccessRate, RobustAccuracy
+from hf_condlr.scripts.attack_arguments import AttackArguments
+from hf_condlr.scripts.dataset_arguments import DatasetArguments, require_readable
+from hf_condlr.scripts.dataset_columns import find_column, labelled
+from hf_condlr.scripts.model_arguments import ModelArguments
+from hf_condlr.scripts.parser import ScriptParser, require_one_group
+from hf_condlr.scripts.resuming import checkpoint_to_resume
+from hf_condlr.scripts.runs import train_and_save, trainer_class, write_results
 from hf_condlr.training import (
     AdversarialArguments,
     AdversarialTraining,
@@ -24,14 +31,6 @@ from hf_condlr.training import (
     FactoredTrainerMixin,
     RobustnessArguments,
 )
-from hf_condlr.training.attack_arguments import AttackArguments
-from hf_condlr.training.dataset_arguments import DatasetArguments
-from hf_condlr.training.dataset_columns import find_column, labelled
-from hf_condlr.training.method_trainers import trainer_class
-from hf_condlr.training.model_arguments import ModelArguments
-from hf_condlr.training.resuming import checkpoint_to_resume
-from hf_condlr.training.script_parser import ScriptParser, require_one_group
-from hf_condlr.training.script_runs import train_and_save, write_results
 
 __all__ = [
     "AdversarialArguments",
@@ -69,6 +68,7 @@ __all__ = [
     "load_sharded",
     "load_split",
     "require_one_group",
+    "require_readable",
     "save_sharded",
     "to_dense_model",
     "train_and_save",

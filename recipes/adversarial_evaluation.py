@@ -5,7 +5,7 @@ r"""Attack image or text classifiers, side by side on the same samples, and repo
     accelerate launch adversarial_evaluation.py configs/attack.yaml --max_attack_samples 500
 
 Any classifier of transformers, dense, factored or folded, with its image processor or tokenizer; any data set that
-`datasets.load_dataset` reads. Started again with the same options it goes on where it was interrupted. Writes for each
+`datasets.load_dataset` reads. Started again with the same options it resumes where it was interrupted. Writes for each
 model a report (JSON with every parameter and each sample's outcome), the comparison, and the curves as a picture.
 Copy this file and change it: it needs no other.
 """

@@ -7,7 +7,7 @@ r"""Fine-tune a causal language model dense, at low rank, or at low rank with bo
 
 Reports the perplexity before training (of a low-rank model: after its compression) and after it. Any model of
 `AutoModelForCausalLM`, pretrained or with random weights; any data set with a column of text that
-`datasets.load_dataset` reads, or .txt files. Killed and started again with the same command it goes on from its last
+`datasets.load_dataset` reads, or .txt files. Killed and started again with the same command it resumes from its last
 checkpoint. Copy this file and change it: it needs no other.
 """
 
@@ -40,6 +40,7 @@ from hf_condlr import (
     checkpoint_to_resume,
     find_column,
     get_robust_lowrank_model,
+    require_readable,
     train_and_save,
     trainer_class,
     write_results,
@@ -47,8 +48,6 @@ from hf_condlr import (
 
 BLOCK_SIZE = 1024  # at most, where the model takes more
 CALIBRATION_SAMPLES = 512  # training blocks that init_weights and rank_allocation measure, where they depend on data
-
-# ---------------------------------------------------------------------------------------------------------- arguments
 
 
 @dataclass
@@ -61,33 +60,22 @@ class TextArguments(DatasetArguments):
         metadata={"help": f"Tokens of a training sample; by default what the model takes, {BLOCK_SIZE} at most."},
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"block_size must be ≥ 2; received {self.block_size}")
-
-
-# --------------------------------------------------------------------------------------------------------------- data
-
 
 def load_data(args: TextArguments) -> DatasetDict:
     """Splits train, validation and perhaps test of the columns text and source_row; empty texts are left out."""
 
     def is_text(name: str, kind: Any) -> bool:
-        return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+        return getattr(kind, "dtype", None) in ("string", "large_string")
 
     data = args.load()
     columns = data["train"].features
     name = find_column(columns, "text_column", args.text_column, is_text, "text")
     if not is_text(name, columns[name]):
         raise ValueError(f"text_column must hold text; received {name}, of {columns[name]}")
-    for split, rows in data.items():
-        if name not in rows.column_names:
-            raise ValueError(f"the {split} split must have the column {name}; received {', '.join(rows.column_names)}")
-        data[split] = rows.select_columns([name, "source_row"]).rename_columns(
-            {name: "text", "source_row": "source_row"}
-        )
-    data = args.drop_unreadable(data, lambda row: "no text" if row["text"] is None else None)
+    data = data.select_columns([name, "source_row"])
+    if name != "text":
+        data = data.rename_column(name, "text")
+    require_readable(data, lambda row: "no text" if row["text"] is None else None)
     data = data.filter(lambda row: bool(row["text"].strip()))
     empty = [split for split, rows in data.items() if not len(rows)]
     if empty:
@@ -126,9 +114,6 @@ def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
     return packed
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer and model
-
-
 def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
     """The model's own; for random weights one of byte pairs, trained on the training texts."""
     if args.model_name_or_path is not None:
@@ -158,8 +143,8 @@ def load_model(args: ModelArguments, tokenizer: Any) -> PreTrainedModel:
 def choose_block_size(asked: int | None, model: PreTrainedModel) -> int:
     """What is asked for, or what the model takes, up to BLOCK_SIZE."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is not None and most is not None and asked > most:
-        raise ValueError(f"block_size must be ≤ {most}, the model's positions; received {asked}")
+    if asked is not None and not 2 <= asked <= (most or asked):
+        raise ValueError(f"block_size must lie in [2, {most}], the model's positions; received {asked}")
     return asked or min(most or BLOCK_SIZE, BLOCK_SIZE)
 
 
@@ -173,9 +158,6 @@ def build_teacher(name: str | None, tokenizer: Any) -> dict[str, PreTrainedModel
     return {"teacher": AutoModelForCausalLM.from_pretrained(name)}
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def block_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:  # (B, T, vocabulary), (B, T) -> (B,)
     """Mean loss of each block, in the place of logits, which would fill the memory."""
     logits, targets = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1], labels[:, 1:]
@@ -184,7 +166,7 @@ def block_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:  # (B, T, v
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Of all blocks, each of them once: Trainer's mean loss counts some twice where there are several processes."""
+    """Perplexity over all blocks, each counted once: Trainer's mean loss counts some twice with several processes."""
     return {"perplexity": math.exp(min(float(prediction.predictions.mean()), 700.0))}  # more is no float
 
 
@@ -197,11 +179,8 @@ def at_start(trainer: Trainer) -> dict[str, float]:
 
 def main(model_args: ModelArguments, data_args: TextArguments, training_args: CondLRTrainingArguments) -> None:
     """Evaluate, train, save, evaluate."""
-    # Everything that can be refused without data is refused now.
     if training_args.adversarial_attack != "none":
         raise ValueError(f"only classifiers are trained on attacks; received {training_args.adversarial_attack}")
-    model_args.config(AutoModelForCausalLM)
-    model_args.warn_about_ignored(training_args)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache
@@ -219,8 +198,7 @@ def main(model_args: ModelArguments, data_args: TextArguments, training_args: Co
     # Conversion: each linear layer becomes U S Vᵀ; embeddings that are also the output layer stay dense and tied
     if model_args.converts(model):
         config = model_args.condlr_config()
-        calibration = blocks["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        calibration = blocks["train"].shuffle(seed=0).take(CALIBRATION_SAMPLES)
         loader = DataLoader(calibration, batch_size=8, collate_fn=default_data_collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

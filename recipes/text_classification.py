@@ -6,17 +6,16 @@ r"""Train a text classifier dense, at low rank, or at low rank with bounded cond
 
 Any classifier of `AutoModelForSequenceClassification`, encoder or decoder, pretrained or with random weights; any data
 set of one or two columns of text that `datasets.load_dataset` reads. Killed and started again with the same command it
-goes on from its last checkpoint. Copy this file and change it: it needs no other.
+resumes from its last checkpoint. Copy this file and change it: it needs no other.
 """
 
 import inspect
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -34,12 +33,12 @@ from hf_condlr import (
     CondLRTrainingArguments,
     DatasetArguments,
     ModelArguments,
-    RobustAccuracy,
     ScriptParser,
     checkpoint_to_resume,
     find_column,
     get_robust_lowrank_model,
     labelled,
+    require_readable,
     train_and_save,
     trainer_class,
     write_results,
@@ -48,13 +47,7 @@ from hf_condlr.robustness.attacks import TextModel
 
 logger = logging.getLogger("text_classification")
 CALIBRATION_SAMPLES = 512  # training texts that init_weights and rank_allocation measure, where they depend on data
-PAIRS = (
-    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair")),
-    *(("question", "sentence"), ("question", "passage")),
-)  # both are taken without being named: another second column may be an identifier
 SPECIAL = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-
-# ---------------------------------------------------------------------------------------------------------- arguments
 
 
 @dataclass
@@ -62,23 +55,12 @@ class TextArguments(DatasetArguments):
     """Texts: which, and how much of them."""
 
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "One or two; by default the only column of text, or a pair of usual names."}
+        default=None, metadata={"help": "One or two; by default the only column of text."}
     )
     label_column: str | None = field(default=None, metadata={"help": "By default the class labels, label or labels."})
     max_length: int | None = field(
         default=None, metadata={"help": "Cut texts to this many tokens; by default to what the model takes."}
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        names = self.text_columns
-        if names is not None and not len(names) == len(set(names)) in (1, 2):
-            raise ValueError(f"text_columns must be one column or two different ones; received {names}")
-        if self.max_length is not None and self.max_length < 3:
-            raise ValueError(f"max_length must be ≥ 3; received {self.max_length}")
-
-
-# --------------------------------------------------------------------------------------------------------------- data
 
 
 def load_data(args: TextArguments) -> DatasetDict:
@@ -86,35 +68,22 @@ def load_data(args: TextArguments) -> DatasetDict:
     data = args.load()
     columns = data["train"].features
     known = any(isinstance(kind, ClassLabel) for kind in columns.values())
-    label = find_column(
-        columns,
-        "label_column",
-        args.label_column,
-        lambda name, kind: isinstance(kind, ClassLabel) if known else name in ("label", "labels"),
-        "class labels",
-    )
-    names = dict(zip(text_columns(args, columns, label), ("text", "text_pair"), strict=False))
-    data = args.hold_out(labelled(data, label, names), "labels")
-    return args.drop_unreadable(data, unreadable)
 
-
-def text_columns(args: TextArguments, columns: Mapping[str, Any], label: str) -> list[str]:
-    """The columns that are named, a pair of usual names, or the only column of text."""
+    def is_label(name: str, kind: Any) -> bool:
+        return isinstance(kind, ClassLabel) if known else name in ("label", "labels")
 
     def is_text(name: str, kind: Any) -> bool:
-        return (
-            isinstance(kind, Value) and kind.dtype in ("string", "large_string") and name not in (label, "source_row")
-        )
+        return getattr(kind, "dtype", None) in ("string", "large_string") and name != label
 
-    found = {name for name, kind in columns.items() if is_text(name, kind)}
-    pair = next((list(names) for names in PAIRS if set(names) <= found), [None])
-    named = args.text_columns or pair
-    chosen = [find_column(columns, "text_columns", name, is_text, "text") for name in named]
-    if not set(chosen) <= found:
-        raise ValueError(
-            f"text_columns must hold text, as {', '.join(found) or 'no column here'} does; received {chosen}"
-        )
-    return chosen
+    label = find_column(columns, "label_column", args.label_column, is_label, "class labels")
+    texts = args.text_columns or [find_column(columns, "text_columns", None, is_text, "text")]
+    right = all(name in columns and is_text(name, columns[name]) for name in texts)
+    if not right or not len(texts) == len(set(texts)) <= 2:
+        raise ValueError(f"text_columns must be one or two of {', '.join(columns)} that hold text; received {texts}")
+    names = dict(zip(texts, ("text", "text_pair"), strict=False))
+    data = args.hold_out(labelled(data, label, names), "labels")
+    require_readable(data, unreadable)
+    return data
 
 
 def unreadable(row: dict[str, Any]) -> str | None:
@@ -139,9 +108,6 @@ def encode(rows: Dataset, tokenizer: Any, split: str) -> Dataset:
         numbers = (sum(encoded["cut"]), len(rows), split, tokenizer.model_max_length)
         logger.warning("%d of %d texts of the %s split are cut to %d tokens", *numbers)
     return encoded.remove_columns(["cut", "source_row"])
-
-
-# ------------------------------------------------------------------------------------------------- tokenizer and model
 
 
 def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
@@ -197,8 +163,8 @@ def fit(tokenizer: Any, model: PreTrainedModel, max_length: int | None, pairs: b
     most = TextModel(model, tokenizer).max_length  # of the tokenizer, and the positions of the model
     if most is None and max_length is None:
         raise ValueError("max_length must be given where neither model nor tokenizer has one; received None")
-    if most is not None and max_length is not None and max_length > most:
-        raise ValueError(f"max_length must be ≤ {most}, the tokens that the model takes; received {max_length}")
+    if max_length is not None and not 3 <= max_length <= (most or max_length):
+        raise ValueError(f"max_length must lie in [3, {most}], what the model takes; received {max_length}")
     tokenizer.model_max_length = max_length or most
 
 
@@ -215,16 +181,11 @@ def build_teacher(name: str | None, model: PreTrainedModel, tokenizer: Any) -> d
     return {"teacher": teacher}
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of correct classes; `evaluate.load("accuracy")` would need the network."""
     scores = prediction.predictions  # (N, classes); BART and T5 give hidden states after it
     scores = scores[0] if isinstance(scores, tuple) else scores
-    metric = RobustAccuracy(keep_in_memory=True)  # of predictions without an attack
-    result = metric.compute(predictions=scores.argmax(-1), references=prediction.label_ids)
-    return {"accuracy": result["robust_accuracy"]}
+    return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}
 
 
 def main(
@@ -234,10 +195,7 @@ def main(
     training_args: CondLRTrainingArguments,
 ) -> None:
     """Train, save, evaluate, attack."""
-    # Everything that can be refused without data is refused now.
     attack_args.make_attacks("tokens", "texts")
-    model_args.config(AutoModelForSequenceClassification)
-    model_args.warn_about_ignored(training_args)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache
@@ -257,8 +215,7 @@ def main(
     # Conversion: each linear layer becomes U S Vᵀ
     if model_args.converts(model):
         config = model_args.condlr_config()
-        calibration = tokens["train"].shuffle(seed=0)
-        calibration = calibration.select(range(min(CALIBRATION_SAMPLES, len(calibration))))
+        calibration = tokens["train"].shuffle(seed=0).take(CALIBRATION_SAMPLES)
         loader = DataLoader(calibration, batch_size=32, collate_fn=collator)
         get_robust_lowrank_model(model, config, calibration_data=loader if config.needs_calibration_data else None)
 

@@ -27,6 +27,7 @@ FLOORS = (
     {"checkpoints"},
     {"conversion"},
     {"training"},
+    {"scripts"},
     {"cli"},
     {PACKAGE},
 )

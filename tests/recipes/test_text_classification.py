@@ -103,7 +103,8 @@ def test_pairs_from_a_csv_file_on_a_fresh_model(call, tmp_path):
     (tmp_path / "pairs.csv").write_text("\n".join(["premise,hypothesis,label", *lines]) + "\n")
     attacked = {"epsilons": 0.1, "attacks": ["fgm-embedding", "characters"], "max_attack_samples": 3}
     start = {"init_weights": "activation_aware"}
-    out = call(dataset_name=tmp_path / "pairs.csv", validation_fraction=0.25, **attacked, **start)
+    pairs = {"dataset_name": tmp_path / "pairs.csv", "text_columns": ["premise", "hypothesis"]}
+    out = call(**pairs, validation_fraction=0.25, **attacked, **start)
     metrics = read(out / "validation_results.json")
     assert (metrics["validation_samples"], metrics["validation_attacked_samples"]) == (12, 3)
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -112,7 +113,7 @@ def test_pairs_from_a_csv_file_on_a_fresh_model(call, tmp_path):
     assert tokenizer.decode(encoded["input_ids"]) == "<s>good film</s>bad film</s>"
     assert read(out / "robustness.json")["settings"]["columns"] == ["text", "text_pair", "labels"]
     with pytest.raises(ValueError, match=r"pairs need a tokenizer that separates two texts; received .*Join the two"):
-        call(dataset_name=tmp_path / "pairs.csv", **pretrained(tmp_path / "start", "GPT2"))
+        call(**pairs, **pretrained(tmp_path / "start", "GPT2"))
 
 
 def test_adversarial_training_and_distillation(call, tmp_path):
@@ -130,23 +131,6 @@ def test_adversarial_training_and_distillation(call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"max_length": 2}, "max_length must be ≥ 3; received 2"),
-        (
-            {"text_columns": ["a", "b", "c"]},
-            "text_columns must be one column or two different ones; received ['a', 'b'",
-        ),
-        ({"text_columns": ["a", "a"]}, "text_columns must be one column or two different ones; received ['a', 'a']"),
-    ],
-)
-def test_a_wrong_argument_is_one_line(recipe, capsys, wrong, message):
-    with pytest.raises(SystemExit):
-        parse(recipe, words(model_name_or_path="m", dataset_name="d", output_dir="o", **wrong))
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
         (
@@ -157,15 +141,15 @@ def test_a_wrong_argument_is_one_line(recipe, capsys, wrong, message):
         (
             {"text": ["x", "y"], "label": [0, 1]},
             {"text_columns": "other"},
-            "text_columns must be one of text, label; received",
+            r"text_columns must be one or two of text, label, source_row that hold text; received \['other'\]",
         ),
         (
             {"text": ["x", "y"], "label": [0, 1]},
             {"text_columns": ["text", "label"]},
-            "text_columns must hold text, as te",
+            "that hold text; received",
         ),
         ({"text": ["x", "y"]}, {}, "one column of class labels, or --label_column must name it; received none"),
-        ({"text": ["x", None] * 4, "label": [0, 1] * 4}, {}, r"2 that are not: no text in row \d of the train split"),
+        ({"text": ["x", None] * 4, "label": [0, 1] * 4}, {}, r"received no text in row \d of the train split"),
     ],
 )
 def test_data_that_do_not_fit(recipe, tmp_path, columns, options, message):
@@ -179,7 +163,7 @@ def test_data_that_do_not_fit(recipe, tmp_path, columns, options, message):
 
 
 def test_tokens_and_lengths_that_do_not_fit(call, recipe, tmp_path):
-    with pytest.raises(ValueError, match="max_length must be ≤ 64, the tokens that the model takes; received 65"):
+    with pytest.raises(ValueError, match=r"max_length must lie in \[3, 64\], what the model takes; received 65"):
         call(max_length=65)
     with pytest.raises(ValueError, match="attacks must be on tokens or texts; received pgd-linf"):
         call(attacks="pgd-linf", epsilons=0.1, dataset_name="gone")

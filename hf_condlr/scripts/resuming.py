@@ -1,25 +1,21 @@
-"""`checkpoint_to_resume`: a script that was killed goes on when the same command is given again."""
+"""`checkpoint_to_resume`: a script that was killed resumes when the same command is given again."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_condlr.checkpoints.restore import last_complete_checkpoint
 from hf_condlr.errors import CheckpointError, require
 from hf_condlr.files import replacing
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the second under FSDP
 TRAINED = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("seed", "data_seed", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -27,18 +23,19 @@ TRAINED = (
     *("conditioning_warmup_ratio", "metric_scaling", "projection_interval", "distillation_weight"),
     *("distillation_temperature", "adversarial_attack", "adversarial_epsilon", "adversarial_norm", "adversarial_steps"),
     *("adversarial_share", "adversarial_schedule", "trades_beta", "mixed_precision", "world_size"),
+    "save_only_model",
 )
-"""The Trainer's options that change what is trained; the others say how it is logged, saved and evaluated."""
+"""The Trainer's options that change what is trained or can be resumed; the others only log, save and evaluate."""
 
 
 def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
-    """The checkpoint to go on from, or None to start anew; then the settings are written to `settings.json`.
+    """The checkpoint to resume from, or None; and write all settings to `settings.json`.
 
     With `resume_from_checkpoint` not given or `auto`: the last complete checkpoint in `output_dir`, if there is one;
     `true`: there must be one; a folder: that one; `false`: none, and those in `output_dir` are removed.
 
     Args:
-        args: The Trainer's.
+        args: Arguments of the Trainer.
         settings: Dataclasses of everything else that the training depends on.
 
     Raises:
@@ -54,50 +51,31 @@ def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
     found = None
     with args.main_process_first(desc="choice of a checkpoint"):  # the others look when the first has tidied up
         if asked.lower() == "false":
-            for path in _checkpoints(folder):
-                logger.warning("training starts anew: %s is removed", path)
-                shutil.rmtree(path)
+            for path in folder.glob("checkpoint-*"):
+                if path.name.rpartition("-")[2].isdigit():
+                    logger.warning("training starts from the beginning: %s is removed", path)
+                    shutil.rmtree(path)
         elif asked.lower() not in ("auto", "true"):
             found = asked
-        else:
-            found = _last(folder)
-            rule, remedy = "resume_from_checkpoint true needs a complete checkpoint in output_dir", "Leave it out."
-            required = found or asked.lower() == "auto"
-            require(required, rule, received=str(folder), remedy=remedy, error=CheckpointError)
-            if found:
+        elif not args.save_only_model:  # else there is no optimizer to resume from
+            try:
+                found = last_complete_checkpoint(str(folder))
                 _require_same(folder, stated)
+            except CheckpointError:
+                if found or asked.lower() == "true":
+                    raise
         if args.process_index == 0:
             with replacing(folder / SETTINGS) as temporary:
                 temporary.write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
-    logger.warning("%s", f"going on from {found}" if found else f"no checkpoint in {folder}: training starts anew")
+    none = f"no checkpoint in {folder}: training starts from the beginning"
+    logger.warning("%s", f"resuming from {found}" if found else none)
     return found
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Those that the Trainer wrote, by the number of steps; a copy under another name is the user's."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _last(folder: Path) -> str | None:
-    """The checkpoint of the most steps that is complete (the Trainer's state comes last) and has an optimizer."""
-    for path in reversed(_checkpoints(folder)):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and is passed over", path)
-            continue
-        if any((path / name).exists() for name in OPTIMIZERS):
-            return str(path)
-        logger.warning("%s holds no optimizer (save_only_model): nothing can go on from it", path)
-    return None
-
-
-def _require_same(folder: Path, stated: Mapping[str, Any]) -> None:
-    if not (folder / SETTINGS).is_file():
-        return
-    old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+def _require_same(folder: Path, stated: dict[str, Any]) -> None:
+    path = folder / SETTINGS
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else stated
     changed = [f"{name} {old.get(name)!r} → {value!r}" for name, value in stated.items() if old.get(name) != value]
-    rule = f"the training in {folder} must go on with its own settings"
+    rule = f"the training in {folder} must be resumed with its own settings"
     remedy = "Choose another output_dir, or --resume_from_checkpoint false, which removes its checkpoints."
     require(not changed, rule, received=", ".join(changed), remedy=remedy, error=CheckpointError)

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_condlr.errors import ConfigError, require
 from hf_condlr.robustness.attacks import Attack, make_attacks
 from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
+from hf_condlr.scripts.options import check, option
 
 
 @dataclass
@@ -18,28 +18,20 @@ class AttackArguments:
     """Attacks: on the trained classifier, on the test split."""
 
     attacks: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "pgd-linf, pgd-linf-margin, fgsm, ...; for texts pgd-embedding, characters; none by default."
-        },
+        default_factory=list, metadata={"help": "pgd-linf, pgd-linf-margin, fgsm, ...; for texts pgd-embedding, ..."}
     )
     epsilons: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Budgets of each attack, numbers or fractions (8/255): for pixels in [0, 1], shares of texts."
-        },
+        default_factory=list, metadata={"help": "Budgets of each attack (8/255): of pixels in [0, 1], shares of texts."}
     )
-    attack_steps: int | None = field(default=None, metadata={"help": "Gradient steps of the attacks that have them."})
-    max_attack_samples: int | None = field(
-        default=None, metadata={"help": "Attack this many samples, the same ones for every model; by default all."}
-    )
-    attack_checks: bool = field(default=True, metadata={"help": "Look for signs that the attacks failed."})
+    attack_steps: int | None = option(None, "Gradient steps of the attacks that have them.")
+    max_attack_samples: int | None = option(None, "Attack this many samples, the same for every model; by default all.")
+    attack_checks: bool = option(True, "Look for signs that the attacks failed.")
 
     def __post_init__(self) -> None:
         most = self.max_attack_samples
-        _check(most is None or most >= 1, "max_attack_samples must be ≥ 1", most, "Leave it out to attack all.")
+        check(most is None or most >= 1, "max_attack_samples must be ≥ 1", most, "Leave it out to attack all.")
         given = [name for name in ("attacks", "epsilons") if getattr(self, name)]
-        _check(len(given) != 1, "attacks and epsilons belong together", f"{given} alone", "Give both, or neither.")
+        check(len(given) != 1, "attacks and epsilons belong together", f"{given} alone", "Give both, or neither.")
         self.make_attacks()  # checks the values
 
     def make_attacks(self, *takes: str) -> list[Attack]:
@@ -54,32 +46,23 @@ class AttackArguments:
         """
         attacks = make_attacks(self.attacks, self.epsilons, steps=self.attack_steps) if self.attacks else []
         others = [attack.name for attack in attacks if takes and attack.takes not in takes]
-        _check(not others, f"attacks must be on {' or '.join(takes)}", ", ".join(others), "Choose others.")
+        check(not others, f"attacks must be on {' or '.join(takes)}", ", ".join(others), "Choose others.")
         return attacks
 
     def require_unsharded(self, trainer: Trainer) -> None:
-        """Refuse attacks, at the end or in training, on a model that FSDP shards.
-
-        Raises:
-            ConfigError: Attacks are asked for, and the model is sharded.
-        """
-        asked = self.attacks + [
-            name for name in [getattr(trainer.args, "adversarial_attack", "none")] if name != "none"
-        ]
-        _check(
-            not asked or not trainer.is_fsdp_enabled,
-            "attacks need the full model on every process, and FSDP shards it",
-            ", ".join(asked),
-            "Leave the attacks out, attack the saved model, or use DDP.",
-        )
+        """Raise a ConfigError if FSDP shards a model that is to be attacked, at the end or in training."""
+        asked = {*self.attacks, getattr(trainer.args, "adversarial_attack", "none")} - {"none"}
+        rule = "attacks need the full model on every process, and FSDP shards it"
+        remedy = "Leave the attacks out, attack the saved model, or use DDP."
+        check(not asked or not trainer.is_fsdp_enabled, rule, ", ".join(sorted(asked)), remedy)
 
     def evaluate(self, trainer: Trainer, dataset: Any, split: str) -> tuple[dict[str, float], RobustnessReport | None]:
         """Attack the trained model; batches that are done are kept in `output_dir/attacks` for a restart.
 
         Args:
-            trainer: Its model, and its `processing_class` for that.
+            trainer: Its model is attacked, on what its `processing_class` makes of the data.
             dataset: Images or texts and labels, as `evaluate_robustness` takes them.
-            split: What the data are called in the metrics.
+            split: Name of the data in the metrics.
 
         Returns:
             Metrics such as test_accuracy_pgd_linf_0.05 and test_robust_accuracy, and the report; without attacks none.
@@ -102,7 +85,3 @@ class AttackArguments:
         found = {f"accuracy_{r.name.replace('-', '_')}_{r.epsilon:g}": r.robust_accuracy for r in report.attacks}
         found |= {"robust_accuracy": report.robust_accuracy, "attacked_samples": report.samples}
         return {f"{split}_{name}": value for name, value in found.items()}, report
-
-
-def _check(valid: bool, rule: str, received: object, remedy: str) -> None:
-    require(valid, rule, received=received, remedy=remedy, error=ConfigError)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_condlr.errors import ConfigError, require
+from hf_condlr.scripts.options import check
 
 HELP = (
     "A YAML or JSON file of options may come first; the command line wins. Every option of transformers' "
@@ -34,7 +33,7 @@ class ScriptParser(HfArgumentParser):
 
     Args:
         dataclass_types: A dataclass, or several; each becomes a group of options under the first line of its docstring.
-        description: What the script does.
+        description: Text for `--help`.
 
     Example:
         >>> parser = ScriptParser((ModelArguments, DatasetArguments, CondLRTrainingArguments))
@@ -47,7 +46,7 @@ class ScriptParser(HfArgumentParser):
         self.add_argument("--help_trainer", action="help", help="list the options of TrainingArguments and exit")
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """An instance of each dataclass.
+        """Return an instance of each dataclass.
 
         Args:
             arguments: Words of a command line; by default those that the program was started with.
@@ -61,7 +60,9 @@ class ScriptParser(HfArgumentParser):
                 words, return_remaining_strings=True, look_for_args_file=False
             )
             if unknown:
-                self._refuse(unknown)
+                name = next((word for word in unknown if word.startswith("--")), unknown[0])
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
             for part in parsed:
                 if isinstance(part, TrainingArguments):
                     require_one_group(part.world_size)
@@ -74,7 +75,6 @@ class ScriptParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """A group of options under the first line of the docstring."""
         title = "Training" if issubclass(dtype, TrainingArguments) else (dtype.__doc__ or dtype.__name__)
         group: Any = self.add_argument_group(title.splitlines()[0].rstrip("."))
         hints = get_type_hints(dtype)
@@ -90,14 +90,9 @@ class ScriptParser(HfArgumentParser):
             if negates or ((action.dest in TRAINER) != trainer and action.dest != "help"):
                 action.help = argparse.SUPPRESS
 
-    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
-        name = next((word for word in unknown if word.startswith("--")), unknown[0])
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """An option under its own name alone, not with hyphens too, and without a default that says nothing."""
+    """Shows an option once, not with hyphens too, and no default that says nothing."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         values = "" if action.nargs in (0, "?") else f" {self._format_args(action, action.dest.upper())}"
@@ -111,36 +106,24 @@ def require_one_group(processes: int) -> None:
     """Refuse to run as several processes that do not know of each other: each would train and write alone.
 
     Args:
-        processes: How many this process knows of, itself included.
+        processes: Number of processes that this one knows of, itself included.
 
     Raises:
         ConfigError: More of them were started.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    require(
-        started == processes,
-        f"{started} processes were started and must work as one group",
-        received=f"{processes} in a group",
-        remedy="Without a GPU add --use_cpu true.",
-        error=ConfigError,
-    )
+    rule, remedy = f"{started} processes were started and must work as one group", "Without a GPU add --use_cpu true."
+    check(started == processes, rule, f"{processes} in a group", remedy)
 
 
 def _words_of_file(path: Path) -> list[str]:
     """The options of a file as words of a command line, whose types decide: YAML takes 1e-3 for text."""
     options = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    require(
-        isinstance(options, dict),
-        f"{path} must hold options and their values",
-        received=repr(options),
-        remedy="Write `name: value`, one option a line.",
-        error=ConfigError,
-    )
-    return list(itertools.chain.from_iterable(_words(*option) for option in options.items()))
-
-
-def _words(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, bool)) else str(v) for v in values)]
+    rule, remedy = f"{path} must hold options and their values", "Write `name: value`, one option a line."
+    check(isinstance(options, dict), rule, repr(options), remedy)
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, bool)) else str(v) for v in values)]
+    return words

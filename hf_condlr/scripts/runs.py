@@ -1,9 +1,8 @@
-"""What every training script does with its Trainer: train and save the model at once, then write what was measured."""
+"""What every training script does with its Trainer: choose it, train and save the model at once, write the results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,27 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_condlr.layers import condition_report, factored_layers
 from hf_condlr.robustness.evaluation import RobustnessReport
+from hf_condlr.training import CondLRTrainer, FactoredTrainer
 
 ON_CARD = ("accuracy", "loss", "perplexity")
+
+
+class DenseTrainer(FactoredTrainer):
+    """For dense models, on the same adversarial samples as the other methods."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
+        """Load with `from_pretrained`: Trainer skips weights whose names on disk are not the model's own (ViT's)."""
+        bare: Any = self.accelerator.unwrap_model(self.model)
+        bare.load_state_dict(type(bare).from_pretrained(resume_from_checkpoint, dtype=bare.dtype).state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def trainer_class(method: str) -> type[Trainer]:
+    """The Trainer of a method: `dense`, `lowrank` (U, S, V without a constraint) or `condlr` (κ(S) ≤ 1 + τ)."""
+    trainers: dict[str, Any] = {"dense": DenseTrainer, "lowrank": FactoredTrainer, "condlr": CondLRTrainer}
+    return trainers[method]
 
 
 def train_and_save(trainer: Trainer, checkpoint: str | None = None) -> None:
@@ -21,14 +39,14 @@ def train_and_save(trainer: Trainer, checkpoint: str | None = None) -> None:
 
     Args:
         trainer: Before training.
-        checkpoint: Folder to go on from, see `checkpoint_to_resume`.
+        checkpoint: Folder to resume from, see `checkpoint_to_resume`.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if factored_layers(model):
         report = condition_report(model)
         sizes = f"{report.parameters:,} of {report.dense_parameters:,} parameters"
         trainer.accelerator.print(f"{len(report.layers)} layers are factored: {sizes}")
-    # Read now: training may delete the checkpoint that it goes on from (save_total_limit).
+    # Read now: training may delete the checkpoint that it resumes from (save_total_limit).
     done = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"] if checkpoint else 0
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -40,7 +58,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None = None) -> None:
 def write_results(
     trainer: Trainer,
     split: str,
-    metrics: Mapping[str, float],
+    metrics: dict[str, float],
     *,
     report: RobustnessReport | None = None,
     dataset: str | None = None,
@@ -50,12 +68,12 @@ def write_results(
     Args:
         trainer: After `train_and_save`.
         split: Name of the split that the model was evaluated and attacked on.
-        metrics: Of that split, each under a name that begins with the split's.
-        report: Of the attacks on that split.
+        metrics: Metrics of that split, each under a name that begins with the split's.
+        report: Report of the attacks on that split.
         dataset: Name of the data set on the Hub.
     """
-    trainer.log_metrics(split, dict(metrics))
-    trainer.save_metrics(split, dict(metrics))
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
     if report is not None and trainer.is_world_process_zero():
         trainer.accelerator.print(report)
         report.save(Path(str(trainer.args.output_dir)) / "robustness.json")

@@ -1,0 +1,1 @@
+"""What training scripts share: options, data, restarts, and what is saved."""

@@ -1,0 +1,112 @@
+"""`ModelArguments`: the options of a training script that choose its model and make a `CondLRConfig`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_condlr.config import CondLRConfig
+from hf_condlr.layers import factored_layers
+from hf_condlr.scripts.options import check, option
+
+logger = logging.getLogger(__name__)
+METHODS = ("dense", "lowrank", "condlr")
+CONVERSION = (
+    *("target_modules", "exclude_modules", "rank_ratio", "compression_ratio", "rank_allocation"),
+    *("init_weights", "conditioned_start", "tau"),
+)
+
+
+@dataclass
+class ModelArguments:
+    """Model: which one, and what becomes of its linear layers."""
+
+    model_name_or_path: str | None = option(None, "Model to start from, on the Hub or in a folder, dense or factored.")
+    model_type: str | None = option(
+        None, "Start from random weights of this architecture instead: vit, bert, gpt2, ..."
+    )
+    config_overrides: str | None = option(None, "Changes of its config, as YAML: '{hidden_size: 128, image_size: 32}'.")
+    method: str = option(
+        "condlr", "dense; lowrank: W = U S Vᵀ without a constraint; condlr: U, V orthonormal, κ(S) ≤ 1 + tau."
+    )
+    target_modules: str = option("all-linear", "Layers to factor, or a regular expression.")
+    exclude_modules: str | None = option(None, "Layers of those to leave dense: a regular expression for full names.")
+    rank_ratio: float | None = option(None, "Rank as a share of the full rank, in (0, 1].")
+    compression_ratio: float | None = option(
+        None, "Share of the factored layers' weights to remove; 0.5 without a rank_ratio."
+    )
+    rank_allocation: str = option("uniform", "Ranks under compression_ratio: uniform, energy, or fisher (fine-tuned).")
+    init_weights: str = option("svd", "svd, randomized_svd, activation_aware, fisher (fine-tuned) or orthogonal.")
+    conditioned_start: bool = option(False, "Start within κ ≤ 1 + tau instead of lowering κ in a warm-up.")
+    tau: float = option(0.1, "κ(S) ≤ 1 + tau; inf: only orthonormal U and V.")
+    teacher: str | None = option(None, "Dense model of the same task to distil from; needs distillation_weight.")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("model_name_or_path", "model_type") if getattr(self, name) is not None]
+        check(len(given) == 1, "exactly one of model_name_or_path and model_type must be given", given, "Choose one.")
+        check(self.method in METHODS, f"method must be one of {', '.join(METHODS)}", repr(self.method), "Choose one.")
+        distils = self.teacher is None or self.method == "condlr"
+        check(distils, "a teacher needs method condlr", repr(self.method), "Leave the teacher out.")
+        fresh = self.model_type is not None or not self.config_overrides
+        check(fresh, "config_overrides needs model_type", self.config_overrides, "A pretrained model has its config.")
+        if self.rank_ratio is None and self.compression_ratio is None:
+            self.compression_ratio = 0.5
+        self.condlr_config()  # checks the values
+        if self.model_type is not None:
+            self.config()
+
+    def condlr_config(self) -> CondLRConfig:
+        """How layers are factored."""
+        return CondLRConfig(**{name: getattr(self, name) for name in CONVERSION})
+
+    def config(self) -> PreTrainedConfig:
+        """The model's config, from its checkpoint or from `model_type` and `config_overrides`.
+
+        Raises:
+            ConfigError: There is no such architecture or field.
+        """
+        if self.model_type is None:
+            return AutoConfig.from_pretrained(str(self.model_name_or_path))
+        known, changes = self.model_type in CONFIG_MAPPING, yaml.safe_load(self.config_overrides or "{}")
+        rule, remedy = "model_type must be one that transformers has", "For example vit, bert, gpt2."
+        check(known, rule, repr(self.model_type), remedy)
+        config_class = CONFIG_MAPPING[self.model_type]
+        default = config_class()
+        valid = isinstance(changes, dict) and all(hasattr(default, name) for name in changes)
+        rule = f"config_overrides must be a mapping from fields of {config_class.__name__}"
+        check(valid, rule, repr(changes), "Mind the space after each colon: {hidden_size: 128}.")
+        config = config_class(**changes)
+        config.architectures = []  # None would break auto classes with a choice of models (DeiT)
+        return config
+
+    def load_model(self, auto_class: Any, **changes: Any) -> PreTrainedModel:
+        """The model before its layers are factored, in float32: in bfloat16 small updates would be lost.
+
+        Args:
+            auto_class: For example `AutoModelForImageClassification`.
+            changes: Changes of the model's config. If the classes change, the head starts from random weights.
+        """
+        if self.model_type is None:
+            options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+            return auto_class.from_pretrained(self.model_name_or_path, **options, **changes)
+        config = self.config()
+        config.update(changes)
+        return auto_class.from_config(config)
+
+    def converts(self, model: PreTrainedModel) -> bool:
+        """Whether the layers of this model are still to be factored.
+
+        Raises:
+            ConfigError: It is factored already, and the method is dense.
+        """
+        if not factored_layers(model):
+            return self.method != "dense"
+        remedy = "Choose lowrank or condlr, or make it dense: condlr densify."
+        check(self.method != "dense", "method dense needs a dense model", self.model_name_or_path, remedy)
+        logger.warning("%s is factored already and keeps its ranks and tau", self.model_name_or_path)
+        return False
