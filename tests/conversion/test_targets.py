@@ -355,3 +355,16 @@ def test_a_second_conversion_says_that_the_model_is_factored():
     model = convert(bert())
     with pytest.raises(ConversionError, match="a model in which 13 layers are factored already"):
         convert(model)
+
+
+def test_layers_quantized_by_torchao_are_skipped_or_refused():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = bert()
+    torchao.quantize_(model.bert.encoder, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(
+        ConversionError, match=r"layer\.0\.attention\.self\.query': its weight is a Int8Tensor"
+    ):
+        convert(model, target_modules=["query"])
+    convert(model)
+    assert set(factored(model)) == {"bert.pooler.dense"}
+    assert len(model.condlr.report.skipped) == 12
