@@ -1,4 +1,4 @@
-"""Second moments C = E[x xᵀ] of the inputs of layers over calibration data, for the starts that are aware of them."""
+"""Second moments C = E[x xᵀ] of the inputs of layers over calibration data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_condlr.conversion.calibration import CalibrationBatch, calibration_batches, run
-from hf_condlr.errors import ConversionError, require
+from hf_condlr.conversion.calibration import CalibrationBatch, Grams, calibration_batches, run
+from hf_condlr.linalg.precision import at_least_float32
 
 
 @torch.no_grad()
@@ -35,14 +35,13 @@ def input_covariances(model: nn.Module, names: Iterable[str], data: Iterable[Any
             finite.
     """
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0)
+    grams, counts = Grams(layers, "the calibration data"), dict.fromkeys(layers, 0)
     masks = _Masks(model)
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = _rows(module, args[0], masks.of(module, args[0]))
-            sums[name] = sums[name] + rows.mT @ rows if name in sums else rows.mT @ rows
+            grams.add(name, rows)
             counts[name] += len(rows)
 
         return hook
@@ -56,7 +55,7 @@ def input_covariances(model: nn.Module, names: Iterable[str], data: Iterable[Any
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _mean(name, sums, counts) for name in layers}
+    return grams.means(counts)
 
 
 class _Masks:
@@ -80,20 +79,8 @@ class _Masks:
         return self.batch.decoder_mask if reads_decoder else self.batch.mask
 
 
-def _mean(name: str, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-    received = "values that are not finite" if counts[name] else "none"
-    require(
-        counts[name] and torch.isfinite(sums[name]).all(),
-        f"calibration data must reach {name!r} with finite inputs",
-        received=received,
-        remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
-        error=ConversionError,
-    )
-    return sums[name] / counts[name]
-
-
 def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:  # -> (tokens, n), at least float32
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     if isinstance(layer, nn.Conv2d):
         return _patches(layer, x)
     if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:

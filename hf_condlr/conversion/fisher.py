@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from hf_condlr.conversion.calibration import CalibrationBatch, calibration_batches, run
+from hf_condlr.conversion.calibration import CalibrationBatch, Grams, calibration_batches, run
 from hf_condlr.errors import ConversionError, require
+from hf_condlr.linalg.precision import at_least_float32
 
 
 def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
     changes the predictions by KL ≈ ½ ‖F^{1/2} ΔW C^{1/2}‖_F². The model must have learnt its task: the gradients of a
     classifier drawn at random say nothing.
 
-    The model runs in evaluation mode, with its parameters frozen meanwhile. ŷ is drawn with a fixed seed.
+    The model runs in evaluation mode, with frozen parameters. ŷ is drawn with a fixed seed.
 
     Args:
         model: The dense model; its output has `logits`, (B, classes) or (B, T, classes).
@@ -38,15 +38,12 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
             not finite.
     """
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    sums: dict[str, Tensor] = {}
-    samples = 0
+    grams, samples = Grams(layers, "the gradient of the predictions"), 0
 
     def hook(name: str) -> Any:
         def record(gradient: Tensor) -> None:  # (*, m), or (B, m, H, W)
             rows = gradient.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else gradient
-            rows = rows.reshape(-1, rows.shape[-1])
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            sums[name] = sums[name] + rows.mT @ rows if name in sums else rows.mT @ rows
+            grams.add(name, rows.reshape(-1, rows.shape[-1]))
 
         def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:  # the first one: nothing before it is differentiated
@@ -59,7 +56,7 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     generator: torch.Generator | None = None
     try:
-        with _frozen(model), torch.enable_grad():
+        with torch.enable_grad():
             for batch in calibration_batches(model, data):
                 likelihood = _likelihood(model, batch)
                 logits = _logits(run(model, batch), batch, likelihood)
@@ -69,28 +66,7 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
     finally:
         for handle in hooks:
             handle.remove()
-    for name in layers:
-        require(
-            name in sums and torch.isfinite(sums[name]).all(),
-            f"the gradient of the predictions must reach {name!r} and be finite",
-            received="gradients that are not finite" if name in sums else "none",
-            remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
-            error=ConversionError,
-        )
-    return {name: sums[name] / samples for name in layers}
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient; afterwards those do that did before."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    return grams.means(dict.fromkeys(layers, samples))
 
 
 def _likelihood(model: Any, batch: CalibrationBatch) -> str:
@@ -134,7 +110,7 @@ def _logits(output: Any, batch: CalibrationBatch, likelihood: str) -> Tensor:  #
         remedy="Look for values in the data, or weights of the model, that are not finite or far too large.",
         error=ConversionError,
     )
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     if logits.dim() == 2:
         return logits
     masks = [m for m in (batch.decoder_mask, batch.mask) if m is not None and m.shape == logits.shape[:2]]

@@ -9,10 +9,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_condlr.config import CondLRConfig
-from hf_condlr.conversion.factorizations import spectral_energy
+from hf_condlr.conversion.factorizations import fisher_root, spectral_energy, whiten
 from hf_condlr.conversion.rank_budget import Ranks, allocate_by_energy, allocate_uniform, break_even_rank, round_down
-from hf_condlr.conversion.second_moments import Calibration
-from hf_condlr.conversion.starts import in_metric
+from hf_condlr.conversion.second_moments import Calibration, SecondMoments
 from hf_condlr.errors import ConfigError, listed, require
 
 logger = logging.getLogger(__name__)
@@ -71,13 +70,20 @@ def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, calibration: Ca
     if config.rank_allocation == "uniform":
         return allocate_uniform(shapes, config.compression_ratio, config.rank_multiple)
     energies = {
-        name: spectral_energy(in_metric(matrices[name], second_moments))
+        name: spectral_energy(_in_metric(matrices[name], second_moments))
         for name, second_moments in calibration.second_moments(matrices)
     }
     # A dense layer has no bound on κ; and where the error is a loss, no layer needs to stay dense.
     leave_dense = config.rank_allocation == "energy"
     ratio, multiple = config.compression_ratio, config.rank_multiple
     return allocate_by_energy(shapes, energies, ratio, multiple, leave_dense=leave_dense)
+
+
+def _in_metric(W: Tensor, second_moments: SecondMoments) -> Tensor:  # (m, n) -> (m, n)
+    """F̃^{1/2} W C^{1/2}, without the factor that was not measured."""
+    C, F = second_moments
+    W = W if C is None else whiten(W, C)
+    return W if F is None else fisher_root(F) @ W
 
 
 def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> None:

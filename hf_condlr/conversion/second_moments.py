@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hf_condlr.config import CondLRConfig
-from hf_condlr.conversion.calibration import reusable
 from hf_condlr.conversion.covariance import input_covariances
 from hf_condlr.conversion.fisher import output_fisher
 from hf_condlr.errors import ConfigError, require
@@ -49,7 +48,9 @@ class Calibration:
             error=ConfigError,
         )
         self._model, self._max_bytes = model, max_bytes
-        self._data = None if data is None else reusable(data)
+        if data is not None and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
+            data = list(data)  # of a generator, since the data may be needed repeatedly
+        self._data = data
         self._needs_fisher = "fisher" in (config.init_weights, config.rank_allocation)
         self._kept: dict[str, SecondMoments] = {}
 

@@ -172,5 +172,5 @@ def test_what_is_not_finite_or_does_not_arrive_is_refused():
     with pytest.raises(ConversionError, match="must reach 'seen' and be finite; received none"):
         output_fisher(model, ["seen"], [])
     model.forward = lambda x: model.classifier((0 * model.seen(x)).sqrt())  # 0 · ∞ on the way back
-    with pytest.raises(ConversionError, match="must reach 'seen' and be finite; received gradients that are not"):
+    with pytest.raises(ConversionError, match="must reach 'seen' and be finite; received values that are not"):
         output_fisher(model, ["seen"], [torch.randn(64, 24)])

@@ -361,9 +361,7 @@ def test_layers_quantized_by_torchao_are_skipped_or_refused():
     torchao = pytest.importorskip("torchao.quantization")
     model = bert()
     torchao.quantize_(model.bert.encoder, torchao.Int8WeightOnlyConfig())
-    with pytest.raises(
-        ConversionError, match=r"layer\.0\.attention\.self\.query': its weight is a Int8Tensor"
-    ):
+    with pytest.raises(ConversionError, match=r"layer\.0\.attention\.self\.query': its weight is a Int8Tensor"):
         convert(model, target_modules=["query"])
     convert(model)
     assert set(factored(model)) == {"bert.pooler.dense"}
