@@ -96,13 +96,12 @@ def _add_decoder_inputs(model: Any, batch: CalibrationBatch, *, takes_labels: bo
         if takes_labels and not has_inputs:
             batch.kwargs["labels"] = labels
             has_inputs = True
-    require(
-        has_inputs or not model.can_generate(),
-        "calibration batches of an encoder-decoder must hold what its decoder runs on",
-        received="neither labels nor decoder_input_ids",
-        remedy="Let the collator add labels, as DataCollatorForSeq2Seq does.",
-        error=ConversionError,
-    )
+    if not has_inputs and model.can_generate():
+        raise ConversionError(
+            "calibration batches of an encoder-decoder must hold what its decoder runs on",
+            received="neither labels nor decoder_input_ids",
+            remedy="Let the collator add labels, as DataCollatorForSeq2Seq does.",
+        )
 
 
 def _token_mask(mask: Any) -> Tensor | None:  # (B, T) bool

@@ -96,20 +96,14 @@ def _logits(output: Any, batch: CalibrationBatch, likelihood: str) -> Tensor:  #
     logits: Any = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     classes = 2 if likelihood == "single_label_classification" else 1
     is_tensor = isinstance(logits, Tensor)
-    require(
-        is_tensor and logits.dim() in (2, 3) and logits.shape[-1] >= classes,
-        "'fisher' needs a model with logits (batch, classes) or (batch, tokens, classes), two classes at least",
-        received=f"logits of shape {tuple(logits.shape)}" if is_tensor else "an output without logits",
-        remedy="Use init_weights='activation_aware', which needs the inputs of layers only.",
-        error=ConversionError,
-    )
-    require(
-        torch.isfinite(logits).all(),
-        "the logits over the calibration data must be finite",
-        received="NaN or inf",
-        remedy="Look for values in the data, or weights of the model, that are not finite or far too large.",
-        error=ConversionError,
-    )
+    if not is_tensor or logits.dim() not in (2, 3) or logits.shape[-1] < classes:
+        raise ConversionError(
+            "'fisher' needs a model with logits (batch, classes) or (batch, tokens, classes), two classes at least",
+            received=f"logits of shape {tuple(logits.shape)}" if is_tensor else "an output without logits",
+            remedy="Use init_weights='activation_aware', which needs the inputs of layers only.",
+        )
+    rule, remedy = "the logits over the calibration data must be finite", "Look for such values in the data or weights."
+    require(torch.isfinite(logits).all(), rule, received="NaN or inf", remedy=remedy, error=ConversionError)
     logits = at_least_float32(logits)
     if logits.dim() == 2:
         return logits

@@ -38,12 +38,12 @@ class Calibration:
     def __init__(
         self, model: nn.Module, config: CondLRConfig, data: Iterable[Any] | None, *, max_bytes: int = 4 * 2**30
     ) -> None:
-        needed = config.needs_calibration_data
+        needed, given = config.needs_calibration_data, data is not None
         require(
-            needed == (data is not None),
+            needed == given,
             "calibration_data is what 'activation_aware' and 'fisher' need, and nothing else",
             received=f"init_weights={config.init_weights!r}, rank_allocation={config.rank_allocation!r}, "
-            f"{'no' if data is None else 'with'} calibration_data",
+            f"{'with' if given else 'no'} calibration_data",
             remedy="Pass calibration_data=data_loader too." if needed else "Drop it, or choose one of them.",
             error=ConfigError,
         )
