@@ -25,7 +25,6 @@ from hf_condlr.conversion.factorizations import (
 from hf_condlr.conversion.ranks import requested_ranks
 from hf_condlr.conversion.second_moments import Calibration, SecondMoments
 from hf_condlr.conversion.targets import resolve_targets
-from hf_condlr.conversion.trainable import saves, set_trainable
 from hf_condlr.errors import CondLRError, ConversionError
 from hf_condlr.layers import (
     ConversionRecord,
@@ -36,6 +35,7 @@ from hf_condlr.layers import (
     LowRankLayer,
     LowRankLinear,
     conversion_record,
+    head_names,
     replace_modules,
     set_conversion_record,
     weight_matrix,
@@ -84,7 +84,7 @@ def get_robust_lowrank_model(
             report.converted[name] = _measured(matrices[name], layer, config, second_moments.C)
     # Nothing has changed so far: an error above leaves the model as it was.
     replace_modules(model, layers)
-    set_trainable(model, config)
+    _set_trainable(model, config)
     earlier = conversion_record(model).report
     if earlier is not None:  # a second conversion, of other layers
         report = ConversionReport(earlier.converted | report.converted, earlier.skipped | report.skipped)
@@ -165,7 +165,31 @@ def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, repor
     unused += [
         f"modules_to_save {key!r}"
         for key in config.modules_to_save or []
-        if not any(saves(key, name) for name, _ in model.named_modules())
+        if not any(_saves(key, name) for name, _ in model.named_modules())
     ]
     if unused:
         logger.warning("no layer matches %s", ", ".join(unused))
+
+
+def _set_trainable(model: nn.Module, config: CondLRConfig) -> None:
+    """Set `requires_grad` as `trainable` and `modules_to_save` ask; warn if the head is frozen."""
+    saved = {
+        name: module
+        for name, module in model.named_modules()
+        if any(_saves(key, name) for key in config.modules_to_save or [])
+    }
+    if config.trainable == "factors":
+        model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, LowRankLayer):
+                module.requires_grad_(True)
+        heads = [name for name in sorted(head_names(model)) if name not in saved]
+        if frozen := [name for name in heads if not model.get_submodule(name).weight.requires_grad]:
+            logger.warning("the head %s is frozen; modules_to_save=%s trains it", ", ".join(frozen), frozen)
+    for module in saved.values():
+        module.requires_grad_(True)
+
+
+def _saves(key: str, name: str) -> bool:
+    """PEFT's rule for modules_to_save: the key is the name of the module, of a parent of it, or the end of either."""
+    return re.match(rf"(^|.*\.){key}($|\..*)", name) is not None

@@ -89,6 +89,8 @@ class _TensorsOnly(nn.Module):
     def named_outputs(self, *tensors: Tensor) -> dict[str, Tensor]:
         """The outputs that are tensors, under the names that the model gives them."""
         output = self.model(**dict(zip(self.names, tensors, strict=True)))
+        if not isinstance(output, Mapping):
+            output = {f"output_{i}": x for i, x in enumerate((output,) if isinstance(output, Tensor) else output)}
         return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 

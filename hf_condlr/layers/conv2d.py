@@ -27,15 +27,10 @@ class LowRankConv2d(LowRankLayer):
         out_channels: c_out = m.
         kernel_size: (k_h, k_w) or one number.
         r: Rank, 1 ≤ r ≤ min(m, n).
-        stride: As in `nn.Conv2d`.
-        padding: As in `nn.Conv2d`: numbers, "same" or "valid".
-        dilation: As in `nn.Conv2d`.
+        stride, padding, dilation, padding_mode, device, dtype: As in `nn.Conv2d`.
         bias: Whether there is a b `(m,)`.
-        padding_mode: zeros, reflect, replicate or circular.
         tau: Conditioning tolerance, κ(S) ≤ 1 + tau under `attach_manifold_step`.
         center: Interval of the conditioning.
-        device: As in `nn.Conv2d`.
-        dtype: As in `nn.Conv2d`.
     """
 
     _GEOMETRY: ClassVar = (

@@ -29,8 +29,7 @@ class LowRankLinear(LowRankLayer):
         bias: Whether there is a b `(m,)`.
         tau: Conditioning tolerance, κ(S) ≤ 1 + tau under `attach_manifold_step`.
         center: Interval of the conditioning.
-        device: As in `nn.Linear`.
-        dtype: As in `nn.Linear`.
+        device, dtype: As in `nn.Linear`.
     """
 
     dense_class: type[nn.Linear] | type[Conv1D] = nn.Linear

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.covariance import input_covariances
 from hf_condlr.conversion.factorizations import activation_aware, truncation_error, whiten
+from hf_condlr.conversion.second_moments import input_covariances
 from hf_condlr.errors import ConversionError
 from tests.conversion.calibration_data import batches, make_bert
 

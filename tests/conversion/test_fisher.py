@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
 from hf_condlr.conversion.factorizations import activation_aware, fisher, fisher_root, whiten
-from hf_condlr.conversion.fisher import output_fisher
+from hf_condlr.conversion.second_moments import output_fisher
 from hf_condlr.errors import ConfigError, ConversionError
 from tests.conversion.calibration_data import batches, make_bert
 
