@@ -106,7 +106,7 @@ class CondLRConfig(PeftConfig):
     )
     trainable: Trainable = _option(
         "all",
-        "Leave requires_grad as it is, or freeze all but U, S, V, the converted layers' biases and modules_to_save.",
+        "Leave requires_grad as it is, or train only U, S, V, the converted layers' biases and modules_to_save.",
     )
     peft_type: str = _option(PEFT_TYPE, "Always CONDLR.")
 
@@ -166,105 +166,90 @@ class CondLRConfig(PeftConfig):
     def from_peft_type(cls, **kwargs: Any) -> CondLRConfig:
         """Build the config from the fields of a file, as `from_pretrained` does; unknown fields are an error."""
         _require_peft_type(kwargs.get("peft_type", PEFT_TYPE))
-        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
-        _require(
-            not unknown,
-            "a CondLRConfig file must hold its fields only",
-            f"unknown {', '.join(unknown)}",
-            "Remove them, or upgrade hf_condlr if the file comes from a newer version.",
-        )
+        unknown = ", ".join(sorted(set(kwargs) - {f.name for f in fields(cls)}))
+        rule = "a CondLRConfig file must hold its fields only"
+        remedy = "Remove them, or upgrade hf_condlr if the file comes from a newer version."
+        require(not unknown, rule, received=f"unknown {unknown}", remedy=remedy, error=ConfigError)
         return cls(**kwargs)
 
 
-def _require(condition: object, rule: str, received: object, remedy: str) -> None:
-    require(condition, rule, received=received, remedy=remedy, error=ConfigError)
+def _check(config: CondLRConfig, name: str, valid: object, rule: str, remedy: str) -> None:
+    received = repr(getattr(config, name))
+    require(valid, f"{name} must {rule}", received=received, remedy=remedy, error=ConfigError)
 
 
 def _validate_choices(config: CondLRConfig) -> None:
     _require_peft_type(config.peft_type)
     for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        _require(value in choices, f"{name} must be one of {', '.join(choices)}", repr(value), "Choose one.")
-    valid = isinstance(config.conditioned_start, bool)
-    _require(valid, "conditioned_start must be true or false", repr(config.conditioned_start), "Choose one.")
+        _check(config, name, getattr(config, name) in choices, f"be one of {', '.join(choices)}", "Choose one.")
+    is_bool = isinstance(config.conditioned_start, bool)
+    _check(config, "conditioned_start", is_bool, "be true or false", "Choose one.")
 
 
 def _validate_targets(config: CondLRConfig) -> None:
-    for name, allowed in (("target_modules", (str, list)), ("exclude_modules", (str, list)), ("modules_to_save", list)):
+    targets, indices, pattern = config.target_modules, config.layers_to_transform, config.layers_pattern
+    for name, kinds in (
+        ("target_modules", (str, list)),
+        ("exclude_modules", (str, list)),
+        ("modules_to_save", (list,)),
+    ):
         value = getattr(config, name)
-        valid = value is None or (isinstance(value, allowed) and all(isinstance(entry, str) for entry in value))
-        rule = f"{name} must be {'a list of names' if allowed is list else 'a regex or a list of names'}"
-        _require(valid, rule, repr(value), "For example ['classifier'].")
+        valid = value is None or (isinstance(value, kinds) and all(isinstance(entry, str) for entry in value))
+        _check(
+            config, name, valid, f"be {'a regex or ' * (str in kinds)}a list of names", "For example ['classifier']."
+        )
         if isinstance(value, str):
             _require_regexes(name, [value])
     _require_regexes("modules_to_save", config.modules_to_save or [])
-    targets, indices = config.target_modules, config.layers_to_transform
     remedy = f"Use {ALL_LINEAR!r}, a list of name suffixes, or a regex."
-    _require(targets, "target_modules must name at least one module", repr(targets), remedy)
-    listed = indices if isinstance(indices, list) else [] if indices is None else [indices]
-    valid = all(_is(int, index) and index >= 0 for index in listed)
-    _require(valid, "layers_to_transform must hold integers ≥ 0", repr(indices), "For example [0, 1].")
-    _require(
-        indices is None or isinstance(targets, list),
-        "layers_to_transform needs target_modules as a list of suffixes",
-        f"target_modules={targets!r}",
-        "List the suffixes, or put the indices into the regex.",
-    )
-    _require(
-        config.layers_pattern is None or indices is not None,
-        "layers_pattern says where layers_to_transform counts",
-        f"layers_pattern={config.layers_pattern!r} without layers_to_transform",
-        "Give layers_to_transform too, or drop layers_pattern.",
-    )
+    _check(config, "target_modules", targets, "name at least one module", remedy)
+    if indices is None:
+        _check(config, "layers_pattern", pattern is None, "come with layers_to_transform", "Give both, or neither.")
+        return
+    valid = all(_is(int, i) and i >= 0 for i in (indices if isinstance(indices, list) else [indices]))
+    _check(config, "layers_to_transform", valid, "hold integers ≥ 0", "For example [0, 1].")
+    rule, remedy = "be a list of suffixes with layers_to_transform", "List them, or put the indices into the regex."
+    _check(config, "target_modules", isinstance(targets, list), rule, remedy)
 
 
 def _validate_patterns(config: CondLRConfig) -> None:
     for name in ("rank_pattern", "tau_pattern"):
         value = getattr(config, name)
         valid = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        _require(valid, f"{name} must be a dict from names or regexes", repr(value), "Leave it out for none.")
+        _check(config, name, valid, "be a dict from names or regexes", "Leave it out for none.")
         _require_regexes(name, value)
     for key, value in config.rank_pattern.items():
         valid = (_is(int, value) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
         rule = "rank_pattern values must be integers ≥ 1 (ranks) or floats in (0, 1] (rank ratios)"
-        _require(valid, rule, f"{key!r}: {value!r}", "Write 8 for a rank, 0.25 for a ratio.")
+        remedy = "Write 8 for a rank, 0.25 for a ratio."
+        require(valid, rule, received=f"{key!r}: {value!r}", remedy=remedy, error=ConfigError)
 
 
 def _validate_ranks(config: CondLRConfig) -> None:
-    r, rank_ratio, compression_ratio = config.r, config.rank_ratio, config.compression_ratio
-    given = [name for name in ("r", "rank_ratio", "compression_ratio") if getattr(config, name) is not None]
-    _require(
-        len(given) == 1,
-        "exactly one of r, rank_ratio, compression_ratio must be given",
-        " and ".join(f"{name}={getattr(config, name)}" for name in given) or "none of them",
-        "Choose one; for instance rank_ratio=0.25.",
-    )
-    valid = r is None or (_is(int, r) and r >= 1)
-    _require(valid, "r must be an integer ≥ 1", repr(r), "For a share of the full rank use rank_ratio.")
-    valid = rank_ratio is None or (_is(float, rank_ratio) and 0 < rank_ratio <= 1)
-    _require(valid, "rank_ratio must lie in (0, 1]", repr(rank_ratio), "For an integer rank use r.")
-    valid = compression_ratio is None or (_is(float, compression_ratio) and 0 < compression_ratio < 1)
+    ranks = {name: getattr(config, name) for name in ("r", "rank_ratio", "compression_ratio")}
+    given = [f"{name}={value}" for name, value in ranks.items() if value is not None]
+    rule, remedy = f"exactly one of {', '.join(ranks)} must be given", "Choose one; for instance rank_ratio=0.25."
+    require(len(given) == 1, rule, received=" and ".join(given) or "none of them", remedy=remedy, error=ConfigError)
+    r, ratio, removed, multiple = (*ranks.values(), config.rank_multiple)
+    valid: object = r is None or (_is(int, r) and r >= 1)
+    _check(config, "r", valid, "be an integer ≥ 1", "For a share of the full rank use rank_ratio.")
+    valid = ratio is None or (_is(float, ratio) and 0 < ratio <= 1)
+    _check(config, "rank_ratio", valid, "lie in (0, 1]", "For an integer rank use r.")
+    valid = removed is None or (_is(float, removed) and 0 < removed < 1)
     remedy = "It is the share removed: 0.6 keeps 40 % of the converted layers' weights."
-    _require(valid, "compression_ratio must lie in (0, 1)", repr(compression_ratio), remedy)
-    _require(
-        config.rank_allocation == "uniform" or compression_ratio is not None,
-        f"rank_allocation={config.rank_allocation!r} spreads a compression_ratio",
-        f"{given[0]} instead",
-        "Give compression_ratio, or leave rank_allocation at 'uniform'.",
-    )
-    valid = _is(int, config.rank_multiple) and config.rank_multiple >= 1
-    _require(valid, "rank_multiple must be an integer ≥ 1", repr(config.rank_multiple), "For example 8.")
-    _require(
-        config.rank_multiple == 1 or r is None,
-        "rank_multiple rounds ranks that follow from a ratio",
-        f"rank_multiple={config.rank_multiple} and r={r}",
-        "Give r as the multiple that it should be, and leave rank_multiple out.",
-    )
+    _check(config, "compression_ratio", valid, "lie in (0, 1)", remedy)
+    valid = removed is not None or config.rank_allocation == "uniform"
+    _check(config, "rank_allocation", valid, "be uniform without a compression_ratio", "Give compression_ratio.")
+    valid = _is(int, multiple) and multiple >= 1
+    _check(config, "rank_multiple", valid, "be an integer ≥ 1", "For example 8.")
+    _check(config, "rank_multiple", multiple == 1 or r is None, f"be 1 with r={r}", "Give r as a multiple of it.")
 
 
 def _require_peft_type(value: object) -> None:
     remedy = "This file configures another PEFT method: load it with peft."
-    _require(value == PEFT_TYPE, f"peft_type must be {PEFT_TYPE}", repr(value), remedy)
+    require(
+        value == PEFT_TYPE, f"peft_type must be {PEFT_TYPE}", received=repr(value), remedy=remedy, error=ConfigError
+    )
 
 
 def _require_regexes(name: str, patterns: Iterable[str]) -> None:
@@ -283,7 +268,8 @@ def _is(kind: type, value: object) -> bool:
 def _as_tau(name: str, value: object) -> float:
     value = math.inf if value == "inf" else value
     valid = _is(float, value) and value >= 0  # type: ignore[operator]  # NaN fails the comparison
-    _require(valid, f"{name} must be a number ≥ 0 or 'inf'", repr(value), "tau = 0.1 bounds κ by 1.1.")
+    rule, remedy = f"{name} must be a number ≥ 0 or 'inf'", "tau = 0.1 bounds κ by 1.1."
+    require(valid, rule, received=repr(value), remedy=remedy, error=ConfigError)
     return float(value)  # type: ignore[arg-type]
 
 

@@ -115,6 +115,22 @@ def siglip(model_class=transformers.SiglipForImageClassification, **overrides):
     return build(model_class, config, **overrides)
 
 
+def yolos():
+    """Not in `MODELS`: a detector."""
+    config = transformers.YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=[IMAGE, IMAGE],
+        patch_size=8,
+        num_detection_tokens=3,
+        use_mid_position_embeddings=False,
+        num_labels=LABELS,
+    )
+    return build(transformers.YolosForObjectDetection, config)
+
+
 def bert(model_class=transformers.BertForSequenceClassification, **overrides):
     config = transformers.BertConfig(
         vocab_size=VOCAB,

@@ -1,4 +1,4 @@
-"""From dense to W = U S Vᵀ and back: targets, ranks, starts, the conversion, and what is made of a factored model."""
+"""From dense to W = U S Vᵀ and back: targets, ranks, starts, the conversion; folding, multiplying out, ONNX."""
 
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model

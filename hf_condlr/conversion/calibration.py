@@ -1,4 +1,4 @@
-"""What a model gets of a calibration batch, and which tokens of it count."""
+"""Calibration batches: what a model gets of one, which tokens count, and means of x xᵀ over all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_condlr.errors import CondLRError, ConversionError, require
+from hf_condlr.linalg.precision import at_least_float32
 
 
 @dataclass
@@ -33,14 +35,9 @@ class CalibrationBatch:
     decoder_mask: Tensor | None = None
 
 
-def reusable(data: Iterable[Any]) -> Iterable[Any]:
-    """Data that can be iterated over repeatedly: a loader or a sequence as it is, a generator as a list."""
-    return data if hasattr(data, "__len__") or hasattr(data, "dataset") else list(data)
-
-
 def calibration_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[CalibrationBatch]:
-    """Iterate over the data with a progress bar; the model is in evaluation mode meanwhile."""
-    with _evaluation_mode(model):
+    """Iterate over the data with a progress bar; until the end the model is in evaluation mode and frozen."""
+    with _frozen(model):
         for batch in tqdm(data, desc="calibration", disable=None):
             yield calibration_batch(model, batch)
 
@@ -99,13 +96,12 @@ def _add_decoder_inputs(model: Any, batch: CalibrationBatch, *, takes_labels: bo
         if takes_labels and not has_inputs:
             batch.kwargs["labels"] = labels
             has_inputs = True
-    require(
-        has_inputs or not model.can_generate(),
-        "calibration batches of an encoder-decoder must hold what its decoder runs on",
-        received="neither labels nor decoder_input_ids",
-        remedy="Let the collator add labels, as DataCollatorForSeq2Seq does.",
-        error=ConversionError,
-    )
+    if not has_inputs and model.can_generate():
+        raise ConversionError(
+            "calibration batches of an encoder-decoder must hold what its decoder runs on",
+            received="neither labels nor decoder_input_ids",
+            remedy="Let the collator add labels, as DataCollatorForSeq2Seq does.",
+        )
 
 
 def _token_mask(mask: Any) -> Tensor | None:  # (B, T) bool
@@ -113,13 +109,9 @@ def _token_mask(mask: Any) -> Tensor | None:  # (B, T) bool
 
 
 def _require_tensors(condition: bool, batch: Any) -> None:
-    require(
-        condition,
-        "calibration_data must hold batches of tensors that the model's forward accepts",
-        received=_described(batch),
-        remedy="Pass a DataLoader with the collator that training uses, not a Dataset or texts.",
-        error=ConversionError,
-    )
+    rule = "calibration_data must hold batches of tensors that the model's forward accepts"
+    remedy = "Pass a DataLoader with the collator that training uses, not a Dataset or texts."
+    require(condition, rule, received=_described(batch), remedy=remedy, error=ConversionError)
 
 
 def _described(batch: Any) -> str:
@@ -129,12 +121,51 @@ def _described(batch: Any) -> str:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each module is back in the mode that it had."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients of parameters; afterwards every module and parameter is as it was."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class Grams:
+    """Σ x xᵀ of each layer's rows x, in at least float32.
+
+    Args:
+        names: The layers.
+        quantity: What the rows are, for the error message.
+    """
+
+    def __init__(self, names: Iterable[str], quantity: str) -> None:
+        self._sums: dict[str, Tensor | None] = dict.fromkeys(names)
+        self._quantity = quantity
+
+    def add(self, name: str, rows: Tensor) -> None:  # (N, n)
+        """Add the rows of a batch."""
+        rows = at_least_float32(rows)
+        sums = self._sums[name]
+        self._sums[name] = rows.mT @ rows if sums is None else sums + rows.mT @ rows
+
+    def means(self, count: Mapping[str, int]) -> dict[str, Tensor]:
+        """The sums divided by each layer's `count`, {name: (n, n)}.
+
+        Raises:
+            ConversionError: A layer has no rows, or rows that are not finite.
+        """
+        means: dict[str, Tensor] = {}
+        for name, sums in self._sums.items():
+            if sums is None or not count[name] or not torch.isfinite(sums).all():
+                raise ConversionError(
+                    f"{self._quantity} must reach {name!r} and be finite",
+                    received="values that are not finite" if count[name] and sums is not None else "none",
+                    remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
+                )
+            means[name] = sums / count[name]
+        return means

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hf_condlr.conversion.factorizations import damped_fisher
 from hf_condlr.layers import Factors
-from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar
-from hf_condlr.linalg.precision import to_float64
+from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar, singular_values
+from hf_condlr.linalg.precision import at_least_float32
 
 MAX_SWEEPS = 100
 CORE_STEPS = 5  # projected gradient steps of S in a sweep; they multiply r×r matrices only, which costs little
@@ -37,7 +37,7 @@ def nearest_conditioned(
         C: Second moments (n, n) of the inputs; None for the identity.
         F: Second moments (m, m) of the outputs' gradients, damped as in `fisher`; None for the identity.
     """
-    U, S, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+    U, S, V = map(at_least_float32, factors)
     if condition_number(S) <= 1 + tau:
         return factors
     S = clamp_singular_values(S, tau, center=center)
@@ -80,7 +80,6 @@ def _metric(matrix: Tensor | None, size: int, like: Tensor) -> Tensor:
     return (matrix / matrix.diagonal().mean()).to(like)
 
 
-def _largest(symmetric: Tensor) -> Tensor:
-    """λ_max in float64, since LAPACK sometimes does not converge in float32."""
-    wide = to_float64(symmetric)
-    return torch.linalg.eigvalsh((wide + wide.mT) / 2)[-1].to(symmetric)
+def _largest(X: Tensor) -> Tensor:
+    """λ_max of a positive semidefinite matrix."""
+    return singular_values(X)[0].to(X)

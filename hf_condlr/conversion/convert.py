@@ -14,20 +14,28 @@ from torch import Tensor, nn
 
 from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.config import CondLRConfig
+from hf_condlr.conversion.conditioned_start import nearest_conditioned
+from hf_condlr.conversion.factorizations import (
+    FACTORIZATIONS,
+    activation_aware,
+    fisher,
+    optimal_truncation_error,
+    truncation_error,
+)
 from hf_condlr.conversion.ranks import requested_ranks
 from hf_condlr.conversion.second_moments import Calibration, SecondMoments
-from hf_condlr.conversion.starts import factorization
 from hf_condlr.conversion.targets import resolve_targets
-from hf_condlr.conversion.trainable import saves, set_trainable
-from hf_condlr.conversion.truncation import measure
-from hf_condlr.errors import CondLRError, ConversionError, require
+from hf_condlr.errors import CondLRError, ConversionError
 from hf_condlr.layers import (
     ConversionRecord,
     ConversionReport,
+    Factors,
+    LayerConversion,
     LowRankConv2d,
     LowRankLayer,
     LowRankLinear,
     conversion_record,
+    head_names,
     replace_modules,
     set_conversion_record,
     weight_matrix,
@@ -50,7 +58,7 @@ def get_robust_lowrank_model(
 
     Args:
         model: Any `nn.Module`; the head is found in transformers models.
-        config: What to convert, and how.
+        config: Layers, ranks, start and τ of the conversion.
         calibration_data: For the starts `activation_aware` and `fisher` and the allocation `fisher`: a data loader or
             any iterable of batches, of which the model gets what its forward accepts. Some hundred samples of the
             training data are enough. `fisher` differentiates the model's predictions: fine-tune it first.
@@ -73,10 +81,10 @@ def get_robust_lowrank_model(
         dense = model.get_submodule(name)
         with _naming(name):
             layers[dense] = layer = _factored(dense, name, ranks[name], config, second_moments)
-            report.converted[name] = measure(matrices[name], layer, config, second_moments.C)
-    # Nothing has changed so far, so that an error leaves the model as it was.
+            report.converted[name] = _measured(matrices[name], layer, config, second_moments.C)
+    # Nothing has changed so far: an error above leaves the model as it was.
     replace_modules(model, layers)
-    set_trainable(model, config)
+    _set_trainable(model, config)
     earlier = conversion_record(model).report
     if earlier is not None:  # a second conversion, of other layers
         report = ConversionReport(earlier.converted | report.converted, earlier.skipped | report.skipped)
@@ -89,26 +97,48 @@ def get_robust_lowrank_model(
 
 def _usable_matrix(model: nn.Module, name: str) -> Tensor:  # (m, n)
     W = weight_matrix(model.get_submodule(name))
-    received = "weights on the meta device" if W.is_meta else None
-    if received is None and not torch.isfinite(W).all():
+    if W.is_meta:
+        received = "weights on the meta device"
+    elif not torch.isfinite(W).all():
         received = "a weight that is not finite"
-    if received is None and not W.any():
+    elif not W.any():
         received = "a weight that is zero"
-    require(
-        received is None,
-        f"the weight of {name!r} must have values to factor",
-        received=received,
-        remedy="Load or initialise the model first, or put the layer in exclude_modules.",
-        error=ConversionError,
-    )
-    return W
+    else:
+        return W
+    rule = f"the weight of {name!r} must have values to factor"
+    remedy = "Load or initialise the model first, or put the layer in exclude_modules."
+    raise ConversionError(rule, received=received, remedy=remedy)
 
 
 def _factored(dense: nn.Module, name: str, r: int, config: CondLRConfig, second_moments: SecondMoments) -> LowRankLayer:
     tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
-    factorize = factorization(config, tau, second_moments)
+    start = config.init_weights
+    C = second_moments.C if start in ("activation_aware", "fisher") else None  # the ranks may have needed it
+    F = second_moments.F if start == "fisher" else None
+
+    def factorize(W: Tensor, r: int) -> Factors:
+        if C is None:
+            factors = FACTORIZATIONS[start](W, r)
+        else:
+            factors = activation_aware(W, r, C) if F is None else fisher(W, r, C, F)
+        if config.conditioned_start:
+            factors = nearest_conditioned(W, factors, tau, center=config.center, C=C, F=F)
+        return factors
+
     layer_class = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
     return layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
+
+
+def _measured(W: Tensor, layer: LowRankLayer, config: CondLRConfig, C: Tensor | None) -> LayerConversion:
+    factors = layer.U, layer.S, layer.V
+    is_randomized = config.init_weights == "randomized_svd"
+    return LayerConversion(
+        r=layer.r,
+        shape=(W.shape[0], W.shape[1]),
+        truncation_error=truncation_error(W, *factors),
+        optimal_truncation_error=optimal_truncation_error(W, layer.r) if is_randomized else None,
+        whitened_truncation_error=None if C is None else truncation_error(W, *factors, C),
+    )
 
 
 @contextmanager
@@ -126,7 +156,6 @@ def _naming(name: str) -> Iterator[None]:
 
 def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, report: ConversionReport) -> None:
     """A misspelt name would otherwise be ignored silently."""
-    names = [name for name, _ in model.named_modules()]
     unused = [
         f"{field_name}[{key!r}]"
         for field_name in ("rank_pattern", "tau_pattern")
@@ -136,7 +165,31 @@ def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, repor
     unused += [
         f"modules_to_save {key!r}"
         for key in config.modules_to_save or []
-        if not any(saves(key, name) for name in names)
+        if not any(_saves(key, name) for name, _ in model.named_modules())
     ]
     if unused:
         logger.warning("no layer matches %s", ", ".join(unused))
+
+
+def _set_trainable(model: nn.Module, config: CondLRConfig) -> None:
+    """Set `requires_grad` as `trainable` and `modules_to_save` ask; warn if the head is frozen."""
+    saved = {
+        name: module
+        for name, module in model.named_modules()
+        if any(_saves(key, name) for key in config.modules_to_save or [])
+    }
+    if config.trainable == "factors":
+        model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, LowRankLayer):
+                module.requires_grad_(True)
+        heads = [name for name in sorted(head_names(model)) if name not in saved]
+        if frozen := [name for name in heads if not model.get_submodule(name).weight.requires_grad]:
+            logger.warning("the head %s is frozen; modules_to_save=%s trains it", ", ".join(frozen), frozen)
+    for module in saved.values():
+        module.requires_grad_(True)
+
+
+def _saves(key: str, name: str) -> bool:
+    """PEFT's rule for modules_to_save: the key is the name of the module, of a parent of it, or the end of either."""
+    return re.match(rf"(^|.*\.){key}($|\..*)", name) is not None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_condlr.layers import Factorization, Factors
-from hf_condlr.linalg import random_factors, robust_svd, truncated_svd
-from hf_condlr.linalg.precision import to_float64
+from hf_condlr.linalg import random_factors, robust_svd, singular_values, truncated_svd
+from hf_condlr.linalg.precision import at_least_float32, to_float64
+from hf_condlr.linalg.svd import LinAlgError
 
 
 def randomized_svd(W: Tensor, r: int, *, oversampling: int = 16, power_iterations: int = 4) -> Factors:
@@ -17,9 +18,8 @@ def randomized_svd(W: Tensor, r: int, *, oversampling: int = 16, power_iteration
 
     For layers so large that a full SVD is slow. Draws from torch's global random state.
     """
-    wide = W if W.dtype == torch.float64 else W.float()
     q = min(r + oversampling, min(W.shape))
-    U, sigma, V = torch.svd_lowrank(wide, q=q, niter=power_iterations)
+    U, sigma, V = torch.svd_lowrank(at_least_float32(W), q=q, niter=power_iterations)
     return U[:, :r].to(W.dtype), torch.diag(sigma[:r]).to(W.dtype), V[:, :r].to(W.dtype)
 
 
@@ -63,7 +63,7 @@ def fisher(W: Tensor, r: int, C: Tensor, F: Tensor) -> Factors:
 
 def fisher_root(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
     """F̃^{1/2}."""
-    eigenvalues, Q = torch.linalg.eigh(damped_fisher(F))
+    eigenvalues, Q = _eigh(damped_fisher(F))
     return (Q * eigenvalues.sqrt()) @ Q.mT
 
 
@@ -77,8 +77,19 @@ def damped_fisher(F: Tensor) -> Tensor:  # (m, m) -> (m, m) float64
 
 def whiten(W: Tensor, C: Tensor) -> Tensor:  # (m, n), (n, n) -> (m, n) float64
     """W C^{1/2} in the eigenbasis of C, that is W Q Λ^{1/2}: its singular values and left vectors are the same."""
-    eigenvalues, Q = torch.linalg.eigh(to_float64(C))
-    return (to_float64(W) @ Q) * eigenvalues.clamp_min(0).sqrt()
+    eigenvalues, Q = _eigh(to_float64(C))
+    return (to_float64(W) @ Q) * eigenvalues.sqrt()
+
+
+def _eigh(C: Tensor) -> tuple[Tensor, Tensor]:  # (n, n) -> (n,), (n, n)
+    """Eigenvalues and eigenvectors of a positive semidefinite C: where LAPACK's eigh fails, from its SVD."""
+    try:
+        eigenvalues, Q = torch.linalg.eigh(C)
+    except LinAlgError:
+        eigenvalues, Q = C.new_full(C.shape[:1], math.nan), C
+    if not (torch.isfinite(eigenvalues).all() and torch.isfinite(Q).all()):
+        Q, eigenvalues, _ = robust_svd(C)
+    return eigenvalues.clamp_min(0), Q
 
 
 FACTORIZATIONS: dict[str, Factorization] = {
@@ -89,7 +100,22 @@ FACTORIZATIONS: dict[str, Factorization] = {
 
 
 def spectral_energy(W: Tensor) -> Tensor:  # (m, n) -> (min(m, n),) float64, on the CPU
-    """σ_i² in descending order, as eigenvalues of the smaller Gram matrix: a fraction of the cost of an SVD."""
+    """σ_i² in descending order, from the smaller Gram matrix: a fraction of the cost of the SVD of W."""
     wide = to_float64(W)
-    gram = wide @ wide.mT if W.shape[0] <= W.shape[1] else wide.mT @ wide
-    return torch.linalg.eigvalsh(gram).clamp_min(0).flip(0).cpu()
+    return singular_values(wide @ wide.mT if W.shape[0] <= W.shape[1] else wide.mT @ wide).cpu()
+
+
+def truncation_error(W: Tensor, U: Tensor, S: Tensor, V: Tensor, C: Tensor | None = None) -> float:
+    """‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = I where it is None; 0 for W = 0."""
+    W, U, S, V = (at_least_float32(X) if C is None else to_float64(X) for X in (W, U, S, V))
+    difference = W - U @ S @ V.mT
+    if C is not None:
+        W, difference = whiten(torch.cat([W, difference]), C).chunk(2)
+    norm = W.norm()
+    return (difference.norm() / norm).item() if norm > 0 else 0.0
+
+
+def optimal_truncation_error(W: Tensor, r: int) -> float:
+    """√(Σ_{i>r} σ_i²) / ‖W‖_F, the least error of a matrix of rank r (Eckart–Young)."""
+    energy = spectral_energy(W)
+    return (energy[r:].sum() / energy.sum()).sqrt().nan_to_num().item()

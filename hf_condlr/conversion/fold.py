@@ -30,20 +30,12 @@ def fold_model(model: Model) -> Model:
 
 
 def _replace_layers(model: nn.Module, replace: Callable[[LowRankLayer], nn.Module]) -> None:
-    require(
-        not isinstance(model, LowRankLayer),
-        "the model must contain factored layers, not be one",
-        received=type(model).__name__,
-        remedy="Call the layer's own to_dense() or fold().",
-        error=ConversionError,
-    )
-    require(
-        not any(isinstance(module, FoldedLayer) for module in model.modules()),
-        "a folded layer has lost its U and S",
-        received="a folded model",
-        remedy="Fold or multiply out a copy (copy.deepcopy) of the factored model.",
-        error=ConversionError,
-    )
+    rule, remedy = "the model must contain factored layers, not be one", "Call the layer's own to_dense() or fold()."
+    received = type(model).__name__
+    require(not isinstance(model, LowRankLayer), rule, received=received, remedy=remedy, error=ConversionError)
+    is_folded = any(isinstance(module, FoldedLayer) for module in model.modules())
+    rule, remedy = "a folded layer has lost its U and S", "Fold or multiply out a copy.deepcopy of the factored model."
+    require(not is_folded, rule, received="a folded model", remedy=remedy, error=ConversionError)
     replace_modules(model, {layer: replace(layer) for layer in factored_layers(model).values()})
     for module in model.modules():  # the record may be on a model inside, that of a PeftModel for instance
         set_conversion_record(module, None)

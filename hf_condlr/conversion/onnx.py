@@ -24,7 +24,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str
 
     A copy is folded; the model stays as it is. The graph has the outputs of the model under their names: `logits`, or
     `start_logits` and `end_logits`, `pred_boxes` and so on. The batch size may vary and, for text, the length; a
-    decoder's tokens have a length of their own.
+    decoder's tokens have their own length.
 
     Args:
         model: Factored, folded or dense.
@@ -39,17 +39,16 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            "ONNX export needs onnx and onnxscript", received=str(error), remedy="pip install 'hf_condlr[onnx]'"
-        ) from error
+        rule, remedy = "ONNX export needs onnx and onnxscript", "pip install 'hf_condlr[onnx]'"
+        raise MissingExtraError(rule, received=str(error), remedy=remedy) from error
     example = dict(inputs or _example(model))
     folded = copy.deepcopy(model).eval()
     if is_factored(folded):
         fold_model(folded)
-    for module in folded.modules():  # a cache is an object and no tensor; a decoder may have a config of its own
+    for module in folded.modules():  # a cache is not a tensor; a decoder may have its own config
         if getattr(getattr(module, "config", None), "use_cache", False):
             module.config.use_cache = False
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it speaks of itself and of torchvision
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its warnings concern itself and torchvision
     with replacing(path) as temporary, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         tensors_only = _TensorsOnly(folded, list(example))
@@ -90,10 +89,9 @@ class _TensorsOnly(nn.Module):
     def named_outputs(self, *tensors: Tensor) -> dict[str, Tensor]:
         """The outputs that are tensors, under the names that the model gives them."""
         output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        if isinstance(output, Tensor):
-            output = (output,)
-        items = output.items() if isinstance(output, Mapping) else ((f"output_{i}", x) for i, x in enumerate(output))
-        return {name: value for name, value in items if isinstance(value, Tensor)}
+        if not isinstance(output, Mapping):
+            output = {f"output_{i}": x for i, x in enumerate((output,) if isinstance(output, Tensor) else output)}
+        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:

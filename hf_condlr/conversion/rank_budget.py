@@ -20,16 +20,11 @@ Ranks = dict[str, int | None]  # None: the layer stays dense
 
 def break_even_rank(m: int, n: int) -> int:
     """The largest r with r(m + n) + r² < mn; 0 where even rank 1 does not pay. About 0.41 n for a square layer."""
-    root = (math.isqrt((m + n) ** 2 + 4 * m * n) - (m + n)) // 2
-    while root > 0 and factored_size(m, n, root) >= m * n:
-        root -= 1
-    while factored_size(m, n, root + 1) < m * n:
-        root += 1
-    return root
+    return (math.isqrt((m + n) ** 2 + 4 * m * n - 1) - (m + n)) // 2  # (2r + m + n)² < (m + n)² + 4mn
 
 
 def round_down(r: int, multiple: int) -> int:
-    """The largest multiple of `multiple` that is at most r; r itself if it is smaller than `multiple`."""
+    """The largest multiple of `multiple` up to r; r itself if it is smaller than `multiple`."""
     return r if r < multiple else r - r % multiple
 
 
@@ -85,13 +80,11 @@ def allocate_by_energy(
     options = {name: _options(shape, energies[name], multiple, leave_dense) for name, shape in shapes.items()}
 
     def ranks_at(multiplier: float) -> Ranks:
-        chosen: Ranks = {}
-        for name, (ranks, sizes, tails) in options.items():
-            chosen[name] = ranks[int((tails + multiplier * sizes).argmin())]
-        return chosen
+        return {
+            name: ranks[int((tails + multiplier * sizes).argmin())] for name, (ranks, sizes, tails) in options.items()
+        }
 
-    scale = max(float(energy.sum()) for energy in energies.values()) or 1.0
-    low, high = 0.0, scale  # high: every layer prefers rank 1
+    low, high = 0.0, max(float(energy.sum()) for energy in energies.values()) or 1.0  # high: rank 1 is best everywhere
     if _size(shapes, ranks_at(low)) <= budget:
         return ranks_at(low)
     for _ in range(200):
@@ -123,34 +116,27 @@ def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[floa
     """
     left = budget - _size(shapes, ranks)
     while True:
-        best, best_rank, best_value, best_cost = None, 0, -1.0, 0
+        candidates: list[tuple[float, int, str, int]] = []  # gain per weight, weights, layer, rank
         for name, r in ranks.items():
-            if r is None:
-                continue
-            larger = r + (1 if r < multiple else multiple)
-            if larger > break_even_rank(*shapes[name]):
+            larger = 0 if r is None else r + (1 if r < multiple else multiple)
+            if r is None or larger > break_even_rank(*shapes[name]):
                 continue
             cost = factored_size(*shapes[name], larger) - factored_size(*shapes[name], r)
-            gain = sum(gains[name][r:larger]) / cost
-            if cost <= left and gain > best_value:
-                best, best_rank, best_value, best_cost = name, larger, gain, cost
-        if best is None:
+            if cost <= left:
+                candidates.append((sum(gains[name][r:larger]) / cost, cost, name, larger))
+        if not candidates:
             return
-        ranks[best] = best_rank
-        left -= best_cost
+        _, cost, name, ranks[name] = max(candidates, key=lambda candidate: candidate[0])
+        left -= cost
 
 
 def _budget(shapes: Shapes, compression_ratio: float) -> int:
     total = sum(m * n for m, n in shapes.values())
     budget = math.floor((1 - compression_ratio) * total)
     least = sum(min(m * n, m + n + 1) for m, n in shapes.values())
-    require(
-        least <= budget,
-        f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}",
-        received=compression_ratio,
-        remedy="Lower it, or leave small layers out with exclude_modules.",
-        error=ConfigError,
-    )
+    rule = f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}"
+    remedy = "Lower it, or leave small layers out with exclude_modules."
+    require(least <= budget, rule, received=compression_ratio, remedy=remedy, error=ConfigError)
     return budget
 
 

@@ -9,10 +9,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_condlr.config import CondLRConfig
-from hf_condlr.conversion.factorizations import spectral_energy
+from hf_condlr.conversion.factorizations import fisher_root, spectral_energy, whiten
 from hf_condlr.conversion.rank_budget import Ranks, allocate_by_energy, allocate_uniform, break_even_rank, round_down
-from hf_condlr.conversion.second_moments import Calibration
-from hf_condlr.conversion.starts import in_metric
+from hf_condlr.conversion.second_moments import Calibration, SecondMoments
 from hf_condlr.errors import ConfigError, listed, require
 
 logger = logging.getLogger(__name__)
@@ -26,19 +25,21 @@ def requested_ranks(
     Raises:
         ConfigError: A rank exceeds a layer's, or the budget cannot be met.
     """
-    explicit: dict[str, int] = {}
-    budgeted: dict[str, Tensor] = {}
-    for name, W in matrices.items():
-        value = _explicit_rank(name, config, is_head=name in heads)
-        if value is None:
-            budgeted[name] = W
-        else:
-            explicit[name] = _as_rank(value, name, min(W.shape), config.rank_multiple)
-    _warn_where_larger(matrices, explicit)
-    allocated = _allocate(budgeted, config, calibration) if budgeted else {}
-    left_dense = {name: "its factors would not be smaller" for name, r in allocated.items() if r is None}
-    ranks = explicit | {name: r for name, r in allocated.items() if r is not None}
-    return {name: ranks[name] for name in matrices if name in ranks}, left_dense
+    explicit: Ranks = {
+        name: _as_rank(value, name, min(W.shape), config.rank_multiple)
+        for name, W in matrices.items()
+        if (value := _explicit_rank(name, config, is_head=name in heads)) is not None
+    }
+    if larger := [name for name, r in explicit.items() if r and r > break_even_rank(*matrices[name].shape)]:
+        logger.warning(
+            "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
+            "weights, which for a square layer are those below rank_ratio=0.41",
+            listed(larger),
+        )
+    budgeted = {name: W for name, W in matrices.items() if name not in explicit}
+    ranks = explicit | (_allocate(budgeted, config, calibration) if budgeted else {})
+    left_dense = {name: "its factors would not be smaller" for name, r in ranks.items() if r is None}
+    return {name: r for name in matrices if (r := ranks[name]) is not None}, left_dense
 
 
 def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float | None:
@@ -53,13 +54,9 @@ def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float |
 
 def _as_rank(value: float, name: str, full: int, multiple: int) -> int:
     if isinstance(value, int):
-        require(
-            value <= full,
-            f"the rank of {name!r} is at most min(in, out) = {full}",
-            received=f"r={value}",
-            remedy="Lower r, give rank_ratio instead, or set the layer apart in rank_pattern.",
-            error=ConfigError,
-        )
+        rule = f"the rank of {name!r} is at most min(in, out) = {full}"
+        remedy = "Lower r, give rank_ratio instead, or name the layer in rank_pattern."
+        require(value <= full, rule, received=f"r={value}", remedy=remedy, error=ConfigError)
         return value
     r = max(1, math.floor(value * full + 0.5))
     return full if r == full else round_down(r, multiple)
@@ -71,20 +68,16 @@ def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, calibration: Ca
     if config.rank_allocation == "uniform":
         return allocate_uniform(shapes, config.compression_ratio, config.rank_multiple)
     energies = {
-        name: spectral_energy(in_metric(matrices[name], second_moments))
+        name: spectral_energy(_in_metric(matrices[name], second_moments))
         for name, second_moments in calibration.second_moments(matrices)
     }
     # A dense layer has no bound on κ; and where the error is a loss, no layer needs to stay dense.
     leave_dense = config.rank_allocation == "energy"
-    ratio, multiple = config.compression_ratio, config.rank_multiple
-    return allocate_by_energy(shapes, energies, ratio, multiple, leave_dense=leave_dense)
+    return allocate_by_energy(shapes, energies, config.compression_ratio, config.rank_multiple, leave_dense=leave_dense)
 
 
-def _warn_where_larger(matrices: dict[str, Tensor], ranks: dict[str, int]) -> None:
-    larger = [name for name, r in ranks.items() if r > break_even_rank(*matrices[name].shape)]
-    if larger:
-        logger.warning(
-            "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
-            "weights, which for a square layer are those below rank_ratio=0.41",
-            listed(larger),
-        )
+def _in_metric(W: Tensor, second_moments: SecondMoments) -> Tensor:  # (m, n) -> (m, n)
+    """F̃^{1/2} W C^{1/2}, without the factor that was not measured."""
+    C, F = second_moments
+    W = W if C is None else whiten(W, C)
+    return W if F is None else fisher_root(F) @ W

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -23,8 +24,8 @@ class Targets:
     """What `resolve_targets` finds.
 
     Attributes:
-        names: The layers to convert.
         heads: The names of the model's heads.
+        names: The layers to convert.
         skipped: Layers that "all-linear" means but that cannot be converted, with the reason.
     """
 
@@ -40,13 +41,12 @@ def resolve_targets(model: nn.Module, config: CondLRConfig) -> Targets:
         ConversionError: A named layer cannot be converted, nothing matches, or there is no head to factor.
     """
     targets = Targets(head_names(model))
-    require(
-        config.head != "full_rank" or targets.heads,
-        "head='full_rank' needs a head that can be found",
-        received=f"a {type(model).__name__} with no output embeddings and no classifier known to transformers",
-        remedy="Name the layer in target_modules and give it rank 1.0 in rank_pattern.",
-        error=ConversionError,
-    )
+    if config.head == "full_rank" and not targets.heads:
+        raise ConversionError(
+            "head='full_rank' needs a head that can be found",
+            received=f"a {type(model).__name__} with no output embeddings and no classifier known to transformers",
+            remedy="Name the layer in target_modules and give it rank 1.0 in rank_pattern.",
+        )
     tied, adapted = _names_of_tied_weights(model), _names_inside_adapters(model)
     for name, module in model.named_modules():
         is_named, is_swept = _wanted(name, module, config, is_head=name in targets.heads)
@@ -56,13 +56,8 @@ def resolve_targets(model: nn.Module, config: CondLRConfig) -> Targets:
         if reason == "":
             targets.names.append(name)
         elif reason is not None:
-            require(
-                not is_named,
-                "a named layer must be convertible",
-                received=f"{name!r}: {reason}",
-                remedy="Put it in exclude_modules.",
-                error=ConversionError,
-            )
+            rule, remedy = "a named layer must be convertible", "Put it in exclude_modules."
+            require(not is_named, rule, received=f"{name!r}: {reason}", remedy=remedy, error=ConversionError)
             targets.skipped[name] = reason
     if not targets.names:
         raise _no_match(model, config, targets.skipped)
@@ -102,9 +97,9 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
         return f"its weight is a {type(weight).__name__} and no ordinary parameter (quantized, sharded or not loaded)"
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its weight between devices; load the model without device_map to convert it"
-    # A forward of its own (quantized, masked, ...) does something else with the weight.
+    # Its own forward (quantized, masked, ...) does something else with the weight.
     if type(module).forward is not FORWARDS[known] or "forward" in vars(module):
-        return f"a {type(module).__name__} with a forward of its own"
+        return f"a {type(module).__name__} with its own forward"
     if not weight.is_floating_point():
         return f"its weight is already quantized ({weight.dtype})"
     if name in tied:
@@ -125,17 +120,19 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
 
 def _has_weight_matrix(module: nn.Module) -> bool:
     """Whether it has a `weight`, or the packed `qweight` of a quantized layer, of two dimensions or more."""
-    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    return any(name in ("weight", "qweight") and tensor.dim() > 1 for name, tensor in tensors.items())
+    tensors = module._parameters | module._buffers
+    return any((X := tensors.get(name)) is not None and X.dim() > 1 for name in ("weight", "qweight"))
 
 
 def _names_of_tied_weights(model: nn.Module) -> set[str]:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dim() > 1:
-                owners.setdefault(id(parameter), []).append(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
+    owners = [
+        (name, parameter)
+        for name, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dim() > 1
+    ]
+    count = Counter(id(parameter) for _, parameter in owners)
+    return {name for name, parameter in owners if count[id(parameter)] > 1}
 
 
 def _names_inside_adapters(model: nn.Module) -> set[str]:

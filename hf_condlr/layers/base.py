@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.errors import ConfigError, ConversionError, require
+from hf_condlr.layers.folded import FoldedLayer, filled
 from hf_condlr.layers.weight_stand_in import stand_in
 from hf_condlr.linalg import (
     CENTERS,
@@ -23,6 +25,7 @@ from hf_condlr.linalg import (
     random_factors,
     truncated_svd,
 )
+from hf_condlr.linalg.precision import at_least_float32, to_float64
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -47,13 +50,8 @@ class LowRankLayer(nn.Module):
 
     def __init__(self, m: int, n: int, r: int, bias: bool, tau: float, center: Center, **factory: Any) -> None:
         super().__init__()
-        require(
-            1 <= r <= min(m, n),
-            f"the rank of a {m}×{n} weight lies in 1 … {min(m, n)}",
-            received=f"r={r}",
-            remedy="Choose r in it.",
-            error=ConversionError,
-        )
+        rule = f"the rank of a {m}×{n} weight lies in 1 … {min(m, n)}"
+        require(1 <= r <= min(m, n), rule, received=f"r={r}", remedy="Choose such an r.", error=ConversionError)
         require(tau >= 0, "tau must be ≥ 0", received=tau, remedy="tau = 0.1 bounds κ by 1.1.", error=ConfigError)
         rule = f"center must be one of {', '.join(CENTERS)}"
         require(center in CENTERS, rule, received=repr(center), remedy="Choose one.", error=ConfigError)
@@ -94,15 +92,28 @@ class LowRankLayer(nn.Module):
     @classmethod
     @abstractmethod
     def empty_like(cls, dense: Any, r: int, *, tau: float, center: Center) -> Self:
-        """Build the layer that stands for `dense` on the meta device, without values and without a bias."""
+        """Build the layer that replaces `dense` on the meta device, without values and without a bias."""
 
     @abstractmethod
-    def to_dense(self) -> nn.Module:
+    def builders(self) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+        """Build without a bias: the dense layer, one with the weight Vᵀ, and one with the weight U S."""
+
+    def to_dense(self) -> Any:
         """Multiply the factors out to an ordinary layer of the class that this one came from."""
+        build_dense, _, _ = self.builders()
+        return filled(build_dense, self.matrix(), self.bias, like=self.U).train(self.training)
 
-    @abstractmethod
-    def fold(self) -> nn.Sequential:
+    def fold(self) -> FoldedLayer:
         """Join U S: two ordinary layers with r(m + n) weights in all, for inference."""
+        build_dense, build_down, build_up = self.builders()
+        US = to_float64(self.U) @ to_float64(self.S)
+        down, up = filled(build_down, self.V.mT, None, like=self.U), filled(build_up, US, self.bias, like=self.U)
+        folded = FoldedLayer(OrderedDict(down=down, up=up)).train(self.training)
+        folded.build_dense = build_dense
+        for name in ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
+            if hasattr(self, name):  # models ask their layers for the shape
+                setattr(folded, name, getattr(self, name))
+        return folded
 
     @property
     def r(self) -> int:
@@ -119,7 +130,7 @@ class LowRankLayer(nn.Module):
 
     def matrix(self) -> Tensor:  # (m, n)
         """Multiply out W = U S Vᵀ in at least float32."""
-        U, S, V = (p if p.dtype == torch.float64 else p.float() for p in (self.U, self.S, self.V))
+        U, S, V = map(at_least_float32, (self.U, self.S, self.V))
         return (U @ S @ V.mT).to(self.U.dtype)
 
     @torch.no_grad()
@@ -161,19 +172,3 @@ def weight_matrix(dense: nn.Module) -> Tensor:  # (m, n)
     """Return the weight of a Linear, Conv1D or Conv2d as the matrix (out, in), detached."""
     weight: Tensor = cast(Any, dense).weight.detach()
     return weight.mT if isinstance(dense, Conv1D) else weight.reshape(weight.shape[0], -1)
-
-
-def allocate(build: Callable[[], nn.Module], like: Tensor) -> Any:
-    """Build a layer without values on the device and in the dtype of `like`, without drawing random numbers."""
-    with torch.device("meta"):
-        layer = build()
-    return layer.to(dtype=like.dtype).to_empty(device=like.device)
-
-
-@torch.no_grad()
-def give_weight(dense: Any, layer: LowRankLayer, weight: Tensor) -> Any:
-    """Fill a new dense layer: the weight, the same bias parameter, requires_grad and training mode."""
-    dense.weight.copy_(weight)
-    dense.weight.requires_grad_(layer.U.requires_grad)
-    dense.bias = layer.bias
-    return dense.train(layer.training)

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonormalize
 from hf_condlr.distributed.shards import reshard
-from hf_condlr.errors import CondLRError, MissingExtraError, require
+from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
 from hf_condlr.layers.model import factored_layers
 from hf_condlr.layers.offloaded import loaded_factors
@@ -22,35 +22,44 @@ from hf_condlr.linalg import obeys_bound, singular_values
 
 @dataclass
 class LayerRecord:
-    """One factored layer."""
+    """Measurements of one factored layer.
+
+    Attributes:
+        name: Its name in the model.
+        shape: (m, n) = (out, in) of the matrix W.
+        r: The rank.
+        condition_number: σ_max/σ_min over the r singular values of W; inf if one is 0 or the factors are not finite.
+        bound: The bound on κ in force; inf before the first step, without a manifold step, and for tau = inf.
+        orthonormality_error: The larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F.
+        singular_values: The r singular values of W, descending.
+        parameters: r(m + n) + r², and the bias.
+        dense_parameters: mn, and the bias.
+    """
 
     name: str
     shape: tuple[int, int]
-    """(m, n) = (out, in) of the matrix W."""
     r: int
     condition_number: float
-    """σ_max/σ_min over the r singular values of W = U S Vᵀ; inf where one is 0 or the factors are not finite."""
     bound: float
-    """The bound on κ in force; inf where none is: before the first step, without a manifold step, for tau = inf."""
     orthonormality_error: float
-    """The larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F."""
     singular_values: list[float]
-    """The r singular values of W, descending."""
     parameters: int
-    """r(m + n) + r², and the bias."""
     dense_parameters: int
-    """mn, and the bias."""
 
 
 @dataclass
 class ConditionReport:
-    """What `condition_report` returns; `str()` is a table."""
+    """What `condition_report` returns; `str()` is a table.
+
+    Attributes:
+        layers: The factored layers.
+        parameters: Number of parameters of the full model.
+        dense_parameters: The same if its factored layers were dense.
+    """
 
     layers: list[LayerRecord]
     parameters: int
-    """Number of the whole model's parameters."""
     dense_parameters: int
-    """The same if its factored layers were dense."""
 
     @property
     def max_condition_number(self) -> float:
@@ -74,41 +83,27 @@ class ConditionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite or undefined number is None."""
-        layers = [asdict(layer) for layer in self.layers]
-        for layer in layers:
-            layer["shape"] = list(layer["shape"])
-            layer["singular_values"] = [_finite(sigma) for sigma in layer["singular_values"]]
-            for name in ("condition_number", "bound", "orthonormality_error"):
-                layer[name] = _finite(layer[name])
-        return {
-            "parameters": self.parameters,
-            "dense_parameters": self.dense_parameters,
-            "max_condition_number": _finite(self.max_condition_number),
-            "mean_condition_number": _finite(self.mean_condition_number),
-            "max_orthonormality_error": _finite(self.max_orthonormality_error),
-            "layers": layers,
-        }
+        names = ("max_condition_number", "mean_condition_number", "max_orthonormality_error")
+        return _as_json(asdict(self) | {name: getattr(self, name) for name in names})
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
         header = f"{'layer':<{width}}  {'out×in':>11}  {'rank':>5}  {'κ':>9}  {'bound':>7}  {'‖UᵀU−I‖':>8}  "
         header += f"{'parameters':>11}  {'of dense':>8}"
-        lines = [header, "-" * len(header)]
+        rule = "-" * len(header)
+        lines = [header, rule]
         for layer in self.layers:
-            shape = f"{layer.shape[0]}×{layer.shape[1]}"
-            share = layer.parameters / layer.dense_parameters
             lines.append(
-                f"{layer.name:<{width}}  {shape:>11}  {layer.r:>5}  "
+                f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):>11}  {layer.r:>5}  "
                 f"{layer.condition_number:>9.4g}  {layer.bound:>7.4g}  {layer.orthonormality_error:>8.1e}  "
-                f"{layer.parameters:>11,}  {share:>8.1%}"
+                f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
             )
-        lines += [
-            "-" * len(header),
+        totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
-            f"mean {self.mean_condition_number:.4g}; whole model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {self.compression:.1%} removed",
-        ]
-        return "\n".join(lines)
+            f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
+            f"parameters, {self.compression:.1%} removed"
+        )
+        return "\n".join([*lines, rule, totals])
 
     def plot(self, path: str | Path) -> Path:
         """Draw the spectra and κ per layer into an image file (its ending chooses the format).
@@ -118,34 +113,29 @@ class ConditionReport:
         """
         try:
             from matplotlib.figure import Figure
-            from matplotlib.ticker import FuncFormatter, NullFormatter
         except ImportError as error:
-            raise MissingExtraError(
-                "plot needs matplotlib", received="no such package", remedy="pip install 'hf_condlr[plot]'."
-            ) from error
-        figure = Figure(figsize=(11, max(3.2, 1.2 + 0.19 * len(self.layers))), layout="constrained")
+            remedy = "pip install 'hf_condlr[plot]'."
+            raise MissingExtraError("plot needs matplotlib", received="no such package", remedy=remedy) from error
+        count = len(self.layers)
+        figure = Figure(figsize=(11, max(3.2, 1.2 + 0.19 * count)), layout="constrained")
         spectra, bars = figure.subplots(1, 2, width_ratios=(1, 1.25))
         for i, layer in enumerate(self.layers):
             sigma = torch.tensor(layer.singular_values)
-            position = torch.linspace(0, 1, len(sigma)) if len(sigma) > 1 else torch.zeros(1)
-            color = (0.15, 0.35 + 0.5 * i / max(1, len(self.layers) - 1), 0.65)
-            spectra.semilogy(position, sigma / sigma[0].clamp_min(1e-30), color=color, linewidth=1)
+            color = (0.15, 0.35 + 0.5 * i / count, 0.65)
+            spectra.semilogy(torch.linspace(0, 1, layer.r), sigma / sigma[0].clamp_min(1e-30), color=color, linewidth=1)
         spectra.set(xlabel="index / rank", ylabel="σ / σ_max", title="Singular values of each layer")
-        names = [layer.name for layer in self.layers]
-        kappa = [min(layer.condition_number, 1e16) for layer in self.layers]
-        bars.barh(names, kappa, color="#3b6ea5", height=0.7)
-        bounds = [(layer.bound, i) for i, layer in enumerate(self.layers) if math.isfinite(layer.bound)]
-        if bounds:
-            bars.plot(*zip(*bounds, strict=True), "|", color="#c1432e", markersize=9, markeredgewidth=2, label="bound")
-            bars.legend(loc="lower right")
-        bars.set(xscale="log", xlabel="condition number κ", title="κ(W) of each layer")
-        bars.set_xlim(0.9, max(2.0, 1.3 * max(kappa), *(1.3 * bound for bound, _ in bounds)))
         spectra.set_ylim(bottom=min(0.5, spectra.get_ylim()[0]), top=1.1)
-        plain = FuncFormatter(lambda value, _: f"{value:g}")  # 1.5, not 1.5 × 10⁰
+        kappa = [min(layer.condition_number, 1e16) for layer in self.layers]
+        bars.barh([layer.name for layer in self.layers], kappa, color="#3b6ea5", height=0.7)
+        bounds = [layer.bound if math.isfinite(layer.bound) else math.nan for layer in self.layers]
+        bars.plot(bounds, range(count), "|", color="#c1432e", markersize=9, markeredgewidth=2, label="bound")
+        bars.legend(loc="lower right")
+        bars.set(xscale="log", xlabel="condition number κ", title="κ(W) of each layer")
+        bars.set_xlim(0.9, 1.3 * max(1.6, *kappa, *(bound for bound in bounds if bound > 0)))
         for axis in (bars.xaxis, spectra.yaxis):
             low, high = axis.get_view_interval()
-            axis.set_major_formatter(plain)
-            axis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+            axis.set_major_formatter("{x:g}")  # 1.5, not 1.5 × 10⁰
+            axis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         bars.invert_yaxis()
         bars.tick_params(axis="y", labelsize=7)
         figure.savefig(path, dpi=150)
@@ -165,13 +155,8 @@ def condition_report(model: nn.Module) -> ConditionReport:
     """
     reshard(model)
     records = [_record(name, layer, loaded_factors(model, name)) for name, layer in factored_layers(model).items()]
-    require(
-        records,
-        "the model must have factored layers",
-        received="none",
-        remedy="Call get_robust_lowrank_model(model, config) first.",
-        error=CondLRError,
-    )
+    remedy = "Call get_robust_lowrank_model(model, config) first."
+    require(records, "the model must have factored layers", received="none", remedy=remedy)
     parameters = sum(p.numel() for p in model.parameters())
     dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
     return ConditionReport(records, parameters, dense)
@@ -201,5 +186,9 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
     )
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.errors import ConversionError, require
-from hf_condlr.layers.base import LowRankLayer, allocate, give_weight
-from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.base import LowRankLayer
 from hf_condlr.linalg import Center
 
 
@@ -26,15 +27,10 @@ class LowRankConv2d(LowRankLayer):
         out_channels: c_out = m.
         kernel_size: (k_h, k_w) or one number.
         r: Rank, 1 ≤ r ≤ min(m, n).
-        stride: As in `nn.Conv2d`.
-        padding: As in `nn.Conv2d`: numbers, "same" or "valid".
-        dilation: As in `nn.Conv2d`.
+        stride, padding, dilation, padding_mode, device, dtype: As in `nn.Conv2d`.
         bias: Whether there is a b `(m,)`.
-        padding_mode: zeros, reflect, replicate or circular.
         tau: Conditioning tolerance, κ(S) ≤ 1 + tau under `attach_manifold_step`.
         center: Interval of the conditioning.
-        device: As in `nn.Conv2d`.
-        dtype: As in `nn.Conv2d`.
     """
 
     _GEOMETRY: ClassVar = (
@@ -81,14 +77,9 @@ class LowRankConv2d(LowRankLayer):
 
     @classmethod
     def empty_like(cls, dense: nn.Conv2d, r: int, *, tau: float, center: Center) -> Self:
-        """Build the layer that stands for `dense` on the meta device, without values and without a bias."""
-        require(
-            dense.groups == 1,
-            "only convolutions with groups=1 can be factored",
-            received=f"groups={dense.groups}",
-            remedy="Leave this one out of target_modules.",
-            error=ConversionError,
-        )
+        """Build the layer that replaces `dense` on the meta device, without values and without a bias."""
+        rule, remedy = "only convolutions with groups=1 can be factored", "Leave this one out of target_modules."
+        require(dense.groups == 1, rule, received=f"groups={dense.groups}", remedy=remedy, error=ConversionError)
         geometry: dict[str, Any] = {name: getattr(dense, name) for name in cls._GEOMETRY}
         return cls(**geometry, r=r, bias=False, tau=tau, center=center, device="meta", dtype=dense.weight.dtype)
 
@@ -105,27 +96,19 @@ class LowRankConv2d(LowRankLayer):
         """Left, right, top, bottom for `F.pad`; of an odd "same" padding the right side gets more, as in nn.Conv2d."""
         amounts: list[int] = []
         for axis in (1, 0):  # F.pad counts from the last dimension
-            total = self.dilation[axis] * (self.kernel_size[axis] - 1)
-            if self.padding == "same":
+            if isinstance(self.padding, str):
+                total = self.dilation[axis] * (self.kernel_size[axis] - 1) if self.padding == "same" else 0
                 amounts += [total // 2, total - total // 2]
-            elif not isinstance(self.padding, str):
+            else:
                 amounts += [self.padding[axis]] * 2
-            else:  # "valid"
-                amounts += [0, 0]
         return amounts
 
-    def to_dense(self) -> nn.Conv2d:
-        """Multiply the factors out to the dense convolution with kernel U S Vᵀ."""
-        geometry: dict[str, Any] = {name: getattr(self, name) for name in self._GEOMETRY}
-        dense = allocate(lambda: nn.Conv2d(**geometry, bias=False), self.U)
-        return give_weight(dense, self, self.matrix().reshape(self.weight_shape))
-
-    def fold(self) -> FoldedLayer:
-        """Two ordinary convolutions, r filters and a 1x1, for inference."""
-        geometry: dict[str, Any] = {n: getattr(self, n) for n in self._GEOMETRY if n != "out_channels"}
-        down = allocate(lambda: nn.Conv2d(**geometry, out_channels=self.r, bias=False), self.U)
-        up = allocate(lambda: nn.Conv2d(self.r, self.out_channels, 1, bias=False), self.U)
-        return FoldedLayer.of(self, down, up)
+    def builders(self) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+        """Build the convolution, one with r filters, and a 1x1."""
+        geometry = {name: getattr(self, name) for name in self._GEOMETRY}
+        convolution, m = partial(nn.Conv2d, bias=False), self.out_channels
+        down = partial(convolution, **geometry | {"out_channels": self.r})
+        return partial(convolution, **geometry), down, partial(convolution, self.r, m, 1)
 
     def extra_repr(self) -> str:
         """Describe shapes, rank and bound."""

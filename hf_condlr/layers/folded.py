@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.layers.base import LowRankLayer
 from hf_condlr.layers.weight_stand_in import stand_in
-from hf_condlr.linalg.precision import to_float64
+from hf_condlr.linalg.precision import at_least_float32
 
 
 class FoldedLayer(nn.Sequential):
@@ -20,45 +19,13 @@ class FoldedLayer(nn.Sequential):
     down: Any
     up: Any
     weight_shape: tuple[int, ...]
-    dense_class: type[nn.Module] = nn.Linear
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, layer: LowRankLayer, down: Any, up: Any) -> FoldedLayer:
-        """Build the folded form of `layer` from two dense layers without values, which are filled."""
-        US = to_float64(layer.U) @ to_float64(layer.S)
-        down.weight.copy_(layer.V.mT.reshape(down.weight.shape))
-        up.weight.copy_(US.reshape(up.weight.shape))
-        up.bias = layer.bias  # the same parameter, as in `to_dense`
-        folded = cls(OrderedDict(down=down, up=up)).train(layer.training)
-        shape = ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size")
-        for name in (*shape, "dense_class"):
-            if hasattr(layer, name):  # models ask their layers for the shape
-                setattr(folded, name, getattr(layer, name))
-        for part in (down, up):
-            part.weight.requires_grad_(layer.U.requires_grad)
-        return folded
+    build_dense: Callable[[], Any]
 
     @torch.no_grad()
-    def to_dense(self) -> nn.Module:
+    def to_dense(self) -> Any:
         """The dense layer with the weight U S Vᵀ, multiplied out in at least float32."""
-        down, up = self.down, self.up  # convolutions or linear layers
-        wide = torch.promote_types(up.weight.dtype, torch.float32)
-        W = up.weight.flatten(1).to(wide) @ down.weight.flatten(1).to(wide)
-        place = {"device": up.weight.device, "dtype": up.weight.dtype}
-        dense: Any
-        if isinstance(down, nn.Conv2d):
-            names = ("in_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
-            geometry = {name: getattr(down, name) for name in names}
-            dense = nn.Conv2d(out_channels=up.out_channels, bias=False, **geometry, **place)
-        elif self.dense_class is Conv1D:
-            dense, W = Conv1D(up.out_features, down.in_features).to(**place), W.mT
-        else:
-            dense = nn.Linear(down.in_features, up.out_features, bias=False, **place)
-        dense.weight.copy_(W.reshape(dense.weight.shape)).requires_grad_(up.weight.requires_grad)
-        if up.bias is not None:
-            dense.bias = up.bias
-        return dense.train(self.training)
+        US, Vh = (at_least_float32(part.weight.flatten(1)) for part in (self.up, self.down))
+        return filled(self.build_dense, US @ Vh, self.up.bias, like=self.up.weight).train(self.training)
 
     @property
     def bias(self) -> Tensor | None:
@@ -70,3 +37,18 @@ class FoldedLayer(nn.Sequential):
         """A tensor without values, as `LowRankLayer.weight`; of quantized layers, what they themselves return."""
         weight = self.up.weight
         return stand_in(weight, self.weight_shape) if isinstance(weight, Tensor) else weight
+
+
+@torch.no_grad()
+def filled(build: Callable[[], Any], W: Tensor, bias: nn.Parameter | None, *, like: Tensor) -> Any:
+    """Build an ordinary layer with the matrix W (out, in) as its weight, and this very bias parameter.
+
+    It gets the device, dtype and requires_grad of `like`. No random numbers are drawn.
+    """
+    with torch.device("meta"):
+        layer = build()
+    layer = layer.to(dtype=like.dtype).to_empty(device=like.device)
+    layer.weight.copy_(W.mT if isinstance(layer, Conv1D) else W.reshape(layer.weight.shape))
+    layer.weight.requires_grad_(like.requires_grad)
+    layer.bias = bias
+    return layer

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.layers.base import LowRankLayer, allocate, give_weight, weight_matrix
-from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.base import LowRankLayer, weight_matrix
 from hf_condlr.linalg import Center
 
 # torch 2.6 cannot tell exporting from compiling
@@ -28,8 +29,7 @@ class LowRankLinear(LowRankLayer):
         bias: Whether there is a b `(m,)`.
         tau: Conditioning tolerance, κ(S) ≤ 1 + tau under `attach_manifold_step`.
         center: Interval of the conditioning.
-        device: As in `nn.Linear`.
-        dtype: As in `nn.Linear`.
+        device, dtype: As in `nn.Linear`.
     """
 
     dense_class: type[nn.Linear] | type[Conv1D] = nn.Linear
@@ -54,7 +54,7 @@ class LowRankLinear(LowRankLayer):
 
     @classmethod
     def empty_like(cls, dense: nn.Linear | Conv1D, r: int, *, tau: float, center: Center) -> Self:
-        """Build the layer that stands for `dense` on the meta device, without values and without a bias."""
+        """Build the layer that replaces `dense` on the meta device, without values and without a bias."""
         W = weight_matrix(dense)
         m, n = W.shape
         layer = cls(n, m, r, False, tau=tau, center=center, device="meta", dtype=W.dtype)
@@ -80,18 +80,11 @@ class LowRankLinear(LowRankLayer):
         VS = self.V @ self.S.mT.contiguous()
         return F.linear(F.linear(x, VS.mT), self.U, self.bias)
 
-    def to_dense(self) -> nn.Linear | Conv1D:
-        """Multiply the factors out to a dense layer of the class that this one came from."""
-        m, n, bias = self.out_features, self.in_features, self.bias is not None
-        transposed = self.dense_class is Conv1D
-        dense = allocate(lambda: Conv1D(m, n) if transposed else nn.Linear(n, m, bias), self.U)
-        return give_weight(dense, self, self.matrix().mT if transposed else self.matrix())
-
-    def fold(self) -> FoldedLayer:
-        """Two ordinary linear layers, Vᵀ and then U S, with r(m + n) weights in all, for inference."""
-        down = allocate(lambda: nn.Linear(self.in_features, self.r, bias=False), self.U)
-        up = allocate(lambda: nn.Linear(self.r, self.out_features, bias=False), self.U)
-        return FoldedLayer.of(self, down, up)
+    def builders(self) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+        """Build a Linear or Conv1D, and two Linear."""
+        m, n, linear = self.out_features, self.in_features, partial(nn.Linear, bias=False)
+        dense = partial(Conv1D, m, n) if self.dense_class is Conv1D else partial(linear, n, m)
+        return dense, partial(linear, n, self.r), partial(linear, self.r, m)
 
     def extra_repr(self) -> str:
         """Describe shapes, rank and bound."""

@@ -35,20 +35,39 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Names of the output embeddings and of linear layers outside the base model with one output per label or token."""
-    if not isinstance(model, PreTrainedModel):
-        return set()
-    base = model.base_model
-    inside = set() if base is model else set(base.modules())
-    sizes = {getattr(model.config, "num_labels", None), getattr(model.config.get_text_config(), "vocab_size", None)}
-    embeddings = model.get_output_embeddings()
-    names = {name for name, module in model.named_modules() if embeddings is not None and module is embeddings}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module in inside:
-            continue
-        is_child = "." not in name
-        if base is model and not is_child:  # the model is its own base: only its direct children can be a head
-            continue
-        if module.out_features in sizes or (is_child and module.out_features == 1):
-            names.add(name)
-    return names
+    """Names of the heads: output embeddings, and the linear layers that make the predictions.
+
+    In a transformers model these are the layers outside its base model with one output per label or token (one more
+    for "no object"), or at most four (scores, start and end, boxes). Around a transformers model, in your own module,
+    the last linear layer of each module next to it is a head. Wrappers such as DataParallel are looked through.
+    """
+    heads = _heads_of_model(model) if isinstance(model, PreTrainedModel) else _heads_around_models(model)
+    return {name for name, module in model.named_modules() if module in heads}
+
+
+def _heads_of_model(model: PreTrainedModel) -> set[nn.Module]:
+    labels = getattr(model.config, "num_labels", 0)
+    sizes = {1, 2, 3, 4, labels, labels + 1, getattr(model.config.get_text_config(), "vocab_size", None)}
+    base, children = model.base_model, list(model.children())
+    if base is not model:
+        children = [m for child in children if child is not base for m in child.modules()]
+    heads: set[nn.Module] = {m for m in children if isinstance(m, nn.Linear) and m.out_features in sizes}
+    if (embeddings := model.get_output_embeddings()) is not None:
+        heads.add(embeddings)
+    if base is model:  # it may consist of an encoder and a decoder with a head, or of a detector
+        inner = (m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model)
+        heads = heads.union(*map(_heads_of_model, inner))
+    return heads
+
+
+def _heads_around_models(module: nn.Module) -> set[nn.Module]:
+    heads: set[nn.Module] = set()
+    children = {child: any(isinstance(m, PreTrainedModel) for m in child.modules()) for child in module.children()}
+    for child, has_model in children.items():
+        if isinstance(child, PreTrainedModel):
+            heads |= _heads_of_model(child)
+        elif has_model:
+            heads |= _heads_around_models(child)
+        elif any(children.values()):
+            heads.update([m for m in child.modules() if isinstance(m, nn.Linear)][-1:])
+    return heads

@@ -16,16 +16,21 @@ def factored_size(m: int, n: int, r: int) -> int:
 
 @dataclass
 class LayerConversion:
-    """What became of one layer."""
+    """What became of one layer.
+
+    Attributes:
+        r: The rank.
+        shape: (m, n) of the weight.
+        truncation_error: ‖W − U S Vᵀ‖_F / ‖W‖_F.
+        optimal_truncation_error: The least error at this rank, measured for the start `randomized_svd` only.
+        whitened_truncation_error: ‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data.
+    """
 
     r: int
     shape: tuple[int, int]
     truncation_error: float
-    """‖W − U S Vᵀ‖_F / ‖W‖_F."""
     optimal_truncation_error: float | None = None
-    """The least error at this rank, measured where the start is not the optimum itself (`randomized_svd`)."""
     whitened_truncation_error: float | None = None
-    """‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data, where there are any."""
 
     @property
     def parameters(self) -> int:

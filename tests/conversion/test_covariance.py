@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.covariance import input_covariances
-from hf_condlr.conversion.factorizations import activation_aware, whiten
-from hf_condlr.conversion.truncation import whitened_truncation_error
+from hf_condlr.conversion.factorizations import activation_aware, truncation_error, whiten
+from hf_condlr.conversion.second_moments import input_covariances
 from hf_condlr.errors import ConversionError
 from tests.conversion.calibration_data import batches, make_bert
 
@@ -33,7 +32,7 @@ def test_whitened_error_is_the_optimum_singular_covariances_included(shape, rank
         torch.testing.assert_close(U.mT @ U, torch.eye(r), rtol=0, atol=1e-5)
         torch.testing.assert_close(V.mT @ V, torch.eye(r), rtol=0, atol=1e-5)
         # measured: equal to 1e-6; with a C of rank ≤ r the error is rounding
-        assert whitened_truncation_error(W, C, U, S, V) == pytest.approx(optimum(W, C, r), rel=1e-4, abs=1e-4)
+        assert truncation_error(W, U, S, V, C) == pytest.approx(optimum(W, C, r), rel=1e-4, abs=1e-4)
 
 
 def test_identity_covariance_is_the_plain_svd():
@@ -103,7 +102,7 @@ def test_activation_aware_model_is_closer_than_svd():
 
 def test_data_that_does_not_reach_a_layer_is_refused():
     model = make_bert()
-    with pytest.raises(ConversionError, match=r"must reach 'bert\.pooler\.dense' with finite inputs; received none"):
+    with pytest.raises(ConversionError, match=r"must reach 'bert\.pooler\.dense' and be finite; received none"):
         input_covariances(model, ["bert.pooler.dense"], [])
 
 

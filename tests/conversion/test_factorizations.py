@@ -8,8 +8,13 @@ import torch
 from torch import nn
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.factorizations import FACTORIZATIONS, orthogonal, randomized_svd
-from hf_condlr.conversion.truncation import optimal_truncation_error, truncation_error
+from hf_condlr.conversion.factorizations import (
+    FACTORIZATIONS,
+    optimal_truncation_error,
+    orthogonal,
+    randomized_svd,
+    truncation_error,
+)
 from hf_condlr.linalg import truncated_svd
 from tests.linalg.reference import array
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
 from hf_condlr.conversion.factorizations import activation_aware, fisher, fisher_root, whiten
-from hf_condlr.conversion.fisher import output_fisher
+from hf_condlr.conversion.second_moments import output_fisher
 from hf_condlr.errors import ConfigError, ConversionError
 from tests.conversion.calibration_data import batches, make_bert
 
@@ -172,5 +172,5 @@ def test_what_is_not_finite_or_does_not_arrive_is_refused():
     with pytest.raises(ConversionError, match="must reach 'seen' and be finite; received none"):
         output_fisher(model, ["seen"], [])
     model.forward = lambda x: model.classifier((0 * model.seen(x)).sqrt())  # 0 · ∞ on the way back
-    with pytest.raises(ConversionError, match="must reach 'seen' and be finite; received gradients that are not"):
+    with pytest.raises(ConversionError, match="must reach 'seen' and be finite; received values that are not"):
         output_fisher(model, ["seen"], [torch.randn(64, 24)])

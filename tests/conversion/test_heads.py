@@ -1,10 +1,12 @@
 """Heads: classifiers and output embeddings stay dense, or are factored as the config says."""
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
 from hf_condlr.errors import ConversionError
+from hf_condlr.layers import head_names
 from tests.conversion.conversions import QUERY_VALUE, assert_same, convert, factored, in_layers, lossless
 from tests.models import (
     LABELS,
@@ -17,6 +19,7 @@ from tests.models import (
     pixels,
     siglip,
     t5,
+    yolos,
 )
 
 CLASSIFIERS = ["vit", "swin", "convnext", "bert", "distilbert"]
@@ -68,24 +71,6 @@ def test_a_tied_output_embedding_is_skipped_as_any_layer_and_refused_by_itself(b
         convert(build(), head="full_rank")
 
 
-HEADS = [
-    (transformers.BertForTokenClassification, "classifier"),
-    (transformers.BertForQuestionAnswering, "qa_outputs"),
-    (transformers.BertForMultipleChoice, "classifier"),
-    (transformers.BertForMaskedLM, "cls.predictions.decoder"),
-    (transformers.BertForNextSentencePrediction, "cls.seq_relationship"),
-]
-
-
-@pytest.mark.parametrize(("model_class", "head"), HEADS, ids=lambda x: getattr(x, "__name__", x))
-def test_the_head_is_found_from_the_model(model_class, head):
-    overrides = {} if "Token" in model_class.__name__ else {"num_labels": 2}
-    model = convert(bert(model_class, tie_word_embeddings=False, **overrides))
-    assert type(model.get_submodule(head)) is nn.Linear
-    assert head not in model.condlr.report.converted
-    assert len(factored(model)) >= 12
-
-
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_the_score_of_a_sequence_classifier_is_a_head(build):
     model_class = {gpt2: transformers.GPT2ForSequenceClassification, llama: transformers.LlamaForSequenceClassification}
@@ -117,3 +102,64 @@ def test_a_head_that_is_excluded_stays_dense(head, option):
 def test_a_head_is_conditioned_beside_a_few_named_layers():
     model = convert(bert(), head="full_rank", target_modules=["query"])
     assert set(factored(model)) == in_layers(QUERY_VALUE[:1]) | {"classifier"}
+
+
+def detr():
+    resnet = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "layer_type": "basic"}
+    layers = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=transformers.ResNetConfig(**resnet, out_features=["stage2"]),
+        d_model=8,
+        encoder_ffn_dim=12,
+        decoder_ffn_dim=12,
+        num_labels=LABELS,
+        **layers,
+    )
+    return transformers.DetrForObjectDetection(config)
+
+
+class Classifier(nn.Module):
+    """A user's own module around a transformers model."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def own_classifier():
+    return Classifier(bert(transformers.BertModel), nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 9)))
+
+
+FOUND = {
+    "DETR": (detr, {"class_labels_classifier", "bbox_predictor.layers.2"}),
+    "YOLOS": (yolos, {"class_labels_classifier.layers.2", "bbox_predictor.layers.2"}),
+    "tokens": (lambda: bert(transformers.BertForTokenClassification), {"classifier"}),
+    "answers": (lambda: bert(transformers.BertForQuestionAnswering, num_labels=2), {"qa_outputs"}),
+    "masked words": (lambda: bert(transformers.BertForMaskedLM), {"cls.predictions.decoder"}),
+    "next sentence": (lambda: bert(transformers.BertForNextSentencePrediction), {"cls.seq_relationship"}),
+    "multiple choice": (lambda: bert(transformers.BertForMultipleChoice), {"classifier"}),
+    "two heads": (lambda: bert(transformers.BertForPreTraining), {"cls.seq_relationship", "cls.predictions.decoder"}),
+    "compiled": (lambda: compiled(bert()), {"_orig_mod.classifier"}),
+    "parallel": (lambda: nn.DataParallel(bert()), {"module.classifier"}),
+    "around a classifier": (lambda: Classifier(compiled(bert()), nn.Identity()), {"encoder._orig_mod.classifier"}),
+    "own head": (own_classifier, {"head.2"}),
+    "no transformers model": (lambda: nn.Sequential(nn.Linear(3, 3)), set()),
+}
+
+
+@pytest.mark.parametrize(("build", "heads"), FOUND.values(), ids=FOUND)
+def test_heads_of_detectors_wrappers_and_own_modules(build, heads):
+    assert head_names(build()) == heads
+
+
+def test_a_head_behind_wrappers_stays_dense():
+    for wrap in (compiled, nn.DataParallel):
+        model = bert()
+        convert(wrap(model))
+        assert type(model.classifier) is nn.Linear
+        assert len(factored(model)) == 13

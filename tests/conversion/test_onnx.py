@@ -10,13 +10,11 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
-    YolosConfig,
-    YolosForObjectDetection,
 )
 
 from hf_condlr import CondLRConfig, export_onnx, fold_model, get_robust_lowrank_model
 from hf_condlr.errors import ConversionError, MissingExtraError
-from tests.models import MODELS, bert, logits, tokens
+from tests.models import MODELS, bert, logits, tokens, yolos
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -79,17 +77,7 @@ def test_source_and_target_of_a_translation_have_lengths_of_their_own(tmp_path):
 
 
 def test_detection_keeps_its_boxes(tmp_path):
-    config = YolosConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=[16, 16],
-        patch_size=8,
-        num_detection_tokens=3,
-        use_mid_position_embeddings=False,
-    )
-    model = get_robust_lowrank_model(YolosForObjectDetection(config).eval(), CondLRConfig(rank_ratio=0.5))
+    model = get_robust_lowrank_model(yolos(), CondLRConfig(rank_ratio=0.5))
     inputs = {"pixel_values": torch.rand(2, 3, 16, 16)}
     path = export_onnx(model, tmp_path / "model.onnx", inputs=inputs)
     assert {"logits", "pred_boxes"} <= set(outputs(path, inputs))
@@ -98,7 +86,7 @@ def test_detection_keeps_its_boxes(tmp_path):
 
 def test_the_file_is_no_larger_than_the_folded_parameters_and_a_tenth(tmp_path):
     config = BertConfig(
-        vocab_size=200, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+        vocab_size=100, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, intermediate_size=1024
     )
     model = get_robust_lowrank_model(BertForSequenceClassification(config).eval(), CondLRConfig(rank_ratio=0.5))
     path = export_onnx(model, tmp_path / "model.onnx")

@@ -153,7 +153,7 @@ def test_no_match_after_everything_was_converted():
 
 
 class ScaledLinear(nn.Linear):
-    """A forward of its own, as quantized and masked layers have."""
+    """Its own forward, as quantized and masked layers have."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -215,7 +215,7 @@ REFUSED = {  # builder, name, reason
     "tied linear": (Tied, "first", "tied"),
     "tied embedding": (TiedToEmbedding, "first", "tied"),
     "child of MultiheadAttention": (Attention, "attention.out_proj", "MultiheadAttention"),
-    "forward of its own": (lambda: chain(ScaledLinear(6, 6)), "1", "ScaledLinear"),
+    "its own forward": (lambda: chain(ScaledLinear(6, 6)), "1", "ScaledLinear"),
     "quantized": (quantized, "1", r"quantized \(torch\.int8\)"),
     "parametrized": (lambda: chain(parametrizations.weight_norm(nn.Linear(6, 6))), "1", "."),
 }
@@ -347,7 +347,7 @@ def test_layers_that_accelerate_moves_are_named_with_the_remedy():
 
 def test_where_nothing_can_be_converted_the_reasons_are_given():
     model = nn.Sequential(ScaledLinear(6, 6))
-    with pytest.raises(ConversionError, match=r"matches only 0 \(a ScaledLinear with a forward of its own\)"):
+    with pytest.raises(ConversionError, match=r"matches only 0 \(a ScaledLinear with its own forward\)"):
         convert(model)
 
 
@@ -355,3 +355,14 @@ def test_a_second_conversion_says_that_the_model_is_factored():
     model = convert(bert())
     with pytest.raises(ConversionError, match="a model in which 13 layers are factored already"):
         convert(model)
+
+
+def test_layers_quantized_by_torchao_are_skipped_or_refused():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = bert()
+    torchao.quantize_(model.bert.encoder, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ConversionError, match=r"layer\.0\.attention\.self\.query': its weight is a Int8Tensor"):
+        convert(model, target_modules=["query"])
+    convert(model)
+    assert set(factored(model)) == {"bert.pooler.dense"}
+    assert len(model.condlr.report.skipped) == 12
