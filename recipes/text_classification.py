@@ -1,7 +1,7 @@
 r"""Train a text classifier dense, at low rank, or at low rank with bounded condition numbers, and attack it.
 
     accelerate launch text_classification.py --model_name_or_path bert-base-uncased --dataset_name glue \
-        --dataset_config_name mrpc --compression_ratio 0.4 --tau 1 --output_dir outputs/mrpc
+        --dataset_config_name mrpc --text_columns sentence1 sentence2 --output_dir outputs/mrpc
     accelerate launch text_classification.py configs/sst2_minilm.yaml --learning_rate 3e-5
 
 Any classifier of `AutoModelForSequenceClassification`, encoder or decoder, pretrained or with random weights; any data

@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder that holds a copy of the recipe, and beside it the digits."""
+    """A folder that holds a copy of the recipe, and next to it the digits."""
     folder = tmp_path_factory.mktemp("copied")
     copied("demo", tmp_path_factory.mktemp("demo")).write_digits(folder.with_name("digits"))
     return folder
@@ -60,7 +60,7 @@ def test_what_is_saved_is_what_was_evaluated(call, capsys, method):
     if method != "dense":
         assert "12 layers are factored: " in capsys.readouterr().out
         results = ModelCard.load(out / "README.md").data.eval_results
-        assert {result.dataset_split for result in results} == {"test"}  # clean and attacked alike
+        assert {result.dataset_split for result in results} == {"test"}  # both clean and attacked
         found = {(r.metric_type, (r.metric_args or {}).get("epsilon")): r.metric_value for r in results}
         assert found["accuracy", None] == pytest.approx(metrics["test_accuracy"])
         assert found["robust_accuracy", 0.05] == pytest.approx(metrics["test_accuracy_pgd_linf_0.05"])
@@ -215,9 +215,9 @@ RANDOM = {
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, place, tmp_path_factory):
+def uninterrupted(recipe, place, tmp_path_factory):
     """{method: output folder of an uninterrupted training}."""
-    root, data = tmp_path_factory.mktemp("whole"), place.with_name("digits")
+    root, data = tmp_path_factory.mktemp("uninterrupted"), place.with_name("digits")
     return {m: run(recipe, root / m, **IMAGES | RANDOM | {"method": m, "dataset_name": data}) for m in METHODS}
 
 
@@ -229,30 +229,30 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(call, whole, tmp_path, caplog, method):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(call, uninterrupted, tmp_path, caplog, method):
     """The checkpoint that it resumes from is deleted on the way, and the one after it is half written."""
     out = tmp_path / "out"
     out.mkdir()
     for name in ("checkpoint-4", "checkpoint-6"):
-        shutil.copytree(whole[method] / name, out / name)
-    shutil.copy(whole[method] / "settings.json", out)
+        shutil.copytree(uninterrupted[method] / name, out / name)
+    shutil.copy(uninterrupted[method] / "settings.json", out)
     (out / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1.')
     for file in (out / "checkpoint-6").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:1000])
     call(method=method, save_total_limit=1, **RANDOM)
     assert f"resuming from {out}/checkpoint-4" in caplog.text and not (out / "checkpoint-4").exists()
-    assert outcome(out) == pytest.approx(outcome(whole[method]), rel=1e-6)
+    assert outcome(out) == pytest.approx(outcome(uninterrupted[method]), rel=1e-6)
     assert read(out / "train_results.json")["train_steps_before"] == 4
 
 
-def test_a_finished_training_is_not_trained_again_and_can_be_attacked_afterwards(call, whole, tmp_path):
-    out = shutil.copytree(whole["condlr"], tmp_path / "out")
+def test_a_finished_training_is_not_trained_again_and_can_be_attacked_afterwards(call, uninterrupted, tmp_path):
+    out = shutil.copytree(uninterrupted["condlr"], tmp_path / "out")
     trained = (out / "train_results.json").read_text()
     call(attacks="pgd-linf", epsilons=0.05, attack_steps=1, **RANDOM)
     assert (out / "train_results.json").read_text() == trained
     again = outcome(out)
     assert again.pop("test_robust_accuracy") <= 1
-    assert again == pytest.approx(outcome(whole["condlr"]), rel=1e-6)
+    assert again == pytest.approx(outcome(uninterrupted["condlr"]), rel=1e-6)
 
 
 def test_the_model_is_saved_before_it_is_evaluated(recipe, call, monkeypatch, tmp_path):
@@ -278,7 +278,7 @@ def test_two_processes_under_autocast_killed_started_again_and_pushed(place, tmp
     with Hub() as hub:
         pipes = {"env": environment | hub.environment("hf_write"), "cwd": tmp_path, "text": True}
         pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, start_new_session=True, **pipes)  # a group of its own: all of it is killed
+        process = subprocess.Popen(command, start_new_session=True, **pipes)  # its own group: all of it is killed
         deadline = time.monotonic() + 240
         while not (out / "checkpoint-4" / "trainer_state.json").is_file():
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()

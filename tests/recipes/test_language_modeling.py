@@ -70,14 +70,14 @@ def test_perplexity_is_that_of_the_model_as_it_loads_back(call, corpus, model, c
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(call, tmp_path, caplog):
     options = {"num_train_epochs": 2, "save_strategy": "epoch", "save_total_limit": 2}  # GPT-2 has dropout
-    whole = call(**options).rename(tmp_path / "whole")
-    first = min(whole.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    uninterrupted = call(**options).rename(tmp_path / "uninterrupted")
+    first = min(uninterrupted.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     shutil.copytree(first, tmp_path / "out" / first.name)
-    shutil.copy(whole / "settings.json", tmp_path / "out")
+    shutil.copy(uninterrupted / "settings.json", tmp_path / "out")
     out = call(**options)
     assert f"resuming from {out / first.name}" in caplog.text
     names = ("start_perplexity", "eval_perplexity", "test_perplexity", "test_kappa_max")
-    before, after = (read(folder / "all_results.json") for folder in (whole, out))
+    before, after = (read(folder / "all_results.json") for folder in (uninterrupted, out))
     assert [after[name] for name in names] == pytest.approx([before[name] for name in names], rel=1e-6)
 
 

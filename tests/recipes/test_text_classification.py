@@ -93,7 +93,7 @@ def test_every_kind_of_model_loads_back_as_it_was_evaluated(call, sentences, tmp
     batch = tokenizer(list(rows["sentence"]), truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():
         loss = model(**batch, labels=torch.tensor(rows["label"])).loss.item()
-    assert loss == pytest.approx(metrics["test_loss"], rel=1e-4)  # whatever the padding of the batch
+    assert loss == pytest.approx(metrics["test_loss"], rel=1e-4)  # with any padding of the batch
 
 
 def test_pairs_from_a_csv_file_on_a_fresh_model(call, tmp_path):

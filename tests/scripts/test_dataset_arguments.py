@@ -47,7 +47,7 @@ def test_a_file_of_each_kind(tmp_path, kind):
     assert DatasetArguments(str(file)).hub_name is None and DatasetArguments("glue").hub_name == "glue"
 
 
-def test_a_license_beside_other_files_does_not_make_them_text(tmp_path):
+def test_a_license_next_to_other_files_does_not_make_them_text(tmp_path):
     write(tmp_path / "train.parquet", **rows())
     (tmp_path / "LICENSE.txt").write_text("Free.\n\nOf charge.")
     assert len(DatasetArguments(str(tmp_path)).load()["train"]) == 8
@@ -64,7 +64,7 @@ def test_a_folder_of_text_files_is_read_by_paragraphs(tmp_path):
     }
 
 
-def test_fewer_rows_the_same_whatever_the_seed(tmp_path):
+def test_fewer_rows_the_same_for_every_seed(tmp_path):
     file = write(tmp_path / "train.parquet", **rows(40))
     first, again = (classes(file, max_train_samples=5, max_eval_samples=3) for _ in range(2))
     assert {name: len(part) for name, part in first.items()} == {"train": 5, "validation": 3}

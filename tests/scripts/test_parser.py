@@ -9,7 +9,7 @@ from hf_condlr import AttackArguments, CondLRTrainingArguments, ModelArguments, 
 
 @dataclass
 class Arguments:
-    """Of this test."""
+    """Options of this test."""
 
     names: list[str] = field(default_factory=list, metadata={"help": "Several."})
     size: int | None = field(default=None, metadata={"help": "A size."})
@@ -61,7 +61,9 @@ def test_the_help_has_the_scripts_options_apart_from_the_trainers(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     own = capsys.readouterr().out
-    assert "A test." in own and "Of this test:" in own and "--size" in own and "--conditioning_warmup_ratio" in own
+    assert (
+        "A test." in own and "Options of this test:" in own and "--size" in own and "--conditioning_warmup_ratio" in own
+    )
     assert "--learning_rate" not in own and "--weight-decay" not in own and "--help_trainer" in own
     assert len(own.splitlines()) < 100
     with pytest.raises(SystemExit):
