@@ -39,30 +39,19 @@ class RobustAccuracy(evaluate.Metric):
     """
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:
-        require(
-            config_name in (None, "default", "with_clean"),
-            "config_name of RobustAccuracy must be None or 'with_clean'",
-            received=repr(config_name),
-            remedy="RobustAccuracy('with_clean') takes clean_predictions, RobustAccuracy() does not.",
-            error=EvaluationError,
-        )
+        known, rule = config_name in (None, "default", "with_clean"), "config_name must be None or 'with_clean'"
+        require(known, rule, received=repr(config_name), remedy="Choose one.", error=EvaluationError)
         super().__init__(config_name, **options)
 
     def _info(self) -> evaluate.MetricInfo:
-        with_clean = self.config_name == "with_clean"
-        description = "Share of the samples that are classified correctly under an attack"
-        return _info(description + (" and without it." if with_clean else "."), with_clean)
+        return _info("Share of the samples that are robust.", with_clean=self.config_name == "with_clean")
 
     def _compute(
         self, *, predictions: Sequence[int], references: Sequence[int], clean_predictions: Sequence[int] | None = None
     ) -> dict[str, float]:
-        require(  # evaluate passes on what is not a feature, and only in process 0
-            clean_predictions is None or self.config_name == "with_clean",
-            "RobustAccuracy() takes predictions under attack and references",
-            received="clean_predictions as well",
-            remedy="Use RobustAccuracy('with_clean'): a sample then counts where both predictions are right.",
-            error=EvaluationError,
-        )
+        known = clean_predictions is None or self.config_name == "with_clean"  # evaluate passes on unknown names
+        rule, received = "RobustAccuracy() takes predictions under attack and references", "clean_predictions as well"
+        require(known, rule, received=received, remedy="Use RobustAccuracy('with_clean').", error=EvaluationError)
         clean = references if clean_predictions is None else clean_predictions
         return {self.name: _share([a == c == y for a, c, y in zip(predictions, clean, references, strict=True)])}
 
@@ -80,8 +69,7 @@ class AttackSuccessRate(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        description = "Share of the samples classified correctly without an attack that the attack turned into errors."
-        return _info(description, with_clean=True)
+        return _info("Share of the correct samples that an attack turned into errors.", with_clean=True)
 
     def _compute(
         self, *, predictions: Sequence[int], references: Sequence[int], clean_predictions: Sequence[int]

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from hf_condlr.robustness.attacks.base import Attack, Inputs, require
 from hf_condlr.robustness.attacks.embeddings import EmbeddingFGM, EmbeddingPGD
 from hf_condlr.robustness.attacks.gradient import FGSM, PGD
-from hf_condlr.robustness.attacks.lookup import input_embedding, perturbed
 from hf_condlr.robustness.attacks.pixels import PixelModel
-from hf_condlr.robustness.attacks.text import TextModel
+from hf_condlr.robustness.attacks.text import TextModel, input_embedding, perturbed
 from hf_condlr.training.arguments import AdversarialArguments
 
 STEPS = 7  # Madry et al. 2018

@@ -125,7 +125,5 @@ def test_clean_predictions_are_neither_ignored_nor_assumed(make):
 
 
 def test_an_unknown_configuration_is_refused(make):
-    with pytest.raises(
-        EvaluationError, match="config_name of RobustAccuracy must be None or 'with_clean'; received 'x'"
-    ):
+    with pytest.raises(EvaluationError, match="config_name must be None or 'with_clean'; received 'x'"):
         make(RobustAccuracy, "x")

@@ -1,4 +1,4 @@
-"""Adversarial attacks: callables on (model, inputs, labels). They know bounds, never data sets or factored layers.
+"""Adversarial attacks: callables on (model, inputs, labels). They know pixels and texts, not data sets or layers.
 
 How to add an attack:
 

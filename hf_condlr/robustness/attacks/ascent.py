@@ -39,7 +39,8 @@ class GradientAscent(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_iterations(self.steps, self.restarts)
+        received = f"steps={self.steps}, restarts={self.restarts}"
+        require(min(self.steps, self.restarts) >= 1, "steps and restarts must be ≥ 1", received, "Raise them.")
         positive = self.step_size is None or self.step_size > 0
         require(positive, "step_size must be > 0", self.step_size, "None chooses 2.5 ε/steps.")
         require_choice("loss", self.loss, LOSSES)
@@ -98,9 +99,3 @@ def score_and_gradient(
         return scores(logits, labels, loss), torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(losses(logits, labels, loss).sum(), x, materialize_grads=True)
     return scores(logits.detach(), labels, loss), gradient.nan_to_num(0.0, 0.0, 0.0)
-
-
-def require_iterations(steps: int, restarts: int = 1) -> None:
-    """Require at least one step and one run."""
-    received = f"steps={steps}, restarts={restarts}"
-    require(steps >= 1 and restarts >= 1, "steps and restarts must be ≥ 1", received, "Raise them.")

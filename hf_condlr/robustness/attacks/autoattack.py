@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,7 @@ from torch import Tensor, nn
 
 from hf_condlr.errors import MissingExtraError
 from hf_condlr.robustness.attacks.ball import BallAttack, Norm
-from hf_condlr.robustness.attacks.base import (
-    at_least_float32,
-    attacked,
-    logits_of,
-    require,
-    require_choice,
-    require_images,
-)
+from hf_condlr.robustness.attacks.base import at_least_float32, attacked, logits_of, require, require_images
 from hf_condlr.robustness.attacks.losses import classes, is_correct
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -45,29 +38,24 @@ class AutoAttack(BallAttack):
         norm: `linf` or `l2`.
         attacks: Those to run, in order, among `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t` and `square`; None for
             the standard ones. Accuracy under any other choice must not be called AutoAttack's.
-        bounds: (0, 1), which pyautoattack assumes.
         seed: Seed of its random numbers.
     """
 
     epsilon: float
     norm: Norm = "linf"
     attacks: tuple[str, ...] | None = None
-    bounds: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        remedy = "Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std)."
-        require(tuple(self.bounds) == (0, 1), "bounds must be (0, 1) for AutoAttack", self.bounds, remedy)
         if self.attacks is not None:
-            require(len(self.attacks), "attacks must name at least one", "none", "None chooses the standard ones.")
-            for attack in self.attacks:
-                require_choice("each of attacks", attack, tuple(LEAST_CLASSES))
+            known, rule = {*self.attacks} <= {*LEAST_CLASSES}, f"attacks must be some of {', '.join(LEAST_CLASSES)}"
+            received = ", ".join(self.attacks) or "none"
+            require(known and self.attacks, rule, received, "None chooses the standard ones.")
             object.__setattr__(self, "attacks", tuple(self.attacks))  # YAML gives a list
 
     @property
     def name(self) -> str:
-        """`autoattack-linf` or `autoattack-l2`, with the attacks where they were chosen."""
         return f"autoattack-{self.norm}" + ("" if self.attacks is None else f"({', '.join(self.attacks)})")
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -78,8 +66,14 @@ class AutoAttack(BallAttack):
                 gradient is not finite: pyautoattack would not move in ℓ∞, and count NaN as a success in ℓ2.
             MissingExtraError: pyautoattack is not installed; an `ImportError`.
         """
-        build = load()
-        require_images(inputs, self.bounds)
+        try:
+            from pyautoattack import AutoAttack as build
+        except ImportError as error:
+            remedy = "pip install 'hf_condlr[autoattack]'."
+            raise MissingExtraError(
+                "AutoAttack needs pyautoattack", received="no such package", remedy=remedy
+            ) from error
+        require_images(inputs)
         x0, labels = at_least_float32(inputs).clone(), classes(labels).long()
         x = x0.float().contiguous()  # its views fail on memory in channels-last order
 
@@ -95,7 +89,10 @@ class AutoAttack(BallAttack):
             going = is_correct(clean, labels).nonzero()[:, 0]
             if self.epsilon > 0 and len(going):
                 attack = build(logits, **self._options(clean, inputs), norm={"linf": "Linf", "l2": "L2"}[self.norm])
-                self._tune(attack, clean.shape[1])
+                attack.verbose = False
+                # What its standard version sets; its nine target classes fail with fewer than ten classes.
+                attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, clean.shape[1] - 1)
+                attack.apgd.n_restarts = attack.fab.n_restarts = 5 if tuple(attack.attacks_to_run) == FEW_CLASSES else 1
                 found, _ = attack.run_standard_evaluation(x[going], labels[going], batch_size=len(going))
                 changed = (found != x[going]).flatten(1).any(1)  # else as they were, in float64 too
                 x0 = x0.index_copy(0, going[changed], found[changed].to(x0))
@@ -112,29 +109,6 @@ class AutoAttack(BallAttack):
         require(not small, "its Square attack in ℓ2 must be given images of at least 5 rows", height, remedy)
         options = {"attacks": list(names), "version": "custom", "device": inputs.device}
         return {**options, "eps": float(self.epsilon), "seed": self.seed}
-
-    def _tune(self, attack: Any, count: int) -> None:
-        """Set what its standard version sets; its nine target classes fail with fewer than ten classes."""
-        attack.verbose = False
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, count - 1)
-        attack.apgd.n_restarts = attack.fab.n_restarts = 5 if tuple(attack.attacks_to_run) == FEW_CLASSES else 1
-
-
-def load() -> Callable[..., Any]:
-    """pyautoattack's class.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        from pyautoattack import AutoAttack as build
-    except ImportError as error:
-        raise MissingExtraError(
-            "AutoAttack needs pyautoattack",
-            received="no such package",
-            remedy="pip install 'hf_condlr[autoattack]'.",
-        ) from error
-    return build
 
 
 def require_finite(gradient: Tensor) -> None:

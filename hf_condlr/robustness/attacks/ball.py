@@ -9,32 +9,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks.base import Attack, require, require_bounds, require_choice
+from hf_condlr.robustness.attacks.base import Attack, require, require_choice
 
 Norm = Literal["linf", "l2"]
 
 
 class BallAttack(Attack):
-    """An attack that stays in the ball ‖x' − x‖ ≤ ε of a norm, and within the bounds of the inputs."""
+    """An attack on pixels that stays in the ball ‖x' − x‖ ≤ ε of a norm, and in [0, 1]."""
 
     norm: Norm
-    bounds: tuple[float, float]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_bounds(self.bounds)
         require_choice("norm", self.norm, ("linf", "l2"))
-        width = self.bounds[1] - self.bounds[0]
-        require(
-            self.norm == "l2" or self.epsilon <= width,
-            f"epsilon of an ℓ∞ attack must be at most {width:g}, the width of the bounds",
-            f"{self.epsilon:g}",
-            f"For {self.epsilon:g} levels of an 8-bit image give {self.epsilon:g}/255.",
-        )
+        epsilon = f"{self.epsilon:g}"
+        remedy = f"For {epsilon} levels of an 8-bit image give {epsilon}/255."
+        require(self.norm == "l2" or self.epsilon <= 1, "epsilon of an ℓ∞ attack must be at most 1", epsilon, remedy)
 
     @property
     def threat(self) -> str:
-        """The norm."""
         return self.norm
 
     def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)

@@ -29,6 +29,8 @@ class Attack(ABC):
     """Kind of inputs. An attack on tokens also takes texts, and tokenises them."""
     adversarial: ClassVar[bool] = True
     """False for corruptions, which ignore the model and may correct an error."""
+    within_bounds: ClassVar[bool] = True
+    """Whether pixels stay in [0, 1]."""
 
     def __post_init__(self) -> None:
         finite = 0 <= self.epsilon < float("inf")
@@ -51,11 +53,6 @@ class Attack(ABC):
     def distance(self, model: nn.Module, inputs: Inputs, adversarial: Inputs) -> Tensor | None:
         """Distance (B,) of each sample from its original, at most `epsilon`; None where it is not measured."""
         return None
-
-    @property
-    def within_bounds(self) -> bool:
-        """Whether results stay within the bounds of the inputs."""
-        return bool(getattr(self, "clip", True))
 
     def with_epsilon(self, epsilon: float) -> Self:
         """The same attack with another budget."""
@@ -140,25 +137,16 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     require(value in choices, f"{name} must be {listed}", repr(value), "Choose one.")
 
 
-def require_bounds(bounds: tuple[float, float]) -> None:
-    """Require (least, largest) admissible input value."""
-    require(bounds[0] < bounds[1], "bounds must be (least, largest)", bounds, "(0, 1) for pixels.")
-
-
-def require_inputs(inputs: Tensor, bounds: tuple[float, float]) -> None:
-    """Require floating point values within bounds, and at least one sample."""
+def require_pixels(inputs: Tensor) -> None:
+    """Require floating point values in [0, 1], and at least one sample."""
     require(inputs.is_floating_point(), "inputs must be floating point", inputs.dtype, "Divide 8-bit pixels by 255.")
     require(len(inputs), "inputs must hold at least one sample", "none", "Skip empty batches.")
     low, high = inputs.min().item(), inputs.max().item()
-    require(
-        bounds[0] <= low and high <= bounds[1],
-        f"inputs must lie within bounds={bounds}",
-        f"values from {low:.3g} to {high:.3g}",
-        "Attack pixels, with the normalisation inside the model: PixelModel(model, mean, std).",
-    )
+    remedy = "Put the normalisation inside the model: PixelModel(model, mean, std)."
+    require(low >= 0 and high <= 1, "inputs must be pixels of [0, 1]", f"values from {low:.3g} to {high:.3g}", remedy)
 
 
-def require_images(inputs: Tensor, bounds: tuple[float, float]) -> None:
-    """Require `require_inputs` of images (B, C, H, W)."""
-    require_inputs(inputs, bounds)
+def require_images(inputs: Tensor) -> None:
+    """Require pixels of images (B, C, H, W)."""
+    require_pixels(inputs)
     require(inputs.dim() == 4, "inputs must be images (B, C, H, W)", tuple(inputs.shape), "Reshape them.")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.ascent import score_and_gradient
 from hf_condlr.robustness.attacks.base import Attack, attacked, require
+from hf_condlr.robustness.attacks.embeddings import TokenBall
 from hf_condlr.robustness.attacks.losses import scores
 from hf_condlr.robustness.attacks.text import Text, TextModel, require_text_model, require_texts
-from hf_condlr.robustness.attacks.token_ball import TokenBall
 from hf_condlr.robustness.attacks.words import Place, Words, typos
 
 LEAST_BATCH = 32  # texts for one call of the model, or the size of the attacked batch if that is larger
@@ -54,31 +54,26 @@ class CharacterAttack(Attack):
         require(min(self.edits, self.candidates) >= 1, "edits and candidates must be ≥ 1", received, "Raise them.")
 
     def reseeded(self, index: int) -> Self:
-        """The same attack: random numbers depend on the text, not on its batch."""
-        return self
+        return self  # random numbers depend on the text, not on its batch
 
     def __call__(self, model: nn.Module, inputs: Sequence[Text], labels: Tensor) -> list[Text]:
         """The texts, or pairs, with typos; the model is a `TextModel`."""
         model = require_text_model(model)
-        require(
-            not isinstance(inputs, (Mapping, Tensor)),
-            "typos are made in texts",
-            "a batch of token tensors",
-            "Pass the list of texts, or of pairs, that they were made from.",
-        )
+        remedy = "Pass the list of texts, or of pairs, that they were made from."
+        are_texts = not isinstance(inputs, (Mapping, Tensor))
+        require(are_texts, "typos are made in texts", "a batch of token tensors", remedy)
         require_texts(inputs)
         fast = getattr(model.tokenizer, "is_fast", True)
         rule, remedy = "typos need a tokenizer that tells each token's word", "Load the fast tokenizer of this model."
         require(fast, rule, type(model.tokenizer).__name__, remedy)
         drafts = [Draft(Words(text), self) for text in inputs]
-        judge = Judge(model, labels, size=max(len(drafts), LEAST_BATCH))
         with attacked(model):
-            rank(drafts, judge)
+            rank(drafts, model, labels)
             searches = [draft.search() for draft in drafts]
             answers: dict[int, list[float] | None] = dict.fromkeys(range(len(drafts)))
             while answers:
                 asked = {i: texts for i, answer in answers.items() if (texts := resume(searches[i], answer))}
-                answers = {**judge.margins(asked)}
+                answers = {**margins_of(model, labels, asked)}
         return [draft.words.text(draft.changes) for draft in drafts]
 
     def budget(self, words: int) -> int:
@@ -136,38 +131,29 @@ def resume(search: Generator[list[Text], list[float] | None, None], margins: lis
         return None
 
 
-@dataclass
-class Judge:
-    """Margins of texts under the model, `size` texts at once."""
-
-    model: TextModel
-    labels: Tensor
-    size: int
-
-    @torch.no_grad()
-    def margins(self, asked: Mapping[int, Sequence[Text]]) -> dict[int, list[float]]:
-        """{sample: texts} ↦ {sample: margins}, inf for the misclassified."""
-        rows = [(sample, text) for sample, texts in asked.items() for text in texts]
-        values = [0.0] * len(rows)
-        order = sorted(
-            range(len(rows)), key=lambda row: len("".join(rows[row][1]))
-        )  # similar lengths need little padding
-        for chunk in (order[start : start + self.size] for start in range(0, len(order), self.size)):
-            logits = self.model([rows[row][1] for row in chunk])
-            labels = self.labels[[rows[row][0] for row in chunk]].to(logits.device)
-            for row, value in zip(chunk, scores(logits, labels, "margin").tolist(), strict=True):
-                values[row] = value
-        remaining = iter(values)
-        return {sample: [next(remaining) for _ in texts] for sample, texts in asked.items()}
+@torch.no_grad()
+def margins_of(model: TextModel, labels: Tensor, asked: Mapping[int, Sequence[Text]]) -> dict[int, list[float]]:
+    """{sample: texts} ↦ {sample: margins}, inf for the misclassified."""
+    size = max(len(labels), LEAST_BATCH)
+    rows = [(sample, text) for sample, texts in asked.items() for text in texts]
+    values = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: len("".join(rows[row][1])))  # similar lengths: little padding
+    for chunk in (order[start : start + size] for start in range(0, len(order), size)):
+        logits = model([rows[row][1] for row in chunk])
+        own = labels[[rows[row][0] for row in chunk]].to(logits.device)
+        for row, value in zip(chunk, scores(logits, own, "margin").tolist(), strict=True):
+            values[row] = value
+    remaining = iter(values)
+    return {sample: [next(remaining) for _ in texts] for sample, texts in asked.items()}
 
 
-def rank(drafts: Sequence[Draft], judge: Judge) -> None:
+def rank(drafts: Sequence[Draft], model: TextModel, labels: Tensor) -> None:
     """Rank words by ‖∇margin‖₂ at their tokens' embeddings; words beyond the longest input are left out."""
-    encoded = judge.model.encode([draft.words.text() for draft in drafts])
-    ball = TokenBall(judge.model, encoded, 0.0)
-    margins, gradient = score_and_gradient(ball.logits, ball.zero(), judge.labels.to(ball.radius.device), "margin")
+    encoded = model.encode([draft.words.text() for draft in drafts])
+    ball = TokenBall(model, encoded, 0.0)
+    values, gradient = score_and_gradient(ball.logits, ball.zero(), labels.to(ball.radius.device), "margin")
     squares = gradient.square().sum(-1).tolist()
-    for draft, margin, encoding, row in zip(drafts, margins.tolist(), encoded.encodings, squares, strict=True):
+    for draft, margin, encoding, row in zip(drafts, values.tolist(), encoded.encodings, squares, strict=True):
         weight: dict[Place, float] = {}
         for part, (start, end), square in zip(encoding.sequence_ids, encoding.offsets, row, strict=True):
             if part is not None and start < end:

@@ -51,17 +51,15 @@ class Corruption(Attack):
 
     @property
     def name(self) -> str:
-        """The kind."""
         return self.kind
 
     @property
     def threat(self) -> str:
-        """`corruption-` and the kind: none is a worst case of another."""
-        return f"corruption-{self.kind}"
+        return f"corruption-{self.kind}"  # none is a worst case of another
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Corrupted images (B, C, H, W) in [0, 1], in at least float32."""
-        require_images(inputs, (0.0, 1.0))
+        require_images(inputs)
         channels = inputs.shape[1]
         require(channels in (1, 3), "images must have one or three channels", channels, "Corrupt the original pixels.")
         images = at_least_float32(inputs)
@@ -76,8 +74,7 @@ class Corruption(Attack):
         return torch.stack(corrupted).clamp(0, 1).to(images)
 
     def reseeded(self, index: int) -> Self:
-        """The same attack: noise does not depend on the batch."""
-        return self
+        return self  # noise does not depend on the batch
 
 
 def gaussian_noise(x: Tensor, deviation: float, generator: Generator) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.ascent import GradientAscent, score_and_gradient
 from hf_condlr.robustness.attacks.ball import BallAttack, Norm, direction, into_ball, uniform_in_ball
-from hf_condlr.robustness.attacks.base import at_least_float32, attacked, logits_of, require_inputs
+from hf_condlr.robustness.attacks.base import at_least_float32, attacked, logits_of, require_pixels
 
 
 @dataclass(frozen=True)
@@ -17,36 +17,36 @@ class FGSM(BallAttack):
     """x' = clip(x + ε sign ∇ₓ CE(model(x), y)), one step to the border of the ℓ∞ ball; in the ℓ2 ball x + ε g/‖g‖₂.
 
     Args:
-        epsilon: Radius, in units of the inputs (pixels of [0, 1] with `PixelModel`).
-        bounds: Least and largest admissible input value.
-        clip: False leaves the bounds, as the published experiments of CondLR did on CIFAR (arXiv 2306.01485). The
+        epsilon: Radius, in pixels of [0, 1].
+        clip: False leaves [0, 1], as the published experiments of CondLR did on CIFAR (arXiv 2306.01485). The
             result is not an image any more, so this is a threat of its own.
         norm: `linf` or `l2`.
     """
 
     epsilon: float
-    bounds: tuple[float, float] = (0.0, 1.0)
     clip: bool = True
     norm: Norm = "linf"
 
     @property
     def name(self) -> str:
-        """`fgsm` or `fgm-l2`, with `-unclipped` where it leaves the bounds."""
         return ("fgsm" if self.norm == "linf" else "fgm-l2") + ("" if self.clip else "-unclipped")
 
     @property
     def threat(self) -> str:
-        """The norm, with `-unclipped` where it leaves the bounds."""
         return self.norm + ("" if self.clip else "-unclipped")
 
+    @property
+    def within_bounds(self) -> bool:  # type: ignore[override]
+        return self.clip
+
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs of the same shape, in at least float32."""
-        require_inputs(inputs, self.bounds)
+        """Adversarial pixels (B, ...), in at least float32."""
+        require_pixels(inputs)
         with attacked(model):
             x = at_least_float32(inputs)
             _, gradient = score_and_gradient(model, x, labels, "ce")
             x = x + self.epsilon * direction(gradient, self.norm)
-            return x.clamp(*self.bounds) if self.clip else x
+            return x.clamp(0, 1) if self.clip else x
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,20 @@ class PGD(GradientAscent, BallAttack):
     input, g = ∇ₓ of the loss. Steps, restarts and loss are those of `GradientAscent`.
 
     Args:
-        epsilon: Radius, in units of the inputs.
+        epsilon: Radius, in pixels of [0, 1].
         norm: `linf` or `l2`.
-        bounds: Least and largest admissible input value.
     """
 
     epsilon: float
     norm: Norm = "linf"
-    bounds: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)
 
     @property
     def name(self) -> str:
-        """`pgd-linf` or `pgd-l2`, with the loss where it is not cross entropy."""
         return f"pgd-{self.norm}" + ("" if self.loss == "ce" else f"-{self.loss}")
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial inputs of the same shape, in at least float32.
-
-        Args:
-            model: Gives logits of inputs.
-            inputs: `(B, ...)`, within bounds.
-            labels: Classes `(B,)`, or probabilities `(B, classes)` to move away from.
-        """
-        require_inputs(inputs, self.bounds)
+        """Adversarial pixels (B, ...), in at least float32; labels may be probabilities (B, classes), too."""
+        require_pixels(inputs)
         generator = torch.Generator().manual_seed(self.seed)
         step_size = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
         with attacked(model):
@@ -100,7 +91,7 @@ class PGD(GradientAscent, BallAttack):
         return self._project(x0, x0 + self.epsilon * noise.to(x0.device))
 
     def _project(self, x0: Tensor, x: Tensor) -> Tensor:
-        """On the ball, then on the bounds: x0 lies within the bounds, so clipping does not leave the ball."""
+        """On the ball, then on [0, 1]: x0 lies in [0, 1], so clipping does not leave the ball."""
         delta = x - x0
         delta = delta.clamp(-self.epsilon, self.epsilon) if self.norm == "linf" else into_ball(delta, self.epsilon)
-        return (x0 + delta).clamp(*self.bounds)
+        return (x0 + delta).clamp(0, 1)

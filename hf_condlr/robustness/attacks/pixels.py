@@ -39,27 +39,19 @@ class PixelModel(nn.Module):
             AttackError: It is not an image processor, or it does not scale 8-bit pixels to [0, 1] and normalise them
                 once, so that ε would have no unit.
         """
-        require(
-            hasattr(processor, "do_normalize"),
-            "an image processor must say how pixels are normalised",
-            type(processor).__name__,
-            "Give AutoImageProcessor.from_pretrained(...), or build PixelModel(model, mean, std).",
-        )
-        require(
-            not getattr(processor, "include_top", False),
-            "an image processor must normalise pixels once",
-            f"{type(processor).__name__} with include_top=True, which divides by the std twice",
-            "Build PixelModel(model, mean, std) with what both steps together do to a pixel of [0, 1].",
-        )
+        rule, kind = "an image processor must say how pixels are normalised", type(processor).__name__
+        remedy = "Give AutoImageProcessor.from_pretrained(...), or build PixelModel(model, mean, std)."
+        require(hasattr(processor, "do_normalize"), rule, kind, remedy)
+        received = f"{kind} with include_top=True, which divides by the std twice"
+        remedy = "Build PixelModel(model, mean, std) with what takes pixels of [0, 1] to what the model was trained on."
+        twice = getattr(processor, "include_top", False)
+        require(not twice, "an image processor must normalise pixels once", received, remedy)
         scale = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
         shifted = getattr(processor, "rescale_offset", None)
-        require(
-            abs(scale * 255 - 1) < 1e-6 and not shifted,
-            "the image processor must scale 8-bit pixels to [0, 1] before it normalises them",
-            f"rescale_factor={scale:g}" + (f", rescale_offset={shifted}" if shifted else ""),
-            "Build PixelModel(model, mean, std) with what takes pixels of [0, 1] to what the model was trained on.",
-        )
-        if not getattr(processor, "do_normalize", False):
+        rule = "the image processor must scale 8-bit pixels to [0, 1] before it normalises them"
+        received = f"rescale_factor={scale:g}" + (f", rescale_offset={shifted}" if shifted else "")
+        require(abs(scale * 255 - 1) < 1e-6 and not shifted, rule, received, remedy)
+        if not processor.do_normalize:
             return cls(model)
         return cls(model, processor.image_mean, processor.image_std)
 
@@ -80,10 +72,8 @@ class PixelModel(nn.Module):
         """
         pixels = values.float() * self.std.to(values.device) + self.mean.to(values.device)
         low, high = pixels.min().item(), pixels.max().item()
-        require(
-            low > -1e-4 and high < 1 + 1e-4,
-            "normalised images must be pixels of [0, 1] less the mean over the standard deviation",
-            f"values that mean pixels from {low:.4g} to {high:.4g}",
-            "Give the mean and std, or the image processor, that these images were made with.",
-        )
+        rule = "normalised images must be pixels of [0, 1] less the mean over the standard deviation"
+        remedy = "Give the mean and std, or the image processor, that these images were made with."
+        received = f"values that mean pixels from {low:.4g} to {high:.4g}"
+        require(low > -1e-4 and high < 1 + 1e-4, rule, received, remedy)
         return pixels.clamp(0, 1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks.ascent import require_iterations, score_and_gradient
+from hf_condlr.robustness.attacks.ascent import score_and_gradient
 from hf_condlr.robustness.attacks.ball import linf_unit, norms
 from hf_condlr.robustness.attacks.base import (
     Attack,
@@ -20,30 +20,20 @@ from hf_condlr.robustness.attacks.base import (
     attacked,
     logits_of,
     require,
-    require_bounds,
-    require_inputs,
+    require_pixels,
 )
 from hf_condlr.robustness.attacks.losses import classes, is_correct
 from hf_condlr.robustness.attacks.pixels import PixelModel
 
 
 class NormalizedAttack(Attack):
-    """An attack with ε in normalised units, which leaves the bounds, as published, or keeps them.
+    """An attack with ε in normalised units, which leaves [0, 1], as published.
 
     The ℓ∞ ball in these units is a box with sides proportional to each channel's std: a threat of its own.
     """
 
-    bounds: tuple[float, float]
-    clip: bool
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_bounds(self.bounds)
-
-    @property
-    def threat(self) -> str:
-        """`normalised-linf`, with `-unclipped` where it leaves the bounds."""
-        return "normalised-linf" if self.clip else "normalised-linf-unclipped"
+    threat = "normalised-linf-unclipped"
+    within_bounds = False
 
     def distance(self, model: nn.Module, inputs: Tensor, adversarial: Tensor) -> Tensor:  # -> (B,)
         """‖z' − z‖_∞."""
@@ -59,27 +49,18 @@ class L2FGSM(NormalizedAttack):
 
     Args:
         epsilon: The largest entry of the step, in normalised units: ε·std of a channel in pixels.
-        bounds: Least and largest admissible input value; the inputs lie within.
-        clip: Keep the result within `bounds`; the published formula does not.
     """
 
     epsilon: float
-    bounds: tuple[float, float] = (0.0, 1.0)
-    clip: bool = False
-
-    @property
-    def name(self) -> str:
-        """`l2-fgsm` (published) or `l2-fgsm-clipped`."""
-        return "l2-fgsm-clipped" if self.clip else "l2-fgsm"
+    name = "l2-fgsm"
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Adversarial inputs (B, C, H, W), in at least float32."""
-        require_inputs(inputs, self.bounds)
+        require_pixels(inputs)
         with attacked(model):
             x, std = at_least_float32(inputs), std_of(model, inputs)
             _, gradient = score_and_gradient(model, x, labels, "ce")
-            x = x + std * self.epsilon * linf_unit(std * gradient)
-            return x.clamp(*self.bounds) if self.clip else x
+            return x + std * self.epsilon * linf_unit(std * gradient)
 
 
 @dataclass(frozen=True)
@@ -96,8 +77,6 @@ class Jitter(NormalizedAttack):
         steps: Iterations.
         scale: Scale of the logits after division by ‖ẑ‖_∞.
         noise: Standard deviation of the noise added to the probabilities.
-        bounds: Least and largest admissible input value; the inputs lie within.
-        clip: Keep every iterate within `bounds`; the published attack does not.
         seed: Seed of the noise.
     """
 
@@ -105,24 +84,18 @@ class Jitter(NormalizedAttack):
     steps: int = 5
     scale: float = 10.0
     noise: float = 0.1
-    bounds: tuple[float, float] = (0.0, 1.0)
-    clip: bool = False
     seed: int = 0
+    name = "jitter"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_iterations(self.steps)
-        received = f"scale={self.scale}, noise={self.noise}"
-        require(self.scale > 0 and self.noise >= 0, "scale must be > 0 and noise ≥ 0", received, "10 and 0.1, say.")
-
-    @property
-    def name(self) -> str:
-        """`jitter` (published) or `jitter-clipped`."""
-        return "jitter-clipped" if self.clip else "jitter"
+        valid = self.steps >= 1 and self.scale > 0 and self.noise >= 0
+        received = f"steps={self.steps}, scale={self.scale}, noise={self.noise}"
+        require(valid, "steps must be ≥ 1, scale > 0 and noise ≥ 0", received, "5, 10 and 0.1, say.")
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Adversarial inputs (B, C, H, W), in at least float32."""
-        require_inputs(inputs, self.bounds)
+        require_pixels(inputs)
         generator = torch.Generator().manual_seed(self.seed)
         with attacked(model):
             x0, std = at_least_float32(inputs), std_of(model, inputs)
@@ -132,10 +105,7 @@ class Jitter(NormalizedAttack):
                 loss = self._losses(logits_of(model(x0 + std * delta)), labels, delta, generator)
                 (gradient,) = torch.autograd.grad(loss.sum(), delta)
                 delta = (delta.detach() + self.epsilon * linf_unit(gradient)).clamp(-self.epsilon, self.epsilon)
-                if self.clip:
-                    delta = ((x0 + std * delta).clamp(*self.bounds) - x0) / std
-            x = x0 + std * delta
-            return x.clamp(*self.bounds) if self.clip else x  # again, since δ·std may round beyond the bounds
+            return x0 + std * delta
 
     def _losses(self, logits: Tensor, labels: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:  # -> (B,)
         largest = logits.abs().amax(1, keepdim=True).clamp_min(1e-12)

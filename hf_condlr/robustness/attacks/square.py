@@ -25,11 +25,10 @@ class Square(BallAttack):
     gradients. Unlike in the reference code, each sample has its own squares, which also reach the last row and column.
 
     Args:
-        epsilon: Radius, in units of the inputs.
+        epsilon: Radius, in pixels of [0, 1].
         norm: `linf` or `l2`.
         queries: Largest number of proposals for each sample; the first that is misclassified is the result.
         p_init: Share of the image that the first squares cover.
-        bounds: Least and largest admissible input value.
         seed: Seed of the squares.
     """
 
@@ -37,7 +36,6 @@ class Square(BallAttack):
     norm: Norm = "linf"
     queries: int = 5000
     p_init: float = 0.8
-    bounds: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,12 +45,11 @@ class Square(BallAttack):
 
     @property
     def name(self) -> str:
-        """`square-linf` or `square-l2`."""
         return f"square-{self.norm}"
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Images (B, C, H, W), in at least float32."""
-        require_images(inputs, self.bounds)
+        require_images(inputs)
         generator = torch.Generator().manual_seed(self.seed)
         with attacked(model), torch.no_grad():
             x0 = at_least_float32(inputs)
@@ -66,7 +63,7 @@ class Square(BallAttack):
                 else:  # drawn for all samples, so that none depends on which were stopped
                     draws = torch.rand(len(x0), 5 + x0.shape[1], generator=generator).to(x0)[going]
                     delta = self._propose(best[going] - x0[going], draws, query)
-                x = (x0[going] + delta).clamp(*self.bounds)
+                x = (x0[going] + delta).clamp(0, 1)
                 new = scores(logits_of(model(x)), labels[going], "margin")
                 better = (new > score[going]) | (query == 0)
                 best[going[better]], score[going[better]] = x[better], new[better]

@@ -7,19 +7,17 @@ that pool the last token (GPT-2, Llama) take padding for it, and encoder-decoder
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.base import Inputs, count, logits_of, require
-from hf_condlr.robustness.attacks.lookup import input_embedding, perturbed
 
 Text = str | tuple[str, str]  # a text, or a pair such as (premise, hypothesis)
-
-SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 
 
 class TextModel(nn.Module):
@@ -51,27 +49,21 @@ class TextModel(nn.Module):
         self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         limits = (max_length, getattr(tokenizer, "model_max_length", None), positions(model))
         self.max_length = min((limit for limit in limits if limit and limit < 1e9), default=None)  # 1e30: no limit
-        known = {getattr(tokenizer, "pad_token_id", None), self._id("pad")} - {None}
-        require(
-            len(known) < 2,
-            "tokenizer and model must agree on the padding token",
-            f"pad_token_id of {' and '.join(map(str, sorted(known)))}",
-            "Set model.config.pad_token_id = tokenizer.pad_token_id, or load the tokenizer of this model.",
-        )
+        known: set[Any] = {getattr(owner, "pad_token_id", None) for owner in (tokenizer, self.config)} - {None}
+        received = f"pad_token_id of {' and '.join(map(str, sorted(known)))}"
+        remedy = "Set model.config.pad_token_id = tokenizer.pad_token_id, or load the tokenizer of this model."
+        require(len(known) < 2, "tokenizer and model must agree on the padding token", received, remedy)
 
     def forward(self, inputs: Inputs) -> Tensor:  # -> (B, classes)
         """Logits in float32, for a model of any dtype."""
         tokens = self.tokens(inputs)
         delta = tokens.pop("perturbation", None)
-        hook = nullcontext() if delta is None else perturbed(self._embedding, tokens["input_ids"], delta)
-        with hook:
+        with nullcontext() if delta is None else perturbed(self._embedding, tokens["input_ids"], delta):
             logits = logits_of(self.model(**tokens, **self.options))
-        require(
-            logits.dim() == 2 and len(logits) == count(tokens) and logits.shape[1] > 1,
-            "the model must give logits (batch, classes), of two classes at least",
-            f"{tuple(logits.shape)} for a batch of {count(tokens)}",
-            "Use a model for sequence classification: AutoModelForSequenceClassification.",
-        )
+        fits = logits.dim() == 2 and len(logits) == count(tokens) and logits.shape[1] > 1
+        received = f"{tuple(logits.shape)} for a batch of {count(tokens)}"
+        remedy = "Use a model for sequence classification: AutoModelForSequenceClassification."
+        require(fits, "the model must give logits (batch, classes), of two classes at least", received, remedy)
         return logits
 
     def encode(self, texts: Sequence[Text]) -> Any:
@@ -83,35 +75,23 @@ class TextModel(nn.Module):
         require_texts(texts)
         received = f"{len(texts)} texts and tokenizer=None"
         require(self.tokenizer is not None, "texts need a tokenizer", received, "TextModel(model, tokenizer).")
-        require(
-            self.tokenizer.pad_token_id is not None or len(texts) == 1,
-            "a batch of several texts needs a padding token",
-            "a tokenizer without one",
-            "Set tokenizer.pad_token = tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id.",
-        )
+        padded = self.tokenizer.pad_token_id is not None or len(texts) == 1
+        remedy = "Set tokenizer.pad_token = tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id."
+        require(padded, "a batch of several texts needs a padding token", "a tokenizer without one", remedy)
         single = isinstance(texts[0], str)
         columns = [list(texts)] if single else [list(column) for column in zip(*texts, strict=True)]
-        encoded = self.tokenizer(
-            *columns,
-            padding=len(texts) > 1,
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        return encoded.to(self.device)
+        limit = {"truncation": self.max_length is not None, "max_length": self.max_length}
+        return self.tokenizer(*columns, padding=len(texts) > 1, return_tensors="pt", **limit).to(self.device)
 
     def tokens(self, inputs: Inputs) -> dict[str, Tensor]:
         """The batch as token tensors on the model's device: texts are encoded, a mapping is checked."""
         tokens = dict(inputs if isinstance(inputs, Mapping) else self.encode(inputs))
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
         require_ids(tokens, vocabulary=self.vocabulary)
-        require(
-            count(tokens) == 1 or self.config is None or self._id("pad") is not None,
-            "a batch of several samples needs a model that knows its padding token",
-            f"{count(tokens)} samples and model.config.pad_token_id=None",
-            "Set model.config.pad_token_id = tokenizer.pad_token_id; for GPT-2 and Llama, which have none, first "
-            "tokenizer.pad_token = tokenizer.eos_token.",
-        )
+        padded = count(tokens) == 1 or self.config is None or getattr(self.config, "pad_token_id", None) is not None
+        rule = "a batch of several samples needs a model that knows its padding token"
+        remedy = "Set model.config.pad_token_id = tokenizer.pad_token_id (tokenizer.pad_token first, if it has none)."
+        require(padded, rule, f"{count(tokens)} samples and model.config.pad_token_id=None", remedy)
         return tokens
 
     @torch.no_grad()
@@ -140,19 +120,69 @@ class TextModel(nn.Module):
     def _embedding(self) -> Any:
         return input_embedding(self.model)  # not an attribute: a module listed twice would be saved twice
 
-    def _id(self, name: str) -> Any:
-        return getattr(self.config, f"{name}_token_id", None)
-
     def _special_ids(self) -> set[int]:
         """Ids of special tokens; GPT-2's unknown token, which also ends a text, is one."""
-        named: set[int] = set()
-        for known in [self._id(name) for name in SPECIAL] + [
-            getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL
-        ]:
-            named |= set(known) if isinstance(known, (list, tuple)) else {known} - {None}
-        if self.tokenizer is None:
-            return named
-        return named | (set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id})
+        found: set[Any] = set()
+        if self.tokenizer is not None:
+            found = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        for name in ("pad", "bos", "eos", "cls", "sep"):
+            for known in (getattr(owner, f"{name}_token_id", None) for owner in (self.config, self.tokenizer)):
+                found |= set(known) if isinstance(known, (list, tuple)) else {known} - {None}
+        return found
+
+
+def input_embedding(model: Any) -> Any:
+    """The module that looks `input_ids` up, with a `weight` (vocabulary, d).
+
+    T5 and BART never call `model.get_input_embeddings()`, but a module of the encoder that shares its weight.
+
+    Raises:
+        AttackError: The model has no such module.
+    """
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    try:
+        embedding = (model.get_encoder() if encoder_decoder else model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    weight = getattr(embedding, "weight", None)
+    rule = "a text model must have an input embedding of tokens"
+    remedy = "Use a sequence classifier of transformers, or give yours a method get_input_embeddings()."
+    require(isinstance(weight, Tensor) and weight.dim() == 2, rule, type(model).__name__, remedy)
+    return embedding
+
+
+@contextmanager
+def perturbed(embedding: nn.Module, ids: Tensor, perturbation: Tensor) -> Iterator[None]:
+    """A context in which the first look-up of `ids` (B, T) gives E + perturbation (B, T, d), added in float32.
+
+    Only the first look-up, and only of these ids, is perturbed: GPT-2 looks token types up in the same table, and
+    before transformers 5 a decoder its own input. A model may have padded the ids on the right (Longformer).
+
+    Raises:
+        AttackError: The dimensions differ, or the ids were never looked up, so that nothing was perturbed.
+    """
+    waiting = True
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        nonlocal waiting
+        size = ids.shape[1]
+        if not (waiting and args and torch.equal(args[0][:, :size], ids)):
+            return None
+        waiting = False
+        rule, shape = "a perturbation must be (batch, tokens, d), as the embedding's output", tuple(perturbation.shape)
+        expected = (*ids.shape, output.shape[-1])
+        require(shape == expected, rule, f"{shape}, not {expected}", "Perturb the batch that was encoded.")
+        delta = F.pad(perturbation, (0, 0, 0, output.shape[1] - size))
+        return (output.float() + delta).to(output.dtype)
+
+    handle = embedding.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+    rule = "input_ids must be looked up, as (batch, tokens), in the module that get_input_embeddings() returns"
+    remedy = "Use a model of another architecture: attacks on this one would change nothing."
+    require(not waiting, rule, f"a model that does not call its {type(embedding).__name__} so", remedy)
 
 
 def positions(model: nn.Module) -> int | None:
@@ -178,28 +208,22 @@ def require_texts(texts: Sequence[Text]) -> None:
         tuple(isinstance(part, str) for part in text) if isinstance(text, (tuple, list)) else isinstance(text, str)
         for text in texts
     }
-    require(
-        shapes in ({True}, {(True, True)}),
+    rule, received = (
         "a batch must be a list of strings, or a list of pairs of strings",
-        " and ".join(sorted({type(text).__name__ for text in texts})),
-        "Take a column of the data set; a batch of token tensors is a dictionary.",
+        {type(t).__name__ for t in texts},
     )
+    remedy = "Take a column of the data set; a batch of token tensors is a dictionary."
+    require(shapes in ({True}, {(True, True)}), rule, " and ".join(sorted(received)), remedy)
 
 
 def require_ids(tokens: Mapping[str, Tensor], *, vocabulary: int) -> None:
     """Require `input_ids` (B, T), at least one, all in the vocabulary."""
     require("input_ids" in tokens, "token tensors must have input_ids", sorted(tokens), "Pass a tokenizer's output.")
     ids = tokens["input_ids"]
-    require(
-        ids.dim() == 2 and ids.numel() and not ids.is_floating_point(),
-        "input_ids must be integers (batch, tokens), at least one",
-        f"{ids.dtype} of shape {tuple(ids.shape)}",
-        "Skip empty batches, and texts without any token.",
-    )
+    integers = ids.dim() == 2 and ids.numel() and not ids.is_floating_point()
+    received, remedy = f"{ids.dtype} of shape {tuple(ids.shape)}", "Skip empty batches, and texts without any token."
+    require(integers, "input_ids must be integers (batch, tokens), at least one", received, remedy)
     low, high = torch.stack(ids.aminmax()).tolist()
-    require(
-        low >= 0 and high < vocabulary,
-        f"token ids must lie in the model's vocabulary of {vocabulary}",
-        f"ids from {low} to {high}",
-        "Encode with the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer)).",
-    )
+    rule = f"token ids must lie in the model's vocabulary of {vocabulary}"
+    remedy = "Encode with the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer))."
+    require(low >= 0 and high < vocabulary, rule, f"ids from {low} to {high}", remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -29,6 +30,10 @@ class Transfer(Attack):
 
     attack: Attack
     source: nn.Module
+    threat = property(attrgetter("attack.threat"))
+    epsilon = property(attrgetter("attack.epsilon"))
+    takes = property(attrgetter("attack.takes"))
+    within_bounds = property(attrgetter("attack.within_bounds"))
 
     def __post_init__(self) -> None:
         rule = "attack must change pixels or texts"
@@ -39,28 +44,7 @@ class Transfer(Attack):
 
     @property
     def name(self) -> str:
-        """`transfer-` and the attack's name."""
         return f"transfer-{self.attack.name}"
-
-    @property
-    def threat(self) -> str:
-        """The attack's."""
-        return self.attack.threat
-
-    @property
-    def epsilon(self) -> float:  # type: ignore[override]
-        """The attack's."""
-        return self.attack.epsilon
-
-    @property
-    def takes(self) -> str:  # type: ignore[override]
-        """The attack's."""
-        return self.attack.takes
-
-    @property
-    def within_bounds(self) -> bool:
-        """The attack's."""
-        return self.attack.within_bounds
 
     def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Inputs:
         """Adversarial inputs of the same kind."""
@@ -76,11 +60,9 @@ class Transfer(Attack):
         return self.attack.distance(self.source, inputs, adversarial)
 
     def with_epsilon(self, epsilon: float) -> Self:
-        """The same source and attack with another budget."""
         return replace(self, attack=self.attack.with_epsilon(epsilon))
 
     def reseeded(self, index: int) -> Self:
-        """The same source and attack with the random numbers of batch `index`."""
         return replace(self, attack=self.attack.reseeded(index))
 
     def settings(self) -> dict[str, Any]:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks import TextModel, make_attack
 from hf_condlr.robustness.attacks.base import Attack, Inputs, take
 from hf_condlr.robustness.evaluation.batch import predict
-from hf_condlr.robustness.evaluation.checks import Check, CheckBatch, allowed
-from hf_condlr.robustness.evaluation.report import AttackResult
+from hf_condlr.robustness.evaluation.report import AttackResult, Check
 
 LEAST_STEPS = 20
 QUERIES = 300
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of the attacks of one threat that the checks need."""
-
-    gradient: str
-    one_step: str
-    black_box: str
-    huge: Callable[[Inputs], float]
-    """A budget that contains every input."""
-
-
+# For each threat: the gradient attack, its single step, and a search without gradients.
 FAMILIES = {
-    "linf": Family("pgd-linf", "fgsm", "square-linf", huge=lambda inputs: 1.0),
-    "l2": Family("pgd-l2", "fgm-l2", "square-l2", huge=lambda inputs: inputs[0].numel() ** 0.5),
-    "embedding": Family("pgd-embedding", "fgm-embedding", "search-embedding", huge=lambda inputs: 10.0),
+    "linf": ("pgd-linf", "fgsm", "square-linf"),
+    "l2": ("pgd-l2", "fgm-l2", "square-l2"),
+    "embedding": ("pgd-embedding", "fgm-embedding", "search-embedding"),
 }
+
+
+class CheckBatch(NamedTuple):
+    """Samples that are checked: their positions in the evaluation, inputs and labels."""
+
+    positions: Sequence[int]
+    inputs: Inputs
+    labels: Tensor
 
 
 @dataclass
@@ -47,39 +44,26 @@ class CheckedCase:
     """For each sample of the evaluation: classified correctly without an attack."""
     steps: int
 
-    @property
-    def family(self) -> Family:
-        """The attacks of the case's threat."""
-        return FAMILIES[self.case.threat]
-
-    @property
-    def samples(self) -> int:
-        """Number of samples to attack again."""
-        return sum(len(batch.positions) for batch in self.batches)
-
-    def broken(self, attack: Attack, among: list[bool]) -> tuple[int, int]:
+    def broken(self, attack: Attack, among: list[bool], batches: Sequence[CheckBatch] | None = None) -> tuple[int, int]:
         """How many of the samples that `among` marks the attack has misclassified, and how many it marks."""
         wrong = total = 0
-        for batch in self.batches:
-            index = torch.tensor([i for i, p in enumerate(batch.positions) if among[p]], dtype=torch.long)
-            if not len(index):
-                continue
-            inputs, labels = take(batch.inputs, index), batch.labels[index.to(batch.labels.device)]
-            adversarial = attack.reseeded(batch.positions[0] + 1)(self.model, inputs, labels)
-            wrong += int((~predict(self.model, adversarial, labels)[0]).sum())
-            total += len(index)
+        for positions, inputs, labels in batches or self.batches:
+            index = torch.tensor([i for i, p in enumerate(positions) if among[p]], dtype=torch.long)
+            if len(index):
+                part, y = take(inputs, index), labels[index.to(labels.device)]
+                adversarial = attack.reseeded(positions[0] + 1)(self.model, part, y)
+                wrong += int((~predict(self.model, adversarial, y)[0]).sum())
+                total += len(index)
         return wrong, total
 
     def unmoved(self) -> tuple[int, int]:
         """How many samples a gradient step does not move, and how many could be moved: texts need editable tokens."""
-        attack = make_attack(self.family.one_step, max(self.case.epsilon, 1e-3))
+        attack = make_attack(FAMILIES[self.case.threat][1], max(self.case.epsilon, 1e-3))
         unmoved = total = 0
-        for batch in self.batches:
-            distance = attack.distance(self.model, batch.inputs, attack(self.model, batch.inputs, batch.labels))
-            still = torch.as_tensor(distance == 0)
-            movable = torch.ones_like(still)
-            if isinstance(self.model, TextModel):
-                movable = self.model.editable(batch.inputs).any(1)
+        for _, inputs, labels in self.batches:
+            still = torch.as_tensor(attack.distance(self.model, inputs, attack(self.model, inputs, labels)) == 0)
+            texts = isinstance(self.model, TextModel)
+            movable = self.model.editable(inputs).any(1) if texts else torch.ones_like(still)  # type: ignore[operator]
             unmoved, total = unmoved + int((still & movable).sum()), total + int(movable.sum())
         return unmoved, total
 
@@ -91,15 +75,17 @@ class CheckedCase:
 
 def attack_checks(c: CheckedCase, *, quick: bool = False) -> Iterator[Check]:
     """Every check of one threat, at the budget of `c.case`; `quick`: only those of a single step."""
-    family, threat, epsilon = c.family, c.case.threat, c.case.epsilon
+    threat, epsilon, steps = c.case.threat, c.case.epsilon, c.steps
+    gradient, one_step, black_box = FAMILIES[threat]
+    samples = sum(len(batch.positions) for batch in c.batches)
 
     def robust_to(attack: Attack, name: str, share: float, suspicion: str) -> Check:
         wrong, total = c.broken(attack, c.case.survived)
-        found = f"{attack.name} breaks {wrong} of {total} samples called robust, {c.samples} checked"
-        passed = wrong <= allowed(c.samples, share) if total else None
+        found = f"{attack.name} breaks {wrong} of {total} samples called robust, {samples} checked"
+        passed = wrong <= allowed(samples, share) if total else None
         return Check(f"{name} ({threat}, ε = {epsilon:.4g})", passed, found, suspicion)
 
-    wrong, total = c.broken(make_attack(family.gradient, 0.0, steps=1), c.correct)
+    wrong, total = c.broken(make_attack(gradient, 0.0, steps=1), c.correct)
     yield Check(
         f"no change at ε = 0 ({threat})",
         wrong == 0 if total else None,
@@ -113,32 +99,22 @@ def attack_checks(c: CheckedCase, *, quick: bool = False) -> Iterator[Check]:
         f"zero for {unmoved} of {movable} samples",
         "Saturated or quantised outputs mask the gradient: add the margin loss and a black-box attack.",
     )
-    one_step = make_attack(family.one_step, epsilon)
-    yield robust_to(one_step, "no weaker than one step", 0.002, "The attack is badly set: raise steps.")
+    suspicion = "The attack is badly set: raise steps."
+    yield robust_to(make_attack(one_step, epsilon), "no weaker than one step", 0.002, suspicion)
     if quick:
         return
-    yield robust_to(
-        make_attack(family.gradient, epsilon, steps=2 * c.steps, restarts=3, seed=1),
-        "converged",
-        0.02,
-        f"{2 * c.steps} steps and 3 restarts find more: raise both until nothing changes.",
-    )
-    yield robust_to(
-        make_attack(family.gradient, epsilon, steps=c.steps, loss="margin", seed=2),
-        "margin loss finds no more",
-        0.02,
-        "Large logits saturate the cross entropy: attack with the margin loss beside it.",
-    )
-    yield robust_to(
-        make_attack(family.black_box, epsilon, queries=QUERIES),
-        "no gradient masking",
-        0.002,
-        "A search without gradients beats the attack that has them: gradients are masked, robustness is not proven.",
-    )
-    huge = family.huge(c.batches[0].inputs)
-    first = replace(c, batches=c.batches[:1])
-    attack = make_attack(family.gradient, huge, steps=50, loss="margin", restarts=2)
-    wrong, total = first.broken(attack, c.correct)
+    suspicion = f"{2 * steps} steps and 3 restarts find more: raise both until nothing changes."
+    yield robust_to(make_attack(gradient, epsilon, steps=2 * steps, restarts=3, seed=1), "converged", 0.02, suspicion)
+    attack = make_attack(gradient, epsilon, steps=steps, loss="margin", seed=2)
+    suspicion = "Large logits saturate the cross entropy: attack with the margin loss beside it."
+    yield robust_to(attack, "margin loss finds no more", 0.02, suspicion)
+    attack = make_attack(black_box, epsilon, queries=QUERIES)
+    suspicion = "A search without gradients beats the attack that has them: gradients are masked."
+    yield robust_to(attack, "no gradient masking", 0.002, suspicion)
+    first = c.batches[:1]
+    huge = {"linf": 1.0, "embedding": 10.0}.get(threat) or first[0].inputs[0].numel() ** 0.5  # contains every input
+    attack = make_attack(gradient, huge, steps=50, loss="margin", restarts=2)
+    wrong, total = c.broken(attack, c.correct, first)
     yield Check(
         f"nothing survives a huge ε ({threat})",
         total - wrong <= allowed(total, 0.05) if total else None,
@@ -160,3 +136,8 @@ def checked_cases(
         if found and right:
             case = min(found, key=lambda case: (abs(sum(case.survived) - right / 2), -case.epsilon))
             yield CheckedCase(model, batches, case, correct, max(steps, LEAST_STEPS))
+
+
+def allowed(samples: int, share: float) -> int:
+    """Number of samples that may disagree: a share of them, rounded up."""
+    return math.ceil(share * samples)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.errors import EvaluationError, require
 from hf_condlr.robustness.attacks.base import Attack, Inputs, attacked, take
 from hf_condlr.robustness.attacks.losses import is_correct
-from hf_condlr.robustness.evaluation.examples import write_examples
-from hf_condlr.robustness.evaluation.outcomes import AttackOutcome, BatchOutcome
+from hf_condlr.robustness.evaluation.outcomes import AttackOutcome, BatchOutcome, write_examples
+from hf_condlr.robustness.evaluation.rows import require
 from hf_condlr.robustness.evaluation.samples import Samples, contents
 
 
@@ -44,11 +43,16 @@ def attack_batch(
             outcome.attacks.append(AttackOutcome(none, none if _has_pixels(inputs, attack) else None))
             continue
         start = time.perf_counter()
-        part, y = take(inputs, index), labels[index.to(labels.device)]
-        adversarial, predictions, result = _attack_samples(model, part, y, attack.reseeded(number))
-        result.survived = _of_batch(result.survived, index, len(labels))
-        if result.survived_rounded is not None:
-            result.survived_rounded = _of_batch(result.survived_rounded, index, len(labels))
+        part, y, seeded = take(inputs, index), labels[index.to(labels.device)], attack.reseeded(number)
+        adversarial = seeded(model, part, y)
+        right, predictions = predict(model, adversarial, y)
+        distance = seeded.distance(model, part, adversarial)
+        moved = None if distance is None else distance.max().item()
+        result = AttackOutcome(_of_batch(right, index, len(labels)), moved=moved)
+        if _has_pixels(adversarial, attack):
+            result.outside = max(0.0, -adversarial.min().item(), adversarial.max().item() - 1)
+            rounded = _survive_rounding(model, seeded, part, adversarial, y, right)
+            result.survived_rounded = _of_batch(rounded, index, len(labels))
         result.seconds = time.perf_counter() - start
         outcome.attacks.append(result)
         if examples is not None:
@@ -60,26 +64,9 @@ def attack_batch(
     return outcome
 
 
-def _attack_samples(
-    model: nn.Module, inputs: Inputs, labels: Tensor, attack: Attack
-) -> tuple[Inputs, Tensor, AttackOutcome]:
-    """Adversarial examples of the given samples, their predicted classes, and the outcome for these samples."""
-    adversarial = attack(model, inputs, labels)
-    right, predictions = predict(model, adversarial, labels)
-    outcome = AttackOutcome(right.tolist())
-    distance = attack.distance(model, inputs, adversarial)
-    outcome.moved = None if distance is None else distance.max().item()
-    if _has_pixels(adversarial, attack):
-        low, high = getattr(attack, "bounds", (0.0, 1.0))
-        outcome.outside = max(0.0, low - adversarial.min().item(), adversarial.max().item() - high)
-        outcome.survived_rounded = _survive_rounding(model, attack, inputs, adversarial, labels, right).tolist()
-    return adversarial, predictions, outcome
-
-
-def _of_batch(flags: list[bool], index: Tensor, size: int) -> list[bool]:
+def _of_batch(flags: Tensor, index: Tensor, size: int) -> list[bool]:  # (k,), (k,) bool
     """The flags of the samples `index` as flags of a batch, False for its other samples."""
-    found = dict(zip(index.tolist(), flags, strict=True))
-    return [found.get(i, False) for i in range(size)]
+    return torch.zeros(size, dtype=torch.bool).index_copy(0, index, flags.cpu()).tolist()
 
 
 def _has_pixels(inputs: Inputs, attack: Attack) -> bool:
@@ -107,18 +94,9 @@ def predict(model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, T
     """Which samples are classified correctly, and the class predicted for each."""
     with attacked(model), torch.no_grad():
         logits = model(inputs)
-    require(
-        logits.dim() == 2 and logits.shape[1] >= 2,
-        "the model must yield logits (batch, classes) of at least two classes",
-        received=f"the shape {tuple(logits.shape)}",
-        remedy="Only classifiers of whole samples are attacked.",
-        error=EvaluationError,
-    )
-    require(
-        int(labels.max()) < logits.shape[1],
-        f"labels must be classes of the model, 0 to {logits.shape[1] - 1}",
-        received=int(labels.max()),
-        remedy="Evaluate on data of the classes that the model was trained for.",
-        error=EvaluationError,
-    )
+    shape, remedy = tuple(logits.shape), "Only classifiers of whole samples are attacked."
+    rule = "the model must yield logits (batch, classes) of at least two classes"
+    require(len(shape) == 2 and shape[1] >= 2, rule, f"the shape {shape}", remedy)
+    rule, remedy = f"labels must be classes of the model, 0 to {shape[1] - 1}", "Evaluate on data of these classes."
+    require(int(labels.max()) < shape[1], rule, int(labels.max()), remedy)
     return is_correct(logits, labels), logits.argmax(1)

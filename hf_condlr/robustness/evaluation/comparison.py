@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_condlr.errors import EvaluationError, require
-from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport, columns, plot_reports
+from hf_condlr.robustness.evaluation.report import RobustnessReport, columns, plot_reports
+from hf_condlr.robustness.evaluation.rows import require
 
 
 @dataclass
@@ -49,21 +49,13 @@ class RobustnessComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: differences from the first model, and every report."""
-        return {
-            "differences": [
-                {
-                    "model": report.model,
-                    "threat": case[0] if case else None,
-                    "epsilon": case[1] if case else 0.0,
-                    "difference": mean,
-                    "standard_error": error,
-                }
-                for report in self.reports[1:]
-                for case in (None, *self.cases)
-                for mean, error in [self.difference(report, case)]
-            ],
-            "reports": [report.to_dict() for report in self.reports],
-        }
+        differences = []
+        for report in self.reports[1:]:
+            for case in (None, *self.cases):
+                (threat, epsilon), (mean, error) = case or (None, 0.0), self.difference(report, case)
+                found = {"model": report.model, "threat": threat, "epsilon": epsilon}
+                differences.append(found | {"difference": mean, "standard_error": error})
+        return {"differences": differences, "reports": [report.to_dict() for report in self.reports]}
 
     def plot(self, path: str | Path) -> Path:
         """Worst-case accuracy over ε, a panel for each threat, a line for each model."""
@@ -77,43 +69,23 @@ def compare(reports: Sequence[RobustnessReport]) -> RobustnessComparison:
         EvaluationError: There are none, two share a name, or they were not measured on the same samples, or not by the
             same attacks.
     """
-    require(
-        reports,
-        "there must be reports to compare",
-        received="none",
-        remedy="Evaluate two models.",
-        error=EvaluationError,
-    )
+    require(reports, "there must be reports to compare", "none", "Evaluate two models.")
     digests = {report.settings.get("samples_digest"): report.model for report in reports}
-    require(
-        len(digests) == 1,
-        "reports must be of the same samples to be compared",
-        received=f"different ones for {', '.join(digests.values())}",
-        remedy="Evaluate all models with the same data, max_samples and seed.",
-        error=EvaluationError,
-    )
+    received = f"different ones for {', '.join(digests.values())}"
+    remedy = "Evaluate all models with the same data, max_samples and seed."
+    require(len(digests) == 1, "reports must be of the same samples to be compared", received, remedy)
     names = [report.model for report in reports]
-    require(
-        len(set(names)) == len(names),
-        "reports must have names of their own to be compared",
-        received=", ".join(names),
-        remedy="Give evaluate_robustness a name for each model.",
-        error=EvaluationError,
-    )
+    unique, remedy = len(set(names)) == len(names), "Give evaluate_robustness a name for each model."
+    require(unique, "reports must have names of their own to be compared", ", ".join(names), remedy)
     asked = [[attack.settings for attack in report.attacks] for report in reports]
     different = [report.model for report, attacks in zip(reports, asked, strict=True) if attacks != asked[0]]
-    require(
-        not different,
-        "reports must be of the same attacks to be compared",
-        received=f"others than for {reports[0].model} for {', '.join(different)}",
-        remedy="Evaluate all models with the same attacks.",
-        error=EvaluationError,
-    )
+    received = f"others than for {reports[0].model} for {', '.join(different)}"
+    remedy = "Evaluate all models with the same attacks."
+    require(not different, "reports must be of the same attacks to be compared", received, remedy)
     return RobustnessComparison(list(reports))
 
 
 def _outcomes(report: RobustnessReport, case: tuple[str, float] | None) -> list[bool]:
     if case is None:
         return report.correct
-    found: list[AttackResult] = [c for c in report.worst_cases if (c.threat, c.epsilon) == case]
-    return found[0].survived
+    return next(c.survived for c in report.worst_cases if (c.threat, c.epsilon) == case)

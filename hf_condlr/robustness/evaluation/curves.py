@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_condlr.errors import EvaluationError, MissingExtraError, require
+from hf_condlr.errors import MissingExtraError
 from hf_condlr.files import replacing
+from hf_condlr.robustness.evaluation.rows import require
 
 Curve = tuple[Sequence[float], Sequence[float]]  # budgets, accuracies
 
@@ -31,13 +32,11 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: str |
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise MissingExtraError(
-            "plot needs matplotlib", received="no such package", remedy="pip install 'hf_condlr[plot]'."
-        ) from error
+        remedy = "pip install 'hf_condlr[plot]'."
+        raise MissingExtraError("plot needs matplotlib", received="no such package", remedy=remedy) from error
     lines = {threat: [curve for curves in models.values() for curve in curves] for threat, models in panels.items()}
     threats = [threat for threat in panels if any(len(budgets) > 2 for budgets, _ in lines[threat])] or [*panels]
-    remedy = "Evaluate with at least one attack."
-    require(threats, "a curve needs an attack", received="none", remedy=remedy, error=EvaluationError)
+    require(threats, "a curve needs an attack", "none", "Evaluate with at least one attack.")
     figure = Figure(figsize=(1.2 + 4.2 * len(threats), 3.9), layout="constrained")
     subplots = figure.subplots(1, len(threats), squeeze=False, sharey=True)[0]
     names = list(dict.fromkeys(name for models in panels.values() for name in models))

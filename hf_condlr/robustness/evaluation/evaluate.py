@@ -11,17 +11,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
 
-from hf_condlr.errors import EvaluationError, require
 from hf_condlr.robustness.attacks import PGD, CharacterAttack, EmbeddingPGD
 from hf_condlr.robustness.attacks.base import Attack
-from hf_condlr.robustness.attacks.transfer import name_of
+from hf_condlr.robustness.attacks.transfer import Transfer, name_of
 from hf_condlr.robustness.evaluation.batch import attack_batch
+from hf_condlr.robustness.evaluation.checks import run_checks
 from hf_condlr.robustness.evaluation.outcomes import BatchOutcome, Outcomes
 from hf_condlr.robustness.evaluation.progress import Progress
-from hf_condlr.robustness.evaluation.provenance import evaluation_key, normalisation, parameters_digest, versions
+from hf_condlr.robustness.evaluation.provenance import describe, evaluation_key, versions
 from hf_condlr.robustness.evaluation.report import AttackResult, RobustnessReport
-from hf_condlr.robustness.evaluation.rows import TEXTS
-from hf_condlr.robustness.evaluation.run_checks import run_checks
+from hf_condlr.robustness.evaluation.rows import TEXTS, require
 from hf_condlr.robustness.evaluation.samples import Samples
 
 
@@ -95,29 +94,11 @@ def evaluate_robustness(
     model = extract_model_from_parallel(model)
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
-    samples = Samples(
-        model,
-        dataset,
-        processor=processor,
-        data_collator=data_collator,
-        image_column=image_column,
-        text_columns=text_columns,
-        label_column=label_column,
-        max_samples=max_samples,
-        seed=seed,
-    )
-    attacks = default_attacks(samples) if attacks is None else attacks
-    chosen = [attacks] if isinstance(attacks, Attack) else list(attacks)
-    _require_attacks(chosen, samples)
-    for source in (getattr(attack, "source", None) for attack in chosen):
-        if isinstance(source, nn.Module):
-            source.to(accelerator.device)
-    settings = {
-        **_settings(model, samples, batch_size),
-        "data_fingerprint": getattr(dataset, "_fingerprint", None),
-        "max_samples": max_samples,
-        "seed": seed,
-    }
+    columns: Any = {"image_column": image_column, "text_columns": text_columns, "label_column": label_column}
+    choice: Any = {"max_samples": max_samples, "seed": seed}
+    samples = Samples(model, dataset, processor=processor, data_collator=data_collator, **columns, **choice)
+    chosen = _chosen(attacks, samples, accelerator.device)
+    settings = describe(samples, batch_size) | {"model_class": type(model).__name__} | choice
     folder = None if output_dir is None else Path(output_dir)
     [key] = broadcast_object_list([evaluation_key(settings, chosen, save_examples)])
     outcomes = Outcomes(folder and folder / f"outcomes-{key}")
@@ -133,9 +114,9 @@ def evaluate_robustness(
             outcome = attack_batch(samples, positions[number], chosen, number, known=known, examples=examples)
             outcomes.add(number, outcome)
             shown.advance()
-    report = _report(
-        name or f"{Path(name_of(model)).name}@{settings['model_digest'][:7]}", chosen, outcomes.gather(mine)
-    )
+    name = name or f"{Path(name_of(model)).name}@{settings['model_digest'][:7]}"
+    report = _report(name, chosen, outcomes.gather(mine))
+    report.versions = versions()
     report.settings = settings | {
         "key": key,
         "samples_digest": samples.digest(report.labels),
@@ -144,44 +125,34 @@ def evaluate_robustness(
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
-    report.versions = versions()
     if checks:
-        report.checks = run_checks(
-            samples,
-            chosen,
-            report,
-            check_samples=check_samples,
-            batch_size=batch_size,
-            seed=seed,
-            quick=checks == "quick",
-            show=show,
-        )
+        drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))  # rows may come sorted
+        parts = [part.tolist() for part in drawn[:check_samples].split(batch_size)]
+        report.checks = run_checks(samples, chosen, report, parts, quick=checks == "quick", show=show)
     if folder is not None and accelerator.is_main_process:
         report.save(folder / "report.json")
     return report
 
 
-def default_attacks(samples: Samples) -> list[Attack]:
-    """The attacks of an evaluation where none are named."""
-    if samples.kind in TEXTS:
-        attacks: list[Attack] = [EmbeddingPGD(epsilon, steps=20) for epsilon in (0.01, 0.02, 0.05)]
-        return [*attacks, CharacterAttack(0.1)] if samples.kind == "texts" else attacks
-    return [PGD(k / 255, steps=20, loss=loss) for k in (2, 4, 8) for loss in ("ce", "margin")]
-
-
-def _settings(model: nn.Module, samples: Samples, batch_size: int) -> dict[str, Any]:
-    return {
-        "model_class": type(model).__name__,
-        "model_digest": parameters_digest(samples.model),
-        "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch."),
-        "data": samples.kind,
-        "columns": [*samples.columns, samples.label_column],
-        "processor": type(samples.processor).__name__ if samples.processor is not None else None,
-        "data_rows": len(samples.dataset),
-        "data_digest": samples.fingerprint(batch_size),
-        "batch_size": batch_size,
-        **normalisation(samples.model),
-    }
+def _chosen(attacks: Iterable[Attack] | Attack | None, samples: Samples, device: torch.device) -> list[Attack]:
+    """The attacks as a list, by default those of the data's kind; models that they transfer from move to `device`."""
+    if attacks is None and samples.kind in TEXTS:
+        attacks = [EmbeddingPGD(epsilon, steps=20) for epsilon in (0.01, 0.02, 0.05)]
+        attacks += [CharacterAttack(0.1)] if samples.kind == "texts" else []
+    elif attacks is None:
+        attacks = [PGD(k / 255, steps=20, loss=loss) for k in (2, 4, 8) for loss in ("ce", "margin")]
+    chosen: list[Any] = [attacks] if isinstance(attacks, Attack) else list(attacks)
+    wrong = [repr(attack) for attack in chosen if not isinstance(attack, Attack)]
+    remedy = "For names use hf_condlr.robustness.attacks.make_attacks(['pgd-linf'], ['4/255', '8/255'], steps=20)."
+    require(chosen and not wrong, "attacks must be at least one attack", ", ".join(wrong) or "none", remedy)
+    takes = {"texts": ("texts", "tokens"), "input_ids": ("tokens",)}.get(samples.kind, ("pixels",))
+    rule = f"attacks must take what the data set holds, {samples.kind.replace('_', ' ')}"
+    remedy = f"Choose attacks on {' or '.join(takes)}, or give the data set in another form."
+    for attack in chosen:
+        require(attack.takes in takes, rule, f"{attack.name}, which takes {attack.takes}", remedy)
+        if isinstance(attack, Transfer):
+            attack.source.to(device)
+    return chosen
 
 
 def _report(name: str, attacks: Sequence[Attack], batches: Sequence[BatchOutcome]) -> RobustnessReport:
@@ -202,31 +173,8 @@ def _report(name: str, attacks: Sequence[Attack], batches: Sequence[BatchOutcome
 
 
 def _require_arguments(batch_size: int, checks: object, check_samples: int, no_folder: bool) -> None:
-    known = checks in (True, False, "quick")
-    rule = "checks must be True, False or 'quick'"
-    require(known, rule, received=repr(checks), remedy="Choose one.", error=EvaluationError)
+    require(checks in (True, False, "quick"), "checks must be True, False or 'quick'", repr(checks), "Choose one.")
     for name, value in (("batch_size", batch_size), ("check_samples", check_samples)):
-        remedy = "checks=False leaves the checks out."
-        require(value >= 1, f"{name} must be ≥ 1", received=value, remedy=remedy, error=EvaluationError)
-    rule, remedy = "save_examples needs a folder", "Give output_dir, or leave it out."
-    require(not no_folder, rule, received="output_dir=None", remedy=remedy, error=EvaluationError)
-
-
-def _require_attacks(attacks: Sequence[Attack], samples: Samples) -> None:
-    wrong = [repr(attack) for attack in attacks if not isinstance(attack, Attack)]
-    require(
-        attacks and not wrong,
-        "attacks must be at least one attack",
-        received=", ".join(wrong) or "none",
-        remedy="For names use hf_condlr.robustness.attacks.make_attacks(['pgd-linf'], ['4/255', '8/255'], steps=20).",
-        error=EvaluationError,
-    )
-    takes = {"texts": ("texts", "tokens"), "input_ids": ("tokens",)}.get(samples.kind, ("pixels",))
-    for attack in attacks:
-        require(
-            attack.takes in takes,
-            f"attacks must take what the data set holds, {samples.kind.replace('_', ' ')}",
-            received=f"{attack.name}, which takes {attack.takes}",
-            remedy="Choose attacks on " + " or ".join(takes) + ", or give the data set in another form.",
-            error=EvaluationError,
-        )
+        require(value >= 1, f"{name} must be ≥ 1", value, "checks=False leaves the checks out.")
+    remedy = "Give output_dir, or leave it out."
+    require(not no_folder, "save_examples needs a folder", "output_dir=None", remedy)

@@ -1,16 +1,19 @@
-"""The outcome of each batch under each attack, kept in files so that an interrupted evaluation can be resumed."""
+"""The files of an evaluation: each batch's outcome, from which it is resumed, and adversarial examples as parquet."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from hf_condlr.files import replacing
+from hf_condlr.robustness.attacks.base import Inputs
 
 
 @dataclass
@@ -24,7 +27,7 @@ class AttackOutcome:
     moved: float | None = None
     """The largest distance of a sample, in units of the attack's epsilon; None where it is not measured."""
     outside: float = 0.0
-    """Largest excess of a value over the bounds of the inputs."""
+    """Largest excess of a value over [0, 1], of pixels."""
     seconds: float = 0.0
 
 
@@ -37,11 +40,6 @@ class BatchOutcome:
     attacks: list[AttackOutcome] = field(default_factory=list)
     digest: str = ""
     """Digest of inputs and labels."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From `asdict`."""
-        return cls(**values | {"attacks": [AttackOutcome(**attack) for attack in values["attacks"]]})
 
 
 class Outcomes:
@@ -56,7 +54,9 @@ class Outcomes:
         self.folder = folder
         self.batches: dict[int, BatchOutcome] = {}
         for path in sorted(folder.glob("[0-9]*.json")) if folder is not None else []:
-            self.batches[int(path.stem)] = BatchOutcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            attacks = [AttackOutcome(**attack) for attack in values.pop("attacks")]
+            self.batches[int(path.stem)] = BatchOutcome(**values, attacks=attacks)
 
     def add(self, number: int, outcome: BatchOutcome) -> None:
         """Keep the outcome of a batch."""
@@ -72,3 +72,34 @@ class Outcomes:
         gathered = dict(pair for pairs in gather_object([[(i, self.batches[i]) for i in mine]]) for pair in pairs)
         self.batches = dict(sorted(gathered.items()))
         return list(self.batches.values())
+
+
+def write_examples(
+    path: Path, indices: Sequence[int], labels: Sequence[int], predictions: Sequence[int], adversarial: Inputs
+) -> None:
+    """A row for each attacked sample: `index` in the data set, `label`, `prediction` under attack, and the example.
+
+    The example is `pixels` (channels, height, width) in float32, `text` (and `text_pair`), or the token tensors with
+    their `perturbation`. `datasets.load_dataset(folder)` reads them.
+    """
+    columns = {"index": pa.array(indices), "label": pa.array(labels), "prediction": pa.array(predictions)}
+    if isinstance(adversarial, Tensor):
+        columns["pixels"] = _nested(adversarial)
+    elif isinstance(adversarial, Mapping):
+        columns |= {name: _nested(value) for name, value in adversarial.items()}
+    elif isinstance(adversarial[0], str):
+        columns["text"] = pa.array(adversarial)
+    else:
+        first, second = zip(*adversarial, strict=True)
+        columns |= {"text": pa.array(first), "text_pair": pa.array(second)}
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def _nested(values: Tensor) -> pa.Array:  # (B, ...) -> B lists of lists
+    """A pyarrow array, made without a Python object for each number."""
+    values = values.detach().cpu()
+    array = pa.array(values.reshape(-1).numpy())
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from typing import Self
 
 from tqdm import tqdm
-
-logger = logging.getLogger(__name__)
 
 FIRST, INTERVAL = 5.0, 30.0  # seconds until the first estimate, and between two
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
@@ -17,8 +14,6 @@ BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
 
 class Progress:
     """A bar in a terminal. Elsewhere lines at the start, after the first seconds, every half minute, and at the end.
-
-    Lines go to the log at level INFO, or to stderr where that level is not logged.
 
     Args:
         title: What runs.
@@ -54,8 +49,6 @@ class Progress:
             self._say(f"finished after {time.monotonic() - self.started:.0f} s")
 
     def _say(self, text: str) -> None:
-        if self.lines and logger.isEnabledFor(logging.INFO):
-            logger.info("%s: %s", self.title, text)
-        elif self.lines:
+        if self.lines:
             sys.stderr.write(f"{self.title}: {text}\n")
             sys.stderr.flush()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.robustness.attacks.base import Attack
+from hf_condlr.robustness.evaluation.samples import Samples
 
 
 def parameters_digest(model: nn.Module) -> str:
@@ -42,7 +43,18 @@ def evaluation_key(settings: dict[str, Any], attacks: Sequence[Attack], examples
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def normalisation(model: nn.Module) -> dict[str, Any]:
-    """Mean and standard deviation of the normalisation of pixels."""
-    values = {key: getattr(model, key, None) for key in ("mean", "std")}
-    return {key: value.flatten().tolist() for key, value in values.items() if isinstance(value, Tensor)}
+def describe(samples: Samples, batch_size: int) -> dict[str, Any]:
+    """What an evaluation states about its model and data, as JSON values."""
+    normalisation = {key: getattr(samples.model, key, None) for key in ("mean", "std")}
+    return {
+        "model_digest": parameters_digest(samples.model),
+        "dtype": str(next((p.dtype for p in samples.model.parameters()), torch.float32)).removeprefix("torch."),
+        "data": samples.kind,
+        "columns": [*samples.columns, samples.label_column],
+        "processor": type(samples.processor).__name__ if samples.processor is not None else None,
+        "data_rows": len(samples.dataset),
+        "data_digest": samples.fingerprint(batch_size),
+        "data_fingerprint": getattr(samples.dataset, "_fingerprint", None),
+        "batch_size": batch_size,
+        **{key: value.flatten().tolist() for key, value in normalisation.items() if isinstance(value, Tensor)},
+    }

@@ -10,8 +10,22 @@ from pathlib import Path
 from typing import Any, Self
 
 from hf_condlr.files import replacing
-from hf_condlr.robustness.evaluation.checks import Check
 from hf_condlr.robustness.evaluation.curves import Curve, draw_curves
+
+
+@dataclass
+class Check:
+    """A sign that an attack failed where a model did not resist; `passed` is None where the check does not apply."""
+
+    name: str
+    passed: bool | None
+    found: str
+    suspicion: str
+    """What a failure means."""
+
+    def __str__(self) -> str:
+        state = {True: "passed", False: "FAILED", None: "not applicable"}[self.passed]
+        return f"{state}: {self.name}: {self.found}" + (f". {self.suspicion}" if self.passed is False else "")
 
 
 @dataclass
@@ -31,7 +45,7 @@ class AttackResult:
     largest_distance: float | None = None
     """Largest distance of a sample from its original, in units of epsilon."""
     largest_excess: float = 0.0
-    """Largest excess of a value over the bounds of the inputs."""
+    """Largest excess of a pixel over [0, 1]."""
     seconds: float = 0.0
     """Time of all processes together."""
 
@@ -155,23 +169,6 @@ class RobustnessReport:
             "labels": self.labels,
         }
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From `to_dict`."""
-        attacks = []
-        for stored in values["attacks"]:
-            known = {k: v for k, v in stored.items() if k not in ("robust_accuracy", "standard_error")}
-            attacks.append(AttackResult(**known | {"survived": flags(stored["survived"])}))
-        return cls(
-            model=values["model"],
-            labels=values["labels"],
-            correct=flags(values["correct"]),
-            attacks=attacks,
-            checks=[Check(**check) for check in values["checks"]],
-            settings=values["settings"],
-            versions=values["versions"],
-        )
-
     def save(self, path: str | Path) -> Path:
         """Write `to_dict` as JSON, in one step."""
         with replacing(path) as temporary:
@@ -181,7 +178,13 @@ class RobustnessReport:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = {key: stored[key] for key in ("model", "labels", "settings", "versions")}
+        for attack in stored["attacks"]:
+            del attack["robust_accuracy"], attack["standard_error"]
+        attacks = [AttackResult(**attack | {"survived": flags(attack["survived"])}) for attack in stored["attacks"]]
+        checks = [Check(**check) for check in stored["checks"]]
+        return cls(**values, correct=flags(stored["correct"]), attacks=attacks, checks=checks)
 
     def card_entries(self) -> list[dict[str, Any]]:
         """Entries of `robustness` for `write_model_card`."""
@@ -199,15 +202,9 @@ class RobustnessReport:
 
 
 def plot_reports(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
-    """Draw worst-case accuracy over ε, a panel for each threat, a line for each model.
+    """Draw worst-case accuracy over ε, a panel for each threat, a line for each model; see `draw_curves`.
 
-    Args:
-        reports: Reports with the same model name are runs with different seeds: their mean is drawn, with a band.
-        path: File to write, whose suffix chooses the format.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        EvaluationError: The reports have no attacks.
+    Reports with the same model name are runs with different seeds: their mean is drawn, with a band.
     """
     panels: dict[str, dict[str, list[Curve]]] = {}
     for report in reports:

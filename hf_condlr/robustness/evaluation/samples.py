@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,19 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from hf_condlr.errors import EvaluationError, require
 from hf_condlr.robustness.attacks import PixelModel, TextModel
 from hf_condlr.robustness.attacks.base import Inputs, attacked, logits_of
-from hf_condlr.robustness.evaluation.classes import match_classes
-from hf_condlr.robustness.evaluation.images import as_8_bit
-from hf_condlr.robustness.evaluation.rows import LABELS, TEXTS, choose, class_numbers, recognise, with_pictures
+from hf_condlr.robustness.evaluation.rows import (
+    LABELS,
+    TEXTS,
+    as_8_bit,
+    choose,
+    class_numbers,
+    match_classes,
+    recognise,
+    require,
+    with_pictures,
+)
 
 
 class Samples:
@@ -34,11 +40,7 @@ class Samples:
         dataset: Has a length and rows by number: one of `datasets`, of torch, or a list.
         processor: The model's image processor, or its tokenizer.
         data_collator: Joins rows of `pixel_values` or `input_ids` to a batch; by default that of transformers.
-        image_column: Column of images; by default the only one.
-        text_columns: Columns of text; by default the only one, or a pair of usual names (`PAIRS`).
-        label_column: Column of labels; by default `labels`, `label` or `label_ids`.
-        max_samples: Number of samples, drawn once with `seed`, as files often come sorted by class; None for all.
-        seed: Seed of that choice.
+        options: Further arguments, as `evaluate_robustness` describes them.
 
     Attributes:
         model: The attacked model: `PixelModel` for images, `TextModel` for texts.
@@ -69,21 +71,14 @@ class Samples:
         self.kind, self.columns = recognise(row, image_column, text_columns, self.label_column)
         # A processor of several kinds, as CLIP's, has one for images and one for texts.
         self.processor = getattr(processor, "tokenizer" if self.kind in TEXTS else "image_processor", processor)
-        require(
-            not isinstance(row, Mapping) or self.label_column in row,
-            f"the data set must have a column of labels, {', '.join(LABELS)}, or label_column must name it",
-            received=f"columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else "",
-            remedy="Name it, or evaluate a split whose labels are known.",
-            error=EvaluationError,
-        )
+        if isinstance(row, Mapping):
+            rule = f"the data set must have a column of labels, {', '.join(LABELS)}, or label_column must name it"
+            received, remedy = f"columns {', '.join(row)}", "Name it, or evaluate a split whose labels are known."
+            require(self.label_column in row, rule, received, remedy)
         self.model: Any = self._attacked(model)
-        require(
-            self.processor is not None or self.kind != "images",
-            "images must be made into pixels by the model's image processor",
-            received="no processor",
-            remedy="Give processor=AutoImageProcessor.from_pretrained(...), or rows of pixel_values.",
-            error=EvaluationError,
-        )
+        rule = "images must be made into pixels by the model's image processor"
+        remedy = "Give processor=AutoImageProcessor.from_pretrained(...), or rows of pixel_values."
+        require(self.processor is not None or self.kind != "images", rule, "no processor", remedy)
         self.classes = match_classes(getattr(self.model, "model", model), dataset, self.label_column)
         self.data_collator = data_collator or (
             DataCollatorWithPadding(self.processor)
@@ -131,26 +126,10 @@ class Samples:
         digest = hashlib.sha256()
         for start in (0, max(0, len(self) - batch_size)):
             inputs, labels = self.batch(range(start, min(start + batch_size, len(self))))
-            with attacked(self.model), torch.no_grad(), self._size_explained(inputs):
+            with attacked(self.model), torch.no_grad():
                 largest = self.model(inputs).abs().max().item()
             digest.update(contents(inputs) + contents(labels) + f"{largest:.2g}".encode())
         return digest.hexdigest()
-
-    @contextmanager
-    def _size_explained(self, inputs: Inputs) -> Iterator[None]:
-        """Name both sizes where the model fails on images of another size than its config's."""
-        try:
-            yield
-        except (ValueError, RuntimeError) as error:
-            size = getattr(getattr(getattr(self.model, "model", self.model), "config", None), "image_size", None)
-            expected = (size, size) if isinstance(size, int) else tuple(size or ())
-            if isinstance(inputs, Tensor) and expected and tuple(inputs.shape[-2:]) != expected:
-                raise EvaluationError(
-                    f"images must have the size that the model takes, {expected[0]}×{expected[1]}",
-                    received="×".join(map(str, inputs.shape[-2:])),
-                    remedy="Resize them, or give the images themselves and the processor of this model.",
-                ) from error
-            raise
 
     @property
     def device(self) -> torch.device:
@@ -175,13 +154,9 @@ class Samples:
             return TextModel(model, self.processor)
         if self.kind == "tensors" and self.processor is None:
             return PixelModel(model)
-        require(
-            self.processor is not None,
-            "images are attacked as pixels of [0, 1], and their normalisation must be known",
-            received=f"{self.kind} and no image processor",
-            remedy="Give processor=AutoImageProcessor.from_pretrained(...), or PixelModel(model, mean, std).",
-            error=EvaluationError,
-        )
+        rule = "images are attacked as pixels of [0, 1], and their normalisation must be known"
+        remedy = "Give processor=AutoImageProcessor.from_pretrained(...), or PixelModel(model, mean, std)."
+        require(self.processor is not None, rule, f"{self.kind} and no image processor", remedy)
         return PixelModel.from_processor(model, self.processor)
 
     def _rows(self, positions: Sequence[int]) -> list[Any]:

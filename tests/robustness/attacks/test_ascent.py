@@ -12,13 +12,13 @@ from tests.robustness.attacks.problems import EPSILON, Flat, cross_entropy
 
 
 class Valley(nn.Module):
-    """Wrong at the middle, right a little further out: a random start would mend the error."""
+    """Wrong at the middle, right a little further out: a random start would correct the error."""
 
     def forward(self, x):
         return torch.stack([(x - 0.5).abs().sum(1) - 1e-3, 0 * x.sum(1)], 1)
 
 
-def test_an_attack_never_mends_an_error():
+def test_an_attack_never_corrects_an_error():
     x, labels = torch.full((4, 2), 0.5), torch.zeros(4, dtype=torch.long)
     adversarial = PGD(0.1, steps=2)(Valley(), x, labels)
     assert (Valley()(adversarial).argmax(1) != labels).all()

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_condlr.errors import AttackError
 from hf_condlr.robustness.attacks import CharacterAttack, TextModel
-from hf_condlr.robustness.attacks.characters import Draft, Judge, rank
+from hf_condlr.robustness.attacks.characters import Draft, margins_of, rank
 from hf_condlr.robustness.attacks.words import Words, typos
 from tests.robustness.attacks.problems import random_states
 from tests.robustness.attacks.test_words import STRANGE, UNICODE
@@ -82,8 +82,7 @@ def test_a_word_that_no_typo_helps_stays_and_is_not_counted(trained):
     """[UNK] instead of a filler word may help or not; what is changed helped."""
     model, texts, labels = trained
     one, two = CharacterAttack(0.1)(model, texts, labels), CharacterAttack(0.17)(model, texts, labels)
-    margin = Judge(model, labels, 64)
-    values = [margin.margins({i: [text] for i, text in enumerate(batch)}) for batch in (texts, one, two)]
+    values = [margins_of(model, labels, {i: [text] for i, text in enumerate(b)}) for b in (texts, one, two)]
     for i in range(64):
         assert values[0][i] <= values[1][i] <= values[2][i]
         assert (texts[i] == one[i]) == (values[0][i] == values[1][i])
@@ -114,7 +113,7 @@ def test_further_edits_build_on_the_first(bytewise):
     margins = []
     for edits in (1, 2, 4):
         result = CharacterAttack(1.0, edits=edits)(bytewise, texts, labels)
-        margins.append(Judge(bytewise, labels, 8).margins({0: result})[0][0])
+        margins.append(margins_of(bytewise, labels, {0: result})[0][0])
     assert margins[0] <= margins[1] <= margins[2] and margins[0] < margins[2]
 
 
@@ -135,7 +134,7 @@ def test_texts_do_not_depend_on_their_batch_nor_on_global_randomness(trained):
     assert CharacterAttack(0.2, candidates=5, seed=1)(model, texts, labels) != together
 
 
-def test_an_attack_never_mends_an_error(trained):
+def test_an_attack_never_corrects_an_error(trained):
     model, texts, labels = trained
     wrong = ~kept(model, texts, 1 - labels)
     assert wrong.sum() > 50
@@ -170,7 +169,7 @@ def test_words_are_ranked_by_the_gradient_of_all_their_tokens():
     weights = torch.tensor([99.0, 3.0, 1.0, 2.0, 2.0, 2.0, 99.0, 99.0])
     model = TextModel(Positions(weights), word_tokenizer(["the", "film", "was", "good", "-"]))
     drafts = drafts_for([text])
-    rank(drafts, Judge(model, torch.tensor([0]), 8))
+    rank(drafts, model, torch.tensor([0]))
     assert [drafts[0].words[place] for place in drafts[0].order] == ["was-good", "the", "film"]  # √12 > 3 > 1
 
 

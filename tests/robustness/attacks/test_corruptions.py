@@ -207,5 +207,5 @@ def test_errors():
     ):
         with pytest.raises(AttackError, match=message):
             Corruption("jpeg", 1)(nn.Identity(), torch.rand(shape), labels)
-    with pytest.raises(AttackError, match="inputs must lie within bounds"):
+    with pytest.raises(AttackError, match=r"inputs must be pixels of \[0, 1\]"):
         Corruption("jpeg", 1)(nn.Identity(), torch.full((1, 1, 8, 8), 1.5), labels)

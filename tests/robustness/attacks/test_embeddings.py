@@ -218,7 +218,7 @@ def test_texts_and_their_tokens_are_attacked_alike(trained, attack):
     assert (given["perturbation"] == 1).all() and "perturbation" not in tokens
 
 
-def test_an_attack_never_mends_an_error(trained):
+def test_an_attack_never_corrects_an_error(trained):
     model, texts, labels = trained
     wrong = 1 - labels
     lost = ~kept(model, texts, wrong)

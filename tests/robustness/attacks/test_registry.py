@@ -50,10 +50,10 @@ def test_other_budgets_are_refused(value):
     ("call", "message"),
     [
         (lambda: make_attack("pgd", 0.1), "attack must be one of fgsm, .*; received 'pgd'"),
-        (lambda: make_attack("fgsm", 0.1, steps=3), "fgsm takes the options epsilon, bounds, .*; received steps"),
+        (lambda: make_attack("fgsm", 0.1, steps=3), "fgsm takes the options epsilon, clip, norm; received steps"),
         (lambda: make_attack("jpeg", "8/255"), "severity must be a whole number"),
         (lambda: make_attacks(["fgsm"], [0.1], steps=3), "one of fgsm must have each option; received steps"),
-        (lambda: make_attack("pgd-linf", 4), "must be at most 1, the width of the bounds; received 4. .* give 4/255"),
+        (lambda: make_attack("pgd-linf", 4), "must be at most 1; received 4. .* give 4/255"),
         (lambda: make_attacks([], [0.1]), "at least one attack must be named"),
         (lambda: make_attacks(["fgsm"], []), "at least one epsilon must be given"),
         (lambda: make_attacks(["fgsm", "nothing"], [0.1]), "attack must be one of .*; received 'nothing'"),

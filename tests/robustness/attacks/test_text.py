@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 
 from hf_condlr.errors import AttackError
 from hf_condlr.robustness.attacks import TextModel
-from hf_condlr.robustness.attacks.lookup import input_embedding
+from hf_condlr.robustness.attacks.text import input_embedding
 from tests.text_models import (
     ARCHITECTURES,
     EOS,

@@ -1,4 +1,4 @@
-"""Transfer: crafted on one model, judged on another."""
+"""`Transfer`: examples made on one model and evaluated on another."""
 
 import json
 

@@ -1,29 +1,19 @@
 """Checks by further attacks: each has an evaluation made to fail it."""
 
-import pytest
 import torch
 from torch import nn
 
 from hf_condlr.robustness.attacks import PGD, TextModel
 from hf_condlr.robustness.evaluation import AttackResult
-from hf_condlr.robustness.evaluation.attack_checks import CheckedCase
-from hf_condlr.robustness.evaluation.checks import CheckBatch
+from hf_condlr.robustness.evaluation.attack_checks import CheckBatch, CheckedCase
 from tests import classifiers, text_models
 from tests.robustness.evaluation.evaluation import checked, fails
 
 
-@pytest.mark.parametrize(
-    ("attack", "failing"),
-    [
-        (PGD(16 / 255, steps=20, step_size=1e-5), "no weaker than one step"),
-        (PGD(16 / 255, steps=20, step_size=1e-5), "converged"),
-        (PGD(16 / 255, steps=20, step_size=1e-5), "margin loss finds no more"),
-        (PGD(16 / 255, steps=20, step_size=1e-5), "no gradient masking"),
-    ],
-)
-def test_an_attack_that_is_badly_set(attack, failing):
-    _, checks = checked(classifiers.pixel_mlp(), [attack])
-    assert failing in fails(checks)
+def test_an_attack_that_is_badly_set():
+    _, checks = checked(classifiers.pixel_mlp(), [PGD(16 / 255, steps=20, step_size=1e-5)])
+    failing = {"no weaker than one step", "converged", "margin loss finds no more", "no gradient masking"}
+    assert failing <= fails(checks)
     assert not {"no change at ε = 0", "gradients are not zero", "nothing survives a huge ε"} & fails(checks)
 
 

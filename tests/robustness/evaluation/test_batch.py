@@ -16,8 +16,8 @@ def test_rounding_to_eight_bits_is_measured():
     assert large.rounded_accuracy == pytest.approx(large.robust_accuracy, abs=0.01)
 
 
-def test_samples_that_rounding_mends_are_attacked_once_more_without_stopping():
-    """PGD that stops at the border leaves examples that rounding mends; the accuracy under rounding is that beyond."""
+def test_samples_that_rounding_corrects_are_attacked_once_more_without_stopping():
+    """PGD that stops at the border leaves examples that rounding corrects; the report takes further steps."""
     attack = PGD(16 / 255, steps=100, step_size=0.2 / 255)  # small steps, which end close behind the border
     report = evaluate(attacks=[attack], batch_size=200)
     model, (pixels, labels) = classifiers.pixel_mlp().eval(), classifiers.held_out()

@@ -9,7 +9,7 @@ from datasets import ClassLabel
 from hf_condlr import evaluate_robustness
 from hf_condlr.errors import EvaluationError
 from hf_condlr.robustness.attacks import FGSM
-from hf_condlr.robustness.evaluation.classes import match_classes
+from hf_condlr.robustness.evaluation.rows import match_classes
 from tests import classifiers
 
 

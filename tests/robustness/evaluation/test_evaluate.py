@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_attacks_batch_by_batch():
     )
 
 
-def test_a_wrong_sample_counts_as_wrong_under_every_adversary_but_a_corruption_may_mend_it():
+def test_a_wrong_sample_counts_as_wrong_under_every_adversary_but_a_corruption_may_correct_it():
     model, (pixels, labels) = classifiers.pixel_mlp(), classifiers.held_out()
 
     class Always(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hf_condlr.errors import EvaluationError
-from hf_condlr.robustness.evaluation.images import as_8_bit
+from hf_condlr.robustness.evaluation.rows import as_8_bit
 from hf_condlr.robustness.evaluation.samples import Samples
 from tests import classifiers
 from tests.robustness.evaluation.evaluation import evaluate

@@ -59,22 +59,21 @@ class NotFinite(Wrapped):
 @pytest.mark.parametrize(
     ("model", "failing"),
     [
-        (Softmax, "outputs are logits"),
-        (Dropout, "logits are repeatable"),
-        (NotFinite, "logits are repeatable"),
-        (Half, "float32 in the attack"),
-        (Counting, "the attacked model is the model"),
-        (Quantised, "gradients are not zero"),
-        (Quantised, "no gradient masking"),
-        (Quantised, "nothing survives a huge ε"),
-        (lambda: classifiers.pixel_mlp(scale=300.0), "margin loss finds no more"),
-        (lambda: classifiers.pixel_mlp(scale=300.0), "gradients are not zero"),
-        (lambda: classifiers.pixel_mlp(scale=300.0), "no gradient masking"),
+        (Softmax, {"outputs are logits"}),
+        (Dropout, {"logits are repeatable"}),
+        (NotFinite, {"logits are repeatable"}),
+        (Half, {"float32 in the attack"}),
+        (Counting, {"the attacked model is the model"}),
+        (Quantised, {"gradients are not zero", "no gradient masking", "nothing survives a huge ε"}),
+        (
+            lambda: classifiers.pixel_mlp(scale=300.0),
+            {"margin loss finds no more", "gradients are not zero", "no gradient masking"},
+        ),
     ],
 )
 def test_a_model_made_to_fail(model, failing):
     _, checks = checked(model())
-    assert failing in fails(checks), checks
+    assert failing <= fails(checks), checks
 
 
 def test_another_normalisation_than_the_models_own():

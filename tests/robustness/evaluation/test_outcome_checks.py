@@ -8,7 +8,7 @@ from torch import nn
 from hf_condlr.robustness.attacks import FGSM, PGD, Corruption
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.evaluation import AttackResult, RobustnessReport
-from hf_condlr.robustness.evaluation.outcome_checks import check_outcomes
+from hf_condlr.robustness.evaluation.checks import check_outcomes
 from tests import classifiers
 from tests.robustness.evaluation.evaluation import checked, fails
 
@@ -61,7 +61,7 @@ def test_accuracy_that_rises_with_the_radius():
 
 
 class Steep(nn.Module):
-    """Right at exact 8-bit values only: what half a level changes, rounding mends."""
+    """Right at exact 8-bit values only: what half a level changes, rounding corrects."""
 
     def __init__(self):
         super().__init__()

@@ -29,25 +29,25 @@ class Breaks(nn.Module):
         return self.inner(x)
 
 
-def test_interrupted_and_gone_on_is_uninterrupted(tmp_path):
+def test_a_resumed_evaluation_equals_an_uninterrupted_one(tmp_path):
     model = Breaks(at=None)
-    whole, calls = evaluate(model, output_dir=tmp_path / "whole"), model.calls
+    uninterrupted, calls = evaluate(model, output_dir=tmp_path / "whole"), model.calls
     model = Breaks(at=calls // 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, output_dir=tmp_path / "broken")
     done = list((tmp_path / "broken").glob("outcomes-*/*.json"))
     assert 0 < len(done) < 5 and not (tmp_path / "broken" / "report.json").exists()
     model = Breaks(at=None)
-    gone_on = evaluate(model, output_dir=tmp_path / "broken")
-    assert comparable(gone_on) == comparable(whole)
+    resumed = evaluate(model, output_dir=tmp_path / "broken")
+    assert comparable(resumed) == comparable(uninterrupted)
     assert 0 < model.calls < calls  # finished batches are not attacked again
     again = Breaks(at=None)
-    assert comparable(evaluate(again, output_dir=tmp_path / "broken")) == comparable(whole)
+    assert comparable(evaluate(again, output_dir=tmp_path / "broken")) == comparable(uninterrupted)
     assert again.calls == 2  # of the first and the last batch, which tell whether it is the same evaluation
-    assert comparable(RobustnessReport.load(tmp_path / "broken" / "report.json")) == comparable(whole)
+    assert comparable(RobustnessReport.load(tmp_path / "broken" / "report.json")) == comparable(uninterrupted)
 
 
-def test_another_model_attack_choice_or_data_set_is_not_taken_for_the_same(tmp_path):
+def test_another_model_attack_choice_or_data_set_is_another_evaluation(tmp_path):
     evaluate(output_dir=tmp_path)
     changed = classifiers.pixel_mlp()
     changed.model.layers[4].bias.data += 1e-3

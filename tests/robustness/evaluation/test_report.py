@@ -43,9 +43,9 @@ def test_worst_cases_are_taken_sample_by_sample():
 
 
 def test_a_sample_that_is_wrong_without_an_attack_is_no_robust_one():
-    mended = report(outcomes={("jpeg", "corruption-jpeg", 1): "1111111111"})
-    assert mended.attacks[-1].robust_accuracy == 1.0
-    assert mended.worst_cases[-1].robust_accuracy == 0.8
+    corrected = report(outcomes={("jpeg", "corruption-jpeg", 1): "1111111111"})
+    assert corrected.attacks[-1].robust_accuracy == 1.0
+    assert corrected.worst_cases[-1].robust_accuracy == 0.8
 
 
 def test_expected_robustness_is_the_area_under_the_curve():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_condlr.robustness.attacks import FGSM, PGD, EmbeddingPGD
-from hf_condlr.robustness.evaluation.checks import CheckBatch
+from hf_condlr.robustness.evaluation.attack_checks import CheckBatch
 from tests import classifiers, text_models
 from tests.robustness.evaluation.evaluation import NAMES, SOUND, checked, evaluate, fails, reviews
 
@@ -74,7 +74,7 @@ def test_checks_draw_their_samples(monkeypatch):
     pixels, labels = classifiers.held_out()
     order = labels.argsort(stable=True)
     data = torch.utils.data.TensorDataset(pixels[order], labels[order])
-    batches, module = [], sys.modules["hf_condlr.robustness.evaluation.run_checks"]
+    batches, module = [], sys.modules["hf_condlr.robustness.evaluation.checks"]
     monkeypatch.setattr(module, "CheckBatch", lambda p, *values: batches.append(p) or CheckBatch(p, *values))
     report = evaluate(dataset=data, checks=True, check_samples=30)
     assert report.settings["check_samples"] == 30 and len(batches[0]) == 30
@@ -84,7 +84,7 @@ def test_checks_draw_their_samples(monkeypatch):
 def test_text_evaluations_are_checked_too():
     model, tokenizer = text_models.trained_reviewer()
     strong = [EmbeddingPGD(0.15, steps=40, restarts=2)]
-    report = evaluate(model, reviews(), strong, processor=tokenizer, checks=True, check_samples=16)
+    report = evaluate(model, reviews(), strong, processor=tokenizer, checks=True, check_samples=8)
     assert [str(check) for check in report.failed_checks] == []
     assert "no gradient masking (embedding, ε = 0.15)" in {check.name for check in report.checks}
     weak = evaluate(model, reviews(), [EmbeddingPGD(0.6, steps=1)], processor=tokenizer, checks=True, check_samples=16)
