@@ -168,7 +168,7 @@ def condition_report(model: nn.Module) -> ConditionReport:
     require(
         records,
         "the model must have factored layers",
-        received="none",
+        received="none, or folded ones only",
         remedy="Call get_robust_lowrank_model(model, config) first.",
         error=CondLRError,
     )

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_condlr.checkpoints.restore import checkpoints_in, complete_checkpoints
 from hf_condlr.errors import CheckpointError, require
 from hf_condlr.files import replacing
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the second under FSDP
 TRAINED = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -54,7 +52,7 @@ def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
     found = None
     with args.main_process_first(desc="choice of a checkpoint"):  # the others look when the first has tidied up
         if asked.lower() == "false":
-            for path in _checkpoints(folder):
+            for path in checkpoints_in(folder):
                 logger.warning("training starts anew: %s is removed", path)
                 shutil.rmtree(path)
         elif asked.lower() not in ("auto", "true"):
@@ -73,20 +71,9 @@ def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
     return found
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Those that the Trainer wrote, by the number of steps; a copy under another name is the user's."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
 def _last(folder: Path) -> str | None:
-    """The checkpoint of the most steps that is complete (the Trainer's state comes last) and has an optimizer."""
-    for path in reversed(_checkpoints(folder)):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and is passed over", path)
-            continue
+    """The checkpoint of the most steps that is complete and has an optimizer."""
+    for path in complete_checkpoints(folder):
         if any((path / name).exists() for name in OPTIMIZERS):
             return str(path)
         logger.warning("%s holds no optimizer (save_only_model): nothing can go on from it", path)
