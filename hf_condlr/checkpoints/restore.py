@@ -133,7 +133,7 @@ def complete_checkpoints(folder: Path) -> Iterator[Path]:
 def last_complete_checkpoint(folder: str) -> str:
     """The first of `complete_checkpoints`; `CheckpointError` where there is none."""
     found = next(complete_checkpoints(Path(folder)), None)
-    rule = "resume_from_checkpoint=True needs a complete checkpoint in output_dir"
+    rule = "resume_from_checkpoint=True needs a checkpoint in output_dir"
     remedy = "Start anew, or name a checkpoint's folder."
-    require(found is not None, rule, received=f"none in {folder}", remedy=remedy, error=CheckpointError)
+    require(found, rule, received=f"none in {folder} that is complete", remedy=remedy, error=CheckpointError)
     return str(found)
