@@ -12,9 +12,7 @@ class CondLRError(Exception):
         self.rule, self.received, self.remedy = rule, received, remedy
         super().__init__(f"{rule}; received {received}. {remedy}")
 
-    def __reduce__(
-        self,
-    ) -> tuple[object, ...]:  # keyword-only arguments do not survive the default pickling between processes
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments do not survive the default pickling
         return _rebuild, (type(self), self.rule, self.received, self.remedy)
 
 

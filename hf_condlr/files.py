@@ -50,11 +50,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits.
-
-    Raises:
-        OSError: It cannot be read, or is not a regular file: a pipe or a device could be read without end.
-    """
+    """SHA-256 in hexadecimal digits; OSError for a pipe or a device, which could be read without end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{path} is not a regular file")
     with path.open("rb") as file:

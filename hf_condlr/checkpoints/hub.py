@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,30 @@ def push_to_hub(
     robustness: Iterable[Mapping[str, Any]] = (),
     metrics: Mapping[str, Any] | None = None,
     dataset: str | None = None,
+    card: str | Path | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
-    card: str | Path | None = None,
+    **options: Any,
 ) -> Any:
     """As `PreTrainedModel.push_to_hub`, in one commit with a card of method, compression, κ and what was measured.
 
     Args:
         model: A model with factored or folded layers.
         repo_id: "user/name"; created where it does not exist.
-        base_model: For the card, as the next three; see `write_model_card`.
+        base_model: For the card of a factored model, as the next three and `tags`; see `write_model_card`.
         robustness: For each attack its parameters and the accuracy that it left.
         metrics: What was measured without an attack.
         dataset: The data of the measurements.
+        card: File of the card to complete; by default the one on the Hub.
         private: Whether a new repository is private.
         token: Access token for the Hub; the stored one by default.
         revision: Branch; created where it does not exist.
-        create_pr: Open a pull request instead of committing.
-        commit_message: "Upload model" by default.
-        commit_description: The text below it.
         max_shard_size: Largest weight file.
         tags: For the card.
-        card: File of the card to complete; by default the one on the Hub.
+        options: `create_pr`, `commit_message` and `commit_description`, as in `PreTrainedModel.push_to_hub`.
 
     Returns:
         huggingface_hub's `CommitInfo`. Its errors pass through; nothing on this machine is changed.
@@ -76,41 +73,25 @@ def push_to_hub(
             write_model_card(model, folder, robustness=robustness, model_id=repo_id, tags=tags or (), **stated)
         elif card is None:  # folded: there is no κ to report
             create_and_tag_model_card(repo_id, tags, token=token).save(folder / REPOCARD_NAME)  # type: ignore[arg-type]
+        options["commit_message"] = options.get("commit_message") or "Upload model"
         return model._upload_modified_files(
-            str(folder),
-            repo_id,
-            files_timestamps={},
-            token=token,
-            revision=revision,
-            commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
-            create_pr=create_pr,
+            str(folder), repo_id, files_timestamps={}, token=token, revision=revision, **options
         )
 
 
 def refuse_sharded(model: PreTrainedModel) -> None:
-    """Refuse to upload a sharded model: one process uploads, and would wait for the others to gather with it.
-
-    Raises:
-        CheckpointError: Some parameter is sharded.
-    """
-    require(
-        not is_sharded(model),
-        "a model to be uploaded must hold full tensors, since one process uploads it",
-        received="shards",
-        remedy="Call save_pretrained(folder) without push_to_hub on every process, then "
-        "HfApi().upload_folder(folder_path=folder, repo_id=...) on one.",
-        error=CheckpointError,
-    )
+    """Refuse to upload a sharded model: one process uploads, and would wait for the others to gather with it."""
+    rule = "a model to be uploaded must hold full tensors, since one process uploads it"
+    remedy = "Call save_pretrained(folder) on every process, and HfApi().upload_folder(...) on one."
+    require(not is_sharded(model), rule, received="shards", remedy=remedy, error=CheckpointError)
 
 
 def _card(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
-    """The card of the branch; that of main where the branch is to be made; None where there is none."""
+    """The card of the branch, or of main where the branch is still to be made; None where there is none."""
     for branch in (revision, None):
-        try:
-            return hf_hub_download(repo_id, REPOCARD_NAME, revision=branch, token=token)
-        except RevisionNotFoundError:
-            continue
-        except EntryNotFoundError:
-            break
+        with suppress(RevisionNotFoundError):
+            try:
+                return hf_hub_download(repo_id, REPOCARD_NAME, revision=branch, token=token)
+            except EntryNotFoundError:
+                return None
     return None

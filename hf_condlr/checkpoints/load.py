@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_condlr.checkpoints.manifest import METHOD, PARTS, Manifest, StoredLayer
@@ -46,7 +47,7 @@ from hf_condlr.layers import (
 )
 from hf_condlr.layers.offloaded import loaded_factors
 
-_SAVED_CONFIG = "Load it with the config.json it was saved with."
+_SAVED_CONFIG = f"Load it with the {CONFIG_NAME} it was saved with."
 
 for _registered in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
     _registered.pop(METHOD, None)  # importlib.reload registers anew
@@ -61,7 +62,6 @@ class FactoredCheckpointConfig(QuantizationConfigMixin):
         self.manifest = Manifest.from_dict({"quant_method": METHOD} | values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `config.json`."""
         return self.manifest.to_dict()
 
 
@@ -70,6 +70,7 @@ class FactoredCheckpointLoader(HfQuantizer):
     """Builds the factored layers on the meta device; transformers then fills them like any others."""
 
     requires_calibration = True  # there is nothing to quantize on the fly: such a config for a dense model is an error
+    is_trainable = is_qat_trainable = is_compileable = True
 
     def __init__(self, quantization_config: FactoredCheckpointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -78,7 +79,7 @@ class FactoredCheckpointLoader(HfQuantizer):
         self._new_heads: list[str] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first look at the config, before weight files are found: here they get their true name."""
+        """Called with the config before weight files are looked for: gives them their real name."""
         folder = Path(getattr(config, "_name_or_path", "") or "")
         if folder.is_dir():
             require_regular_files(folder, self.manifest)
@@ -91,7 +92,7 @@ class FactoredCheckpointLoader(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or []]
         verify_files(files, self.manifest)
         tensors = read_headers(files)
-        _check_shapes(self.manifest, tensors)
+        _check_factors_stated(self.manifest, tensors)
         replacements = {}
         for stored_name, name in _places(model, self.manifest).items():
             stored = self.manifest.layers[stored_name]
@@ -102,13 +103,9 @@ class FactoredCheckpointLoader(HfQuantizer):
                 if stored.form == "factored":
                     self._loaded[name] = (stored_name, stored, FACTOR_DTYPES[tensors[f"{stored_name}.S"][1]])
                 continue
-            require(
-                name in head_names(model),
-                "a stored layer must have the shape of the layer it stands for",
-                received=f"{_shapes(stored_name, stored, tensors)} for {name} of {tuple(weight_matrix(dense).shape)}",
-                remedy=_SAVED_CONFIG,
-                error=CheckpointError,
-            )
+            rule = "a stored layer must have the shape of the layer it stands for"
+            found = f"{_shapes(stored_name, stored, tensors)} for {name} of {tuple(weight_matrix(dense).shape)}"
+            require(name in head_names(model), rule, received=found, remedy=_SAVED_CONFIG, error=CheckpointError)
             self._new_heads.append(name)  # for other labels: left dense and drawn anew, as transformers reports
         replace_modules(model, replacements)
         _check_kinds(model, tensors)
@@ -121,16 +118,9 @@ class FactoredCheckpointLoader(HfQuantizer):
 
         def adjust_and_check(loading_info: Any) -> None:
             adjust(loading_info)
-            missing = [
-                key for key in sorted(loading_info.missing_keys) if key.rpartition(".")[0] not in self._new_heads
-            ]
-            require(
-                not missing,
-                "a checkpoint must hold every tensor of the model it was saved from",
-                received=f"none for {listed(missing)}",
-                remedy=FETCH,
-                error=CheckpointError,
-            )
+            missing = sorted(k for k in loading_info.missing_keys if k.rpartition(".")[0] not in self._new_heads)
+            rule = "a checkpoint must hold every tensor of the model it was saved from"
+            require(not missing, rule, received=f"none for {listed(missing)}", remedy=FETCH, error=CheckpointError)
 
         object.__setattr__(model, "_adjust_missing_and_unexpected_keys", adjust_and_check)
 
@@ -147,22 +137,6 @@ class FactoredCheckpointLoader(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """A loaded model can be saved again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """A loaded model trains on."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """All its parameters train."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """It compiles like a dense one."""
         return True
 
 
@@ -185,14 +159,9 @@ def _places(model: Any, manifest: Manifest) -> dict[str, str]:
     lost = [name for name in manifest.layers if name not in found]
     if not _is_saved_class(model) and found:  # a head has no place in the base model
         lost = [name for name in lost if name.startswith(prefix)]
-    require(
-        found and not lost,
-        f"the factored layers of a checkpoint must exist in the {type(model).__name__} that is loaded",
-        received=f"no place for {listed(lost)}",
-        remedy=f"Load it with the class it was saved with, or the base model of it; this one has "
-        f"{', '.join(sorted(modules)[:5])}, ...",
-        error=CheckpointError,
-    )
+    rule = f"the factored layers of a checkpoint must exist in the {type(model).__name__} that is loaded"
+    remedy = f"Load it with the class it was saved with, or its base model; this one has {listed(sorted(modules))}."
+    require(found and not lost, rule, received=f"no place for {listed(lost)}", remedy=remedy, error=CheckpointError)
     return found
 
 
@@ -212,45 +181,25 @@ def _fits(layer: nn.Module, stored_name: str, tensors: Header) -> bool:
     )
 
 
-def _check_shapes(manifest: Manifest, tensors: Header) -> None:
-    """What the manifest states of each layer must be in the files, and no factors besides."""
+def _check_factors_stated(manifest: Manifest, tensors: Header) -> None:
+    """The files must hold the factors of each layer with the rank that the manifest states, and no others."""
+    wrong = []
     for name, stored in manifest.layers.items():
         keys = [f"{name}.{part}" for part in PARTS[stored.form]]
-        missing = [key for key in keys if key not in tensors]
-        require(
-            not missing,
-            "every layer that config.json states must have its factors in the weight files",
-            received=f"no {', '.join(missing)}",
-            remedy=_SAVED_CONFIG,
-            error=CheckpointError,
-        )
-        shapes = [tensors[key][0] for key in keys]
+        if missing := [key for key in keys if key not in tensors]:
+            wrong += [f"no {key}" for key in missing]
+            continue
+        shapes, dtypes = [tensors[key][0] for key in keys], {tensors[key][1] for key in keys}
         # U (m, r), S (r, r), V (n, r); down (r, n), up (m, r); convolutions have further dimensions of a folded layer
         ranks = [shape[1:2] for shape in shapes] if stored.form == "factored" else [shapes[0][:1], shapes[1][1:2]]
-        require(
-            set(ranks) == {(stored.r,)},
-            "the rank that config.json states must be that of the factors",
-            received=f"r={stored.r} for {name} with {_shapes(name, stored, tensors)}",
-            remedy=_SAVED_CONFIG,
-            error=CheckpointError,
-        )
-        dtypes = {tensors[key][1] for key in keys}
-        require(
-            dtypes <= set(FACTOR_DTYPES),
-            f"factors must have one of the dtypes {', '.join(FACTOR_DTYPES)}",
-            received=f"{', '.join(sorted(dtypes))} for {name}",
-            remedy=FETCH,
-            error=CheckpointError,
-        )
+        if set(ranks) != {(stored.r,)}:
+            wrong.append(f"r={stored.r} for {name} with {_shapes(name, stored, tensors)}")
+        if not dtypes <= set(FACTOR_DTYPES):
+            wrong.append(f"{name} of {', '.join(sorted(dtypes))}")
     factors = {name.removesuffix(".S") for name in tensors if name.endswith(".S")}
-    foreign = sorted(factors - set(manifest.layers))
-    require(
-        not foreign,
-        "the weight files must hold no factors that config.json does not state",
-        received=listed(foreign),
-        remedy=_SAVED_CONFIG,
-        error=CheckpointError,
-    )
+    wrong += [f"unknown factors {name}" for name in sorted(factors - set(manifest.layers))]
+    rule = f"the factors must be those that {CONFIG_NAME} states, of dtype {', '.join(FACTOR_DTYPES)}"
+    require(not wrong, rule, received=listed(wrong), remedy=f"{FETCH} {_SAVED_CONFIG}", error=CheckpointError)
 
 
 def _check_kinds(model: nn.Module, tensors: Header) -> None:
@@ -260,13 +209,8 @@ def _check_kinds(model: nn.Module, tensors: Header) -> None:
         for name, p in model.state_dict().items()
         if name in tensors and p.is_floating_point() != tensors[name][1].startswith(("F", "BF"))
     ]
-    require(
-        not wrong,
-        "a stored tensor must be floating-point where the model's is, and only there",
-        received=listed(wrong),
-        remedy=FETCH,
-        error=CheckpointError,
-    )
+    rule = "a stored tensor must be floating-point where the model's is, and only there"
+    require(not wrong, rule, received=listed(wrong), remedy=FETCH, error=CheckpointError)
 
 
 def _shapes(name: str, stored: StoredLayer, tensors: Header) -> str:

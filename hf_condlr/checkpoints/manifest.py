@@ -118,44 +118,27 @@ class Manifest:
             CheckpointError: It is from a later version, or contradicts the format.
         """
         version = values.get("format") if isinstance(values, dict) else None
-        require(
-            version == FORMAT,
-            f"this version of hf_condlr reads format {FORMAT} of factored checkpoints",
-            received=f"format {version!r} in {CONFIG_NAME}",
-            remedy="Upgrade hf_condlr if the checkpoint comes from a newer version.",
-            error=CheckpointError,
-        )
+        rule = f"this version of hf_condlr reads format {FORMAT} of factored checkpoints"
+        found = f"format {version!r} in {CONFIG_NAME}"
+        remedy = "Upgrade hf_condlr if the checkpoint comes from a newer version."
+        require(version == FORMAT, rule, received=found, remedy=remedy, error=CheckpointError)
         try:
-            manifest = cls._parse(values)
+            layers = {name: StoredLayer.from_dict(entry) for name, entry in values["layers"].items()}
+            config = None if values.get("config") is None else CondLRConfig.from_peft_type(**values["config"])
+            manifest = cls(**values | {"layers": layers, "config": config})
+            for texts, pattern, kind in (
+                ([manifest.weights, *manifest.sha256], _FILE_NAME, "the name of a weight file"),
+                (manifest.sha256.values(), _DIGEST, "a SHA-256"),
+                (layers, _LAYER_NAME, "the name of a layer"),
+            ):
+                if wrong := [text for text in texts if not pattern.fullmatch(text)]:
+                    raise ValueError(f"{wrong[0]!r} is not {kind}")
         except UNREADABLE as error:
             raise CheckpointError(
                 f"{MANIFEST} in {CONFIG_NAME} must describe a factored checkpoint",
                 received=str(error) or type(error).__name__,
                 remedy="Take the file as save_pretrained wrote it.",
             ) from error
-        return manifest
-
-    @classmethod
-    def _parse(cls, values: dict[str, Any]) -> Manifest:
-        if unknown := set(values) - {f.name for f in fields(cls)}:
-            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-        config = values.get("config")
-        manifest = cls(
-            **values
-            | {
-                "layers": {name: StoredLayer.from_dict(entry) for name, entry in values["layers"].items()},
-                "config": None if config is None else CondLRConfig.from_peft_type(**config),
-            }
-        )
-        for name in (manifest.weights, *manifest.sha256):
-            if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not the name of a weight file")
-        for name, digest in manifest.sha256.items():
-            if not _DIGEST.fullmatch(digest):
-                raise ValueError(f"{digest!r} is not the SHA-256 of {name}")
-        for name in manifest.layers:
-            if not _LAYER_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not the name of a layer")
         return manifest
 
 
@@ -171,22 +154,16 @@ def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
     """
     layers = compressed_layers(model)
     own = {f"{name}.{part}": p.shape for name, layer in layers.items() for part, p in layer.named_parameters()}
-    given = own if state_dict is None else {key: tensor.shape for key, tensor in state_dict.items()}
-    wrong = [key for key, shape in own.items() if given.get(key) != shape]
-    require(
-        not wrong,
-        "a state_dict must hold the tensors of this model",
-        received=f"none of the right shape for {listed(wrong)}",
-        remedy="Pass the state_dict of a model converted alike, or none. Nothing was written.",
-        error=CheckpointError,
-    )
+    given = own if state_dict is None else {name: tensor.shape for name, tensor in state_dict.items()}
+    wrong = [name for name, shape in own.items() if given.get(name) != shape]
+    rule, found = "a state_dict must hold the tensors of this model", f"none of the right shape for {listed(wrong)}"
+    remedy = "Pass the state_dict of a model converted alike, or none. Nothing was written."
+    require(not wrong, rule, received=found, remedy=remedy, error=CheckpointError)
     stated = {}
     for name, layer in layers.items():
-        if isinstance(layer, FoldedLayer):
-            factors = None
-        elif state_dict is None:
-            factors = loaded_factors(model, name)
-        else:
-            factors = (state_dict[f"{name}.U"], state_dict[f"{name}.S"], state_dict[f"{name}.V"])
+        factors: Any = None
+        if isinstance(layer, LowRankLayer):
+            loaded = state_dict and tuple(state_dict[f"{name}.{part}"] for part in "USV")
+            factors = loaded or loaded_factors(model, name)
         stated[name] = StoredLayer.of(layer, factors)
     return stated

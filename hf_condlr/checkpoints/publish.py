@@ -31,9 +31,9 @@ def publish(staging: Path, folder: Path, manifest: Manifest, config: dict[str, A
 
     Args:
         staging: A folder inside `folder`.
-        folder: Where a checkpoint may lie already; it stays complete until `config.json` is replaced.
+        folder: A checkpoint that lies there stays complete until `config.json` is replaced.
         manifest: What is stated of the layers; the files are added.
-        config: What `config.json` is to state beside or in place of transformers' own fields.
+        config: Fields of `config.json` beside or in place of transformers' own.
     """
     shards = sorted(staging.glob(f"*{SUFFIX}"))
     config = _read(staging / CONFIG_NAME) | {"transformers_weights": NOTICE} | config

@@ -8,7 +8,6 @@ killed anywhere in between leaves the old or the new checkpoint. Writers into on
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,13 +34,8 @@ from hf_condlr.files import alone_in
 from hf_condlr.layers import compressed_layers, conversion_record
 
 _UPLOAD = {"repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags"}
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "variant": (None,),
-    "save_original_format": (False,),
-    "distributed_checkpoint": (False,),
-    "safe_serialization": (True, None),
-    "save_peft_format": (True, False),
-}
+_HARMLESS: Any = {"variant": [None], "save_original_format": [False], "distributed_checkpoint": [False]}
+_HARMLESS |= {"safe_serialization": [True, None], "save_peft_format": [True, False]}
 """Options of transformers with the values that ask for the one format that there is."""
 
 
@@ -57,7 +51,7 @@ def attach_saving(model: Any) -> None:
             object.__setattr__(module, "push_to_hub", partial(upload, module))
     if isinstance(model, PeftModel) and compressed_layers(model):
         for name in ("save_pretrained", "push_to_hub"):
-            object.__setattr__(model, name, partial(_refuse_adapter_only))
+            object.__setattr__(model, name, _refuse_adapter_only)
 
 
 def _refuse_adapter_only(*args: Any, **kwargs: Any) -> None:
@@ -72,8 +66,7 @@ def detach_saving(model: Any) -> None:
     """Back to the classes' own `save_pretrained` and `push_to_hub`."""
     for module in model.modules():
         for name in ("save_pretrained", "push_to_hub"):
-            if isinstance(vars(module).get(name), partial):
-                delattr(module, name)
+            vars(module).pop(name, None)
 
 
 def save_pretrained(
@@ -89,39 +82,33 @@ def save_pretrained(
     """As `PreTrainedModel.save_pretrained`, for a model with factored or folded layers.
 
     For a model that `fully_shard` sharded every process must call it; the first one gathers the weights and writes.
-    `AutoModelFor….from_pretrained(save_directory)` builds the same layers after `import hf_condlr`.
 
     Args:
         model: The model.
         save_directory: Folder; what else lies in it stays.
         is_main_process: Others write nothing.
         state_dict: Tensors to write instead of the model's own.
-        push_to_hub: Upload afterwards, with the folder's own model card where it has one; `kwargs` then go to
-            `model.push_to_hub`, with `repo_id` among them. Not for a sharded model.
+        push_to_hub: Upload afterwards by `model.push_to_hub`, with the folder's own model card where it has one.
         max_shard_size: Largest weight file.
         token: Access token for the Hub.
-        kwargs: For the upload. Arguments that transformers accepts and does not use any more (`save_function`) are
-            accepted, too.
+        kwargs: For the upload.
 
     Raises:
         CheckpointError: The files could not be written, or an option that factored checkpoints do not have was given.
     """
     folder = Path(save_directory)
     upload_options = {name: kwargs.pop(name) for name in _UPLOAD & set(kwargs)}
-    kwargs.pop("save_function", None)
+    kwargs.pop("save_function", None)  # accepted by transformers, and without effect
     _refuse(model, kwargs)
     if push_to_hub:
         refuse_sharded(model)
     if state_dict is None and is_sharded(model):
         state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         is_main_process = is_main_process and dist.get_rank() == 0  # the only one that got it
-    require(
-        state_dict is None or not any(isinstance(p, DTensor) for p in state_dict.values()),
-        "a state_dict to be written must hold full tensors",
-        received="shards",
-        remedy="Leave it out, and call save_pretrained on every process: it gathers them.",
-        error=CheckpointError,
-    )
+    are_full = state_dict is None or not any(isinstance(p, DTensor) for p in state_dict.values())
+    rule = "a state_dict to be written must hold full tensors"
+    remedy = "Leave it out, and call save_pretrained on every process: it gathers them."
+    require(are_full, rule, received="shards", remedy=remedy, error=CheckpointError)
     if not is_main_process:
         return
     manifest = Manifest("", stored_layers(model, state_dict), config=conversion_record(model).config)
@@ -133,8 +120,7 @@ def save_pretrained(
         raise CheckpointError(
             "a checkpoint must be written completely",
             received=f"{folder}: {error}",
-            remedy="A checkpoint that lies there is as complete as before. Free space or choose another folder, and "
-            "save again.",
+            remedy="A checkpoint that lies there is as complete as before. Free space or choose another folder.",
         ) from error
     if push_to_hub:
         card = folder / REPOCARD_NAME
@@ -144,40 +130,24 @@ def save_pretrained(
 
 def _refuse(model: Any, options: dict[str, Any]) -> None:
     refused = {name: value for name, value in options.items() if value not in _HARMLESS.get(name, ())}
-    require(
-        not refused,
-        "factored checkpoints have one format: safetensors with the model's own names, and no variants",
-        received=", ".join(f"{name}={value!r}" for name, value in refused.items()),
-        remedy="Leave it out.",
-        error=CheckpointError,
-    )
-    require(
-        not getattr(model, "_hf_peft_config_loaded", False),
-        "a factored checkpoint holds the model and no adapters",
-        received="a model with adapters of PEFT",
-        remedy="Save model.get_adapter_state_dict() apart, and remove them with model.delete_adapter(name).",
-        error=CheckpointError,
-    )
+    rule = "factored checkpoints have one format: safetensors with the model's own names, and no variants"
+    found = ", ".join(f"{name}={value!r}" for name, value in refused.items())
+    require(not refused, rule, received=found, remedy="Leave it out.", error=CheckpointError)
+    rule, found = "a factored checkpoint holds the model and no adapters", "a model with adapters of PEFT"
+    remedy = "Save model.get_adapter_state_dict() apart, and remove them with model.delete_adapter(name)."
+    has_adapters = getattr(model, "_hf_peft_config_loaded", False)
+    require(not has_adapters, rule, received=found, remedy=remedy, error=CheckpointError)
 
 
-def _write(
-    model: PreTrainedModel,
-    folder: Path,
-    manifest: Manifest,
-    state_dict: dict[str, Any] | None,
-    max_shard_size: int | str,
-) -> None:
+def _write(model: PreTrainedModel, folder: Path, manifest: Manifest, state_dict: Any, max_shard_size: Any) -> None:
     remove_leftovers(folder)
-    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-    try:
-        # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
-        tensors = None if state_dict is None else dict(state_dict)  # transformers empties it
-        options: dict[str, Any] = {"state_dict": tensors, "max_shard_size": max_shard_size}
+    # The model's own names: legacy ones would have to be split and fused, which factors cannot be.
+    options: dict[str, Any] = {"save_original_format": False, "max_shard_size": max_shard_size}
+    options["state_dict"] = None if state_dict is None else dict(state_dict)  # transformers empties it
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True) as staging:
         with _gathered_already(model):
-            type(model).save_pretrained(model, staging, save_original_format=False, **options)
-        publish(staging, folder, manifest, _tying(model))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            type(model).save_pretrained(model, staging, **options)
+        publish(Path(staging), folder, manifest, _tying(model))
 
 
 def _tying(model: PreTrainedModel) -> dict[str, Any]:

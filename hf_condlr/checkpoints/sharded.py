@@ -52,7 +52,7 @@ def save_sharded(
     optimizer: torch.optim.Optimizer | None = None,
     manifold_step: ManifoldStep | None = None,
 ) -> None:
-    """Write a checkpoint to go on from, each process its own rows. Every process must call it, on a shared file system.
+    """Write a checkpoint to resume from. Every process must call it, on a shared file system, and writes its own rows.
 
     Args:
         folder: It appears when everything is written; an earlier one of this name is replaced.
@@ -69,8 +69,7 @@ def save_sharded(
     reshard(model)
     state: dict[str, Any] = {"manifold_step": None if manifold_step is None else manifold_step.state_dict()}
     state["layers"] = {name: StoredLayer.of(layer).to_dict() for name, layer in factored_layers(model).items()}
-    target = Path(folder)
-    staging, previous = _beside(target)
+    target, staging, previous = _places(folder)
     parts: dict[str, dict[str, Any]] = {WEIGHTS: dict(get_model_state_dict(model))}
     if optimizer is not None:
         tensors, state["optimizer"] = _split(get_optimizer_state_dict(model, optimizer, options=_FLAT))
@@ -108,7 +107,7 @@ def load_sharded(
     optimizer: torch.optim.Optimizer | None = None,
     manifold_step: ManifoldStep | None = None,
 ) -> None:
-    """Go on where `save_sharded` wrote; every process must call it, and reads its own rows.
+    """Resume from what `save_sharded` wrote. Every process must call it, and reads its own rows.
 
     Args:
         folder: What it wrote. Where a save was killed while it replaced this folder, the replaced one is read.
@@ -118,40 +117,22 @@ def load_sharded(
 
     Raises:
         CheckpointError: A part is missing, a file or a tensor is missing or another one, or factors do not obey what
-            the checkpoint states of them. Only in the last case the model may have been changed.
+            the checkpoint states of them. Only in the last case may the model have been changed.
     """
-    target = Path(folder)
-    _, previous = _beside(target)
+    target, _, previous = _places(folder)
     if previous.exists() and not target.exists():
         target = previous
     with _reported(target):
         state = json.loads((target / STATE).read_text())
         layers = {name: StoredLayer.from_dict(values) for name, values in state["layers"].items()}
         stated, found = dict(state["files"]), _digests(target)
-    changed = sorted(name for name in stated | found if stated.get(name) != found.get(name))
-    require(
-        not changed,
-        "the files of a sharded checkpoint must be those that were saved",
-        received=f"another {listed(changed)} in {target}",
-        remedy=f"They are damaged or were changed. {FETCH}",
-        error=CheckpointError,
-    )
-    for name, wanted in (("optimizer", optimizer), ("manifold_step", manifold_step)):
-        require(
-            wanted is None or state.get(name) is not None,
-            "a checkpoint must hold what is to be loaded",
-            received=f"no {name} in {target}",
-            remedy="Pass it to save_sharded, or do not ask for it.",
-            error=CheckpointError,
-        )
-    own = factored_layers(model)
-    require(
-        own.keys() == layers.keys(),
-        "a checkpoint must hold the factored layers of this model",
-        received=listed(sorted(own.keys() ^ layers.keys())),
-        remedy="Build the model with the config it was saved with.",
-        error=CheckpointError,
-    )
+    own, wanted = factored_layers(model), {"optimizer": optimizer, "manifold_step": manifold_step}
+    wrong = [f"another {name}" for name in sorted(stated | found) if stated.get(name) != found.get(name)]
+    wrong += [f"no {name}" for name, value in wanted.items() if value is not None and state.get(name) is None]
+    wrong += [f"factors of {name} there or here only" for name in sorted(own.keys() ^ layers.keys())]
+    rule = "a sharded checkpoint must hold the files that were saved, and what is to be loaded"
+    remedy = f"Build the model with the config it was saved with. Changed files are damaged: {FETCH}"
+    require(not wrong, rule, received=f"{listed(wrong)} in {target}", remedy=remedy, error=CheckpointError)
     reshard(model)
     if optimizer is not None:
         # First: torch makes the tensors of a fresh optimizer by a step that moves nothing, but counts as one.
@@ -169,21 +150,21 @@ def load_sharded(
         manifold_step.load_state_dict(state["manifold_step"])
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
-    """Where a checkpoint is written, and where an earlier one lies while it is replaced."""
-    return target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.replaced")
+def _places(folder: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+    """The checkpoint's folder, where it is written, and where an earlier one lies while it is replaced."""
+    target = Path(folder)
+    return target, target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.replaced")
 
 
 def _digests(folder: Path) -> dict[str, str]:
     """Digests of all files but the state; every process reads its share. An error of one is raised by all."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    names = [name for name in names if name != STATE]
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / STATE)
     rank, size = dist.get_rank(), dist.get_world_size()
-    results: list[Any] = [None] * size
     try:
-        own: Any = {name: digest(folder / name) for name in names[rank::size]}
+        own: Any = {path.relative_to(folder).as_posix(): digest(path) for path in files[rank::size]}
     except OSError as error:
         own = error
+    results: list[Any] = [None] * size
     dist.all_gather_object(results, own)
     if errors := [result for result in results if isinstance(result, OSError)]:
         raise errors[0]

@@ -156,7 +156,7 @@ def condition_report(model: nn.Module) -> ConditionReport:
     reshard(model)
     records = [_record(name, layer, loaded_factors(model, name)) for name, layer in factored_layers(model).items()]
     remedy = "Call get_robust_lowrank_model(model, config) first."
-    require(records, "the model must have factored layers", received="none", remedy=remedy)
+    require(records, "the model must have factored layers", received="none, or folded ones only", remedy=remedy)
     parameters = sum(p.numel() for p in model.parameters())
     dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
     return ConditionReport(records, parameters, dense)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_condlr.checkpoints.restore import last_complete_checkpoint
+from hf_condlr.checkpoints.restore import checkpoints_in, last_complete_checkpoint
 from hf_condlr.errors import CheckpointError, require
 from hf_condlr.files import replacing
 
@@ -51,10 +51,9 @@ def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
     found = None
     with args.main_process_first(desc="choice of a checkpoint"):  # the others look when the first has tidied up
         if asked.lower() == "false":
-            for path in folder.glob("checkpoint-*"):
-                if path.name.rpartition("-")[2].isdigit():
-                    logger.warning("training starts from the beginning: %s is removed", path)
-                    shutil.rmtree(path)
+            for path in checkpoints_in(folder):
+                logger.warning("training starts from the beginning: %s is removed", path)
+                shutil.rmtree(path)
         elif asked.lower() not in ("auto", "true"):
             found = asked
         elif not args.save_only_model:  # else there is no optimizer to resume from

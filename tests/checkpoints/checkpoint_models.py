@@ -5,11 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_condlr import (
-    CondLRConfig,
-    attach_manifold_step,
-    get_robust_lowrank_model,
-)
+from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
 from hf_condlr.files import digest
 from hf_condlr.layers import LowRankLayer
 from tests import models

@@ -21,7 +21,7 @@ from hf_condlr import CondLRConfig, get_robust_lowrank_model
 from hf_condlr.errors import CheckpointError
 from tests import models
 
-KILLS = 20
+KILLS = 8
 
 
 def in_a_child(action):

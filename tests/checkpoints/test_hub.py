@@ -1,4 +1,7 @@
-"""Factored models on the Hub: pushed, pulled, during training too, with a card; errors leave local files whole."""
+"""Factored models on the Hub: pushed, pulled, during training too, with a card; a failed upload changes nothing.
+
+The Hub's client reads its endpoint when it is imported: one subprocess does everything, the tests read what it found.
+"""
 
 import json
 import subprocess
@@ -10,17 +13,21 @@ from huggingface_hub import ModelCard
 from tests.checkpoints.hub_server import Hub
 from tests.paths import ROOT
 
-PRELUDE = """
-import json, sys, time
+CLIENT = """
+import importlib, json, sys, time
 from pathlib import Path
 import torch
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModel
+from huggingface_hub import upload_file
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
+import hf_condlr
 from hf_condlr import *
+from hf_condlr.cli import main
 from tests import models
 from tests.training.tiny import arguments, convert, dense_bert, text_data
 
 time.sleep = lambda seconds: None  # the client's retries
-folder = Path(sys.argv[1])
+folder, out = Path(sys.argv[1]), {}
+load = AutoModelForImageClassification.from_pretrained
 
 def vit(bias=0.0):
     model = get_robust_lowrank_model(models.vit(), CondLRConfig(rank_ratio=0.5))
@@ -39,27 +46,10 @@ def error_of(function, *arguments, **options):
         return f"{type(error).__name__}: {error}"
     return "none"
 
-out = {}
-"""
-
-
-def client(hub, script, folder, token="hf_write"):
-    command = [sys.executable, "-c", PRELUDE + script + "\nprint(json.dumps(out))", str(folder)]
-    environment = hub.environment(token) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def pushed(tmp_path_factory):
-    """One client that pushes, pulls and meets refusals; what it found, and the Hub as it is then."""
-    script = """
 first, second = vit(), vit(1.0)
 robustness = [{"attack": "pgd-linf", "epsilon": 0.05, "steps": 20, "accuracy": 0.75, "samples": 100}]
 sha = first.push_to_hub("me/vit", metrics={"accuracy": 0.9}, robustness=robustness, dataset="mnist").oid
 second.push_to_hub("me/vit", tags=["mine"], commit_message="Second")
-load = AutoModelForImageClassification.from_pretrained
 out["newest"] = same(load("me/vit"), second)
 out["first"] = same(load("me/vit", revision=sha), first)
 out["base"] = type(AutoModel.from_pretrained("me/vit")).__name__
@@ -67,17 +57,55 @@ second.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", p
 out["sharded"] = same(load("me/saved"), second)
 fold_model(load("me/vit")).push_to_hub("me/folded")
 (folder / "README.md").write_text("# Mine")
-from huggingface_hub import upload_file
 upload_file(path_or_fileobj=folder / "README.md", path_in_repo="README.md", repo_id="me/saved", commit_message="words")
 second.push_to_hub("me/saved", revision="dev")
 out["folded"] = type(load("me/folded").vit.layers[0].mlp.fc1).__name__
 out["without a token"] = error_of(load, "me/secret", token="hf_wrong")
 out["read only"] = error_of(first.push_to_hub, "me/vit", token="hf_read")
+
+second.save_pretrained(folder / "failed")
+out["failed"] = error_of(first.save_pretrained, folder / "failed", push_to_hub=True, repo_id="me/failed")
+out["complete"] = same(load(folder / "failed"), first)
+
+first.save_pretrained(folder / "command")
+(folder / "command" / "README.md").write_text("# Mine")
+out["command"] = main(["push", str(folder / "command"), "me/command", "--private"])
+
+options = dict(push_to_hub=True, hub_model_id="me/bert", hub_strategy="every_save", save_strategy="steps", save_steps=6)
+args = arguments(folder / "out", eval_strategy="steps", eval_steps=6, **options)
+trainer = CondLRTrainer(model=convert(dense_bert()), args=args, train_dataset=text_data(), eval_dataset=text_data(8),
+    compute_metrics=lambda p: {"accuracy": 0.5})
+trainer.train()
+trainer._finish_current_push()
+load_text = AutoModelForSequenceClassification.from_pretrained
+out["during training"] = same(load_text("me/bert"), trainer.model)
+trainer.push_to_hub()
+readme = folder / "out" / "README.md"
+readme.write_text(readme.read_text() + "\\nMy own words.\\n")
+with torch.no_grad():
+    trainer.model.classifier.bias += 1
+trainer.push_to_hub(dataset="glue")
+out["after training"] = same(load_text("me/bert"), trainer.model)
+
+importlib.reload(hf_condlr.checkpoints.load)  # as in a notebook
+importlib.reload(hf_condlr)
+out["reloaded"] = same(load(folder / "command"), first)
+print(json.dumps(out))
 """
-    folder = tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """What the client found, and the Hub as it is then."""
+    command = [sys.executable, "-c", CLIENT, str(tmp_path_factory.mktemp("hub"))]
     with Hub() as hub:
         hub.create("me/secret", private=True)
-        yield client(hub, script, folder), hub
+        hub.create("me/failed")
+        hub.fail_next("POST", r"/api/models/me/failed/commit/", status=500)
+        environment = hub.environment("hf_write") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        yield json.loads(done.stdout.splitlines()[-1]), hub
         assert not hub.failures
 
 
@@ -100,7 +128,7 @@ def test_the_card_states_what_was_measured_and_keeps_tags(pushed):
     first = ModelCard(hub.files("me/vit", hub.commits("me/vit")[1].sha)["README.md"].decode())
     values = {result.metric_type: result.metric_value for result in first.data.eval_results}
     assert values == {"accuracy": 0.9, "robust_accuracy": 0.75}
-    assert 'AutoModelForImageClassification.from_pretrained("me/vit")' in first.text
+    assert 'ViTForImageClassification.from_pretrained("me/vit")' in first.text
     newest = ModelCard(hub.files("me/vit")["README.md"].decode())
     assert {"mine", "condlr"} <= set(newest.data.tags)
 
@@ -117,60 +145,28 @@ def test_refusals_are_the_clients_own_errors(pushed):
     assert "403" in found["read only"]
 
 
-def test_training_pushes_whole_checkpoints(tmp_path):
+def test_training_pushes_complete_checkpoints(pushed):
     """During the training, and at its end; the card has the last evaluation, and the user's text survives."""
-    script = """
-options = dict(push_to_hub=True, hub_model_id="me/bert", hub_strategy="every_save", save_strategy="steps", save_steps=6)
-args = arguments(folder / "out", eval_strategy="steps", eval_steps=6, **options)
-trainer = CondLRTrainer(model=convert(dense_bert()), args=args, train_dataset=text_data(), eval_dataset=text_data(8),
-    compute_metrics=lambda p: {"accuracy": 0.5})
-trainer.train()
-trainer._finish_current_push()
-load = AutoModelForSequenceClassification.from_pretrained
-out["during"] = same(load("me/bert"), trainer.model)
-trainer.push_to_hub()
-readme = folder / "out" / "README.md"
-readme.write_text(readme.read_text() + "\\nMy own words.\\n")
-with torch.no_grad():
-    trainer.model.classifier.bias += 1
-trainer.push_to_hub(dataset="glue")
-out["end"] = same(load("me/bert"), trainer.model)
-"""
-    with Hub() as hub:
-        found = client(hub, script, tmp_path)
-        assert found == {"during": True, "end": True}
-        card = ModelCard(hub.files("me/bert")["README.md"].decode())
-        assert not hub.failures
+    found, hub = pushed
+    assert found["during training"] and found["after training"]
+    card = ModelCard(hub.files("me/bert")["README.md"].decode())
     assert {result.metric_type for result in card.data.eval_results} == {"accuracy", "loss"}
     assert card.text.rstrip().endswith("My own words.")
 
 
-def test_an_upload_that_fails_leaves_local_files_and_the_hub_as_they_were(tmp_path):
-    script = """
-model = vit()
-model.save_pretrained(folder / "x")
-with torch.no_grad():
-    model.classifier.bias += 1
-out["save"] = error_of(model.save_pretrained, folder / "x", push_to_hub=True, repo_id="me/y")
-loaded = AutoModelForImageClassification.from_pretrained(folder / "x")
-out["whole"] = same(loaded, model)
-"""
-    with Hub() as hub:
-        hub.create("me/y")
-        hub.fail_next("POST", r"/api/models/me/y/commit/", status=500)
-        found = client(hub, script, tmp_path)
-        assert "500" in found["save"] and found["whole"]
-        assert set(hub.files("me/y")) == {".gitattributes"}
+def test_an_upload_that_fails_leaves_local_files_and_the_hub_as_they_were(pushed):
+    found, hub = pushed
+    assert "500" in found["failed"] and found["complete"]
+    assert set(hub.files("me/failed")) == {".gitattributes"}
 
 
-def test_offline_is_a_clear_error(tmp_path):
-    script = """
-out["error"] = error_of(vit().push_to_hub, "me/x")
-vit().save_pretrained(folder / "x")
-"""
-    with Hub() as hub:
-        environment = hub.environment("hf_write")
-        offline = type("Offline", (), {"environment": lambda self, token: environment | {"HF_HUB_OFFLINE": "1"}})()
-        found = client(offline, script, tmp_path)
-    assert "offline" in found["error"].lower()
-    assert (tmp_path / "x" / "condlr.safetensors").is_file()
+def test_the_command_pushes_a_folder_with_its_own_card(pushed):
+    found, hub = pushed
+    assert found["command"] == 0
+    assert {"README.md", "condlr.safetensors", "config.json"} <= set(hub.files("me/command"))
+    card = hub.files("me/command")["README.md"].decode()
+    assert "# Mine\n" in card and "## Compression" in card
+
+
+def test_the_package_can_be_reloaded(pushed):
+    assert pushed[0]["reloaded"]

@@ -20,12 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_condlr import (
-    attach_manifold_step,
-    condition_report,
-    fold_model,
-    to_dense_model,
-)
+from hf_condlr import attach_manifold_step, condition_report, fold_model, to_dense_model
 from hf_condlr.checkpoints.manifest import NOTICE
 from hf_condlr.errors import CheckpointError
 from hf_condlr.layers import FoldedLayer
@@ -66,19 +61,15 @@ def test_saved_and_loaded_it_is_the_same_model(case, tmp_path):
         {"condlr.safetensors", "config.json", *(["generation_config.json"] if model.can_generate() else [])}
     )
 
+    fold_model(model).save_pretrained(tmp_path / "folded")
+    folded = type(model).from_pretrained(tmp_path / "folded")
+    assert any(isinstance(module, FoldedLayer) for module in folded.modules())
+    assert torch.equal(output(folded, inputs), output(model, inputs))
+
 
 def persistent_buffers(model):
     names = set(model.state_dict())
     return [buffer for name, buffer in model.named_buffers() if name in names]
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_folded_models_are_saved_and_loaded_too(case, tmp_path):
-    model, inputs = build(case)
-    fold_model(convert(case, model)).save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert any(isinstance(module, FoldedLayer) for module in loaded.modules())
-    assert torch.equal(output(loaded, inputs), output(model, inputs))
 
 
 @pytest.mark.parametrize(
@@ -200,24 +191,24 @@ def test_a_loaded_model_trains_on_within_its_bound(tmp_path):
 PLAIN = """
 import sys
 sys.modules["hf_condlr"] = None  # as if it were not installed
-from transformers import AutoModel, AutoModelForImageClassification, ViTForImageClassification, pipeline
-for load in (AutoModel, AutoModelForImageClassification, ViTForImageClassification):
-    try:
-        load.from_pretrained(sys.argv[1])
-    except Exception as error:
-        print(type(error).__name__, error)
-    else:
-        print("loaded")
+from transformers import AutoModel, AutoModelForImageClassification, ViTForImageClassification
+for folder in sys.argv[1:]:
+    for load in (AutoModel, AutoModelForImageClassification, ViTForImageClassification):
+        try:
+            load.from_pretrained(folder)
+        except Exception as error:
+            print(type(error).__name__, error)
+        else:
+            print("loaded")
 """
 
 
 def test_plain_transformers_says_what_to_install(tmp_path):
-    for name, options in (("one", {}), ("shards", {"max_shard_size": "5KB"})):
-        factored_vit().save_pretrained(tmp_path / name, **options)
-        command = [sys.executable, "-c", PLAIN, str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.count(NOTICE) == 3, done.stdout
-        assert "loaded" not in done.stdout
+    factored_vit().save_pretrained(tmp_path / "one")
+    factored_vit().save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    command = [sys.executable, "-c", PLAIN, str(tmp_path / "one"), str(tmp_path / "shards")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count(NOTICE) == 6 and "loaded" not in done.stdout, done.stdout
     assert "pip install hf_condlr" in NOTICE and "import hf_condlr" in NOTICE
 
 
@@ -225,7 +216,7 @@ def test_a_dense_model_cannot_be_loaded_as_a_factored_one(tmp_path):
     models.vit().save_pretrained(tmp_path / "dense")
     factored_vit().save_pretrained(tmp_path / "factored")
     config = AutoConfig.from_pretrained(tmp_path / "factored")
-    with pytest.raises(CheckpointError, match="every weight file of a checkpoint must be there"):
+    with pytest.raises(CheckpointError, match=r"must be those that were saved.*No such file"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "dense", config=config)
 
 

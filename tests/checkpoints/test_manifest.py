@@ -9,10 +9,7 @@ from hf_condlr.checkpoints.manifest import Manifest
 from hf_condlr.checkpoints.restore import weight_files
 from hf_condlr.errors import CheckpointError
 from tests import models
-from tests.checkpoints.checkpoint_models import (
-    Q,
-    convert,
-)
+from tests.checkpoints.checkpoint_models import Q, convert
 
 
 def test_the_manifest_survives_json(tmp_path):

@@ -8,30 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForImageClassification,
-)
+from transformers import AutoModelForImageClassification
 
 from hf_condlr.errors import CheckpointError
 from tests import models
-from tests.checkpoints.checkpoint_models import (
-    constrained,
-    convert,
-    factored_vit,
-    layers,
-    read_config,
-)
+from tests.checkpoints.checkpoint_models import constrained, convert, factored_vit, layers, read_config
 from tests.paths import ROOT
 
 
 def test_a_killed_process_and_a_full_disk_leave_a_checkpoint(tmp_path):
-    """SIGKILL at 20 random points while two models, of one file and of many, are saved in turn to one folder."""
+    """SIGKILL at 8 random points while two models, of one file and of many, are saved in turn to one folder."""
     command = [sys.executable, "-m", "tests.checkpoints.kill_while_saving", str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert len(result["found"]) == 20 and set(result["found"]) <= {0, 1}, done.stderr  # the old or the new one
+    assert len(result["found"]) == 8 and set(result["found"]) <= {0, 1}, done.stderr  # the old or the new one
     assert result["in_a_save"] > 0  # kills that came in the middle
     assert result["files"] == ["condlr.safetensors", "config.json"]  # and the next save tidied up
     assert (

@@ -1,37 +1,18 @@
 """`save_pretrained` of factored models: what it states, writes and refuses."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageClassification,
-)
+from transformers import AutoModel, AutoModelForImageClassification
 
-from hf_condlr import (
-    CondLRConfig,
-    condition_report,
-    fold_model,
-    get_robust_lowrank_model,
-    to_dense_model,
-)
+from hf_condlr import CondLRConfig, condition_report, fold_model, get_robust_lowrank_model, to_dense_model
 from hf_condlr.errors import CheckpointError, ConversionError
 from tests import models
-from tests.checkpoints.checkpoint_models import (
-    Q,
-    build,
-    constrained,
-    convert,
-    factored_vit,
-    layers,
-    read_config,
-)
+from tests.checkpoints.checkpoint_models import Q, build, constrained, convert, factored_vit, layers, read_config
 from tests.models import MODELS
 
 
@@ -171,9 +152,3 @@ def test_a_peft_model_with_factored_layers_does_not_save_its_adapter_alone(tmp_p
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded.vit.layers[0].mlp.fc1.U, merged.vit.layers[0].mlp.fc1.U)
-
-
-def test_the_package_can_be_reloaded():
-    program = "import importlib, hf_condlr, hf_condlr.checkpoints.load as load\nimportlib.reload(load)\n"
-    program += "importlib.reload(hf_condlr)"
-    subprocess.run([sys.executable, "-c", program], check=True)
