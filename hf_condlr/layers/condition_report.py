@@ -91,19 +91,18 @@ class ConditionReport:
         header = f"{'layer':<{width}}  {'out×in':>11}  {'rank':>5}  {'κ':>9}  {'bound':>7}  {'‖UᵀU−I‖':>8}  "
         header += f"{'parameters':>11}  {'of dense':>8}"
         rule = "-" * len(header)
-        lines = [header, rule]
-        for layer in self.layers:
-            lines.append(
-                f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):>11}  {layer.r:>5}  "
-                f"{layer.condition_number:>9.4g}  {layer.bound:>7.4g}  {layer.orthonormality_error:>8.1e}  "
-                f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
-            )
+        rows = [
+            f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):>11}  {layer.r:>5}  "
+            f"{layer.condition_number:>9.4g}  {layer.bound:>7.4g}  {layer.orthonormality_error:>8.1e}  "
+            f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
+            for layer in self.layers
+        ]
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
             f"parameters, {self.compression:.1%} removed"
         )
-        return "\n".join([*lines, rule, totals])
+        return "\n".join([header, rule, *rows, rule, totals])
 
     def plot(self, path: str | Path) -> Path:
         """Draw the spectra and κ per layer into an image file (its ending chooses the format).
@@ -163,14 +162,14 @@ def condition_report(model: nn.Module) -> ConditionReport:
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
+    U, _, V = factors
     core = orthonormalize(*factors)[1].cpu()
+    sigma, kappa = torch.full((layer.r,), math.nan), math.inf
     if torch.isfinite(core).all():
         sigma = singular_values(core)
         kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
-    else:
-        sigma, kappa = torch.full((layer.r,), math.nan), math.inf
-    errors = torch.stack([orthonormality_error(p) for p in (factors[0], factors[2])]).nan_to_num(math.inf, math.inf)
-    m, n = layer.U.shape[0], layer.V.shape[0]
+    error = torch.maximum(orthonormality_error(U), orthonormality_error(V)).item()
+    m, n = len(layer.U), len(layer.V)
     bias = 0 if layer.bias is None else layer.bias.numel()
     return LayerRecord(
         name=name,
@@ -179,7 +178,7 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         condition_number=kappa,
         # A layer that was trained without the manifold step need not obey its bound.
         bound=layer.bound if obeys_bound(kappa, layer.bound) else math.inf,
-        orthonormality_error=errors.max().item(),
+        orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=factored_size(m, n, layer.r) + bias,
         dense_parameters=m * n + bias,

@@ -37,13 +37,6 @@ class LowRankConv2d(LowRankLayer):
         *("in_channels", "out_channels", "kernel_size"),
         *("stride", "padding", "dilation", "padding_mode"),
     )
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    padding_mode: str
 
     def __init__(
         self,
@@ -70,8 +63,9 @@ class LowRankConv2d(LowRankLayer):
         shape = tuple(dense.weight.shape)
         super().__init__(out_channels, math.prod(shape[1:]), r, bias, tau, center, device=device, dtype=dtype)
         self.weight_shape = shape
-        for name in self._GEOMETRY:
-            setattr(self, name, getattr(dense, name))
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
+        self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
+        self.padding_mode = padding_mode
         if not self.U.is_meta:
             self.reset_parameters()
 
