@@ -112,8 +112,8 @@ def input_covariances(model: nn.Module, names: Iterable[str], data: Iterable[Any
     """
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     grams, counts = Grams(layers, "the calibration data"), dict.fromkeys(layers, 0)
-    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    encoder, decoder = (model.get_encoder(), set(model.get_decoder().modules())) if is_pair else (None, set())
+    pair: Any = model if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    encoder, decoder = (pair.get_encoder(), set(pair.get_decoder().modules())) if pair else (None, set())
     batch, encoded = CalibrationBatch((), {}), 0
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:

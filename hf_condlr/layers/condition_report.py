@@ -14,8 +14,7 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.model import factored_layers
-from hf_condlr.layers.offloaded import loaded_factors
+from hf_condlr.layers.model import factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -46,11 +47,10 @@ class ConversionReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        dense = sum(m * n for m, n in (layer.shape for layer in self.converted.values()))
+        dense = sum(math.prod(layer.shape) for layer in self.converted.values())
         factored = sum(layer.parameters for layer in self.converted.values())
         lines = [f"{len(self.converted)} layers converted, {dense:,} weights became {factored:,}"]
-        lines += [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()])
 
 
 @dataclass(frozen=True)
