@@ -130,12 +130,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class Grams:
-    """Σ x xᵀ of each layer's rows x, in at least float32.
-
-    Args:
-        names: The layers.
-        quantity: What the rows are, for the error message.
-    """
+    """Σ x xᵀ of each layer's rows x, in at least float32; `quantity` says in errors what the rows are."""
 
     def __init__(self, names: Iterable[str], quantity: str) -> None:
         self._sums: dict[str, Tensor | None] = dict.fromkeys(names)

@@ -21,17 +21,11 @@ FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward, nn.Conv2d: nn.
 
 @dataclass
 class Targets:
-    """What `resolve_targets` finds.
-
-    Attributes:
-        heads: The names of the model's heads.
-        names: The layers to convert.
-        skipped: Layers that "all-linear" means but that cannot be converted, with the reason.
-    """
+    """What `resolve_targets` finds."""
 
     heads: set[str]
-    names: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # the layers to convert
+    skipped: dict[str, str] = field(default_factory=dict)  # meant by "all-linear", but not convertible: the reason
 
 
 def resolve_targets(model: nn.Module, config: CondLRConfig) -> Targets:

@@ -124,10 +124,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A tensor without values for code that reads `weight.dtype`, `.device` or `.shape`.
-
-        Computing with it is an error; the matrix itself is `matrix()`.
-        """
+        """A tensor without values: dtype, device and shape may be read, all else is an error; see `matrix()`."""
         return stand_in(self.U, self.weight_shape)
 
     def matrix(self) -> Tensor:  # (m, n)

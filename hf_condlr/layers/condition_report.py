@@ -21,44 +21,28 @@ from hf_condlr.linalg import obeys_bound, singular_values
 
 @dataclass
 class LayerRecord:
-    """Measurements of one factored layer.
-
-    Attributes:
-        name: Its name in the model.
-        shape: (m, n) = (out, in) of the matrix W.
-        r: The rank.
-        condition_number: σ_max/σ_min over the r singular values of W; inf if one is 0 or the factors are not finite.
-        bound: The bound on κ in force; inf before the first step, without a manifold step, and for tau = inf.
-        orthonormality_error: The larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F.
-        singular_values: The r singular values of W, descending.
-        parameters: r(m + n) + r², and the bias.
-        dense_parameters: mn, and the bias.
-    """
+    """Measurements of one factored layer."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (m, n) = (out, in) of the matrix W
     r: int
-    condition_number: float
-    bound: float
-    orthonormality_error: float
-    singular_values: list[float]
-    parameters: int
-    dense_parameters: int
+    condition_number: (
+        float  # σ_max/σ_min over the r singular values of W; inf if one is 0 or factors are not finite
+    )
+    bound: float  # on κ; inf before the first step, without a manifold step, and for tau = inf
+    orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
+    singular_values: list[float]  # the r of W, descending
+    parameters: int  # r(m + n) + r², and the bias
+    dense_parameters: int  # mn, and the bias
 
 
 @dataclass
 class ConditionReport:
-    """What `condition_report` returns; `str()` is a table.
-
-    Attributes:
-        layers: The factored layers.
-        parameters: Number of parameters of the full model.
-        dense_parameters: The same if its factored layers were dense.
-    """
+    """What `condition_report` returns; `str()` is a table."""
 
     layers: list[LayerRecord]
-    parameters: int
-    dense_parameters: int
+    parameters: int  # of the full model
+    dense_parameters: int  # the same if its factored layers were dense
 
     @property
     def max_condition_number(self) -> float:
@@ -77,7 +61,7 @@ class ConditionReport:
 
     @property
     def compression(self) -> float:
-        """Share of the whole model's parameters that factoring removed."""
+        """Share of the full model's parameters that factoring removed."""
         return 1 - self.parameters / self.dense_parameters
 
     def to_dict(self) -> dict[str, Any]:
