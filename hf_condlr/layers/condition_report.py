@@ -26,9 +26,7 @@ class LayerRecord:
     name: str
     shape: tuple[int, int]  # (m, n) = (out, in) of the matrix W
     r: int
-    condition_number: (
-        float  # σ_max/σ_min over the r singular values of W; inf if one is 0 or factors are not finite
-    )
+    condition_number: float  # σ_max/σ_min over the r singular values of W; inf if one is 0 or factors are not finite
     bound: float  # on κ; inf before the first step, without a manifold step, and for tau = inf
     orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
     singular_values: list[float]  # the r of W, descending
