@@ -165,10 +165,9 @@ class CondLRConfig(PeftConfig):
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> CondLRConfig:
         """Build the config from the fields of a file, as `from_pretrained` does; unknown fields are an error."""
-        _require_peft_type(kwargs.get("peft_type", PEFT_TYPE))
         unknown = ", ".join(sorted(set(kwargs) - {f.name for f in fields(cls)}))
         rule = "a CondLRConfig file must hold its fields only"
-        remedy = "Remove them, or upgrade hf_condlr if the file comes from a newer version."
+        remedy = "Remove them, upgrade hf_condlr, or use peft if the file configures another method."
         require(not unknown, rule, received=f"unknown {unknown}", remedy=remedy, error=ConfigError)
         return cls(**kwargs)
 
@@ -179,7 +178,7 @@ def _check(config: CondLRConfig, name: str, valid: object, rule: str, remedy: st
 
 
 def _validate_choices(config: CondLRConfig) -> None:
-    _require_peft_type(config.peft_type)
+    _check(config, "peft_type", config.peft_type == PEFT_TYPE, f"be {PEFT_TYPE}", "Load other PEFT methods with peft.")
     for name, choices in CHOICES.items():
         _check(config, name, getattr(config, name) in choices, f"be one of {', '.join(choices)}", "Choose one.")
     is_bool = isinstance(config.conditioned_start, bool)
@@ -243,13 +242,6 @@ def _validate_ranks(config: CondLRConfig) -> None:
     valid = _is(int, multiple) and multiple >= 1
     _check(config, "rank_multiple", valid, "be an integer ≥ 1", "For example 8.")
     _check(config, "rank_multiple", multiple == 1 or r is None, f"be 1 with r={r}", "Give r as a multiple of it.")
-
-
-def _require_peft_type(value: object) -> None:
-    remedy = "This file configures another PEFT method: load it with peft."
-    require(
-        value == PEFT_TYPE, f"peft_type must be {PEFT_TYPE}", received=repr(value), remedy=remedy, error=ConfigError
-    )
 
 
 def _require_regexes(name: str, patterns: Iterable[str]) -> None:

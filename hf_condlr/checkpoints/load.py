@@ -45,7 +45,7 @@ from hf_condlr.layers import (
     set_conversion_record,
     weight_matrix,
 )
-from hf_condlr.layers.offloaded import loaded_factors
+from hf_condlr.layers.model import loaded_factors
 
 _SAVED_CONFIG = f"Load it with the {CONFIG_NAME} it was saved with."
 

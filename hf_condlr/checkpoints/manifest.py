@@ -21,8 +21,7 @@ from hf_condlr.checkpoints.rounding import measure
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import Factors, FoldedLayer, LowRankLayer
-from hf_condlr.layers.model import compressed_layers
-from hf_condlr.layers.offloaded import loaded_factors
+from hf_condlr.layers.model import compressed_layers, loaded_factors
 from hf_condlr.linalg import CENTERS, Center, obeys_bound
 
 METHOD = "condlr"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_condlr.errors import CondLRError, ConversionError, require
+from hf_condlr.errors import CondLRError, ConversionError
 from hf_condlr.linalg.precision import at_least_float32
 
 
@@ -20,12 +20,8 @@ from hf_condlr.linalg.precision import at_least_float32
 class CalibrationBatch:
     """The arguments that a model's forward gets of a batch, on the model's device, and its masks.
 
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments; labels are among them only for a decoder, which runs on them.
-        labels: The batch's labels, if there are any.
-        mask: Which tokens of the input count, (B, T).
-        decoder_mask: Which tokens of the decoder count, (B, T').
+    `kwargs` hold labels only for a decoder, which runs on them. The masks (B, T) say which tokens of the input and of
+    the decoder count.
     """
 
     args: tuple[Any, ...]
@@ -71,17 +67,21 @@ def calibration_batch(model: nn.Module, batch: Any) -> CalibrationBatch:
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    if not isinstance(batch, Mapping):
+    if isinstance(batch, Mapping):
+        accepted = set(inspect.signature(model.forward).parameters)
+        kwargs, labels = {k: moved(batch[k]) for k in batch if k in accepted - {"labels"}}, moved(batch.get("labels"))
+        arguments = CalibrationBatch((), kwargs, labels if isinstance(labels, Tensor) else None)
+        arguments.mask = _token_mask(kwargs.get("attention_mask"))
+    else:
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        _require_tensors(isinstance(first, Tensor), batch)
-        return CalibrationBatch((moved(first),), {})
-    accepted = set(inspect.signature(model.forward).parameters)
-    kwargs = {key: moved(value) for key, value in batch.items() if key in accepted - {"labels"}}
-    _require_tensors(any(isinstance(value, Tensor) for value in kwargs.values()), batch)
-    labels = moved(batch.get("labels"))
-    arguments = CalibrationBatch((), kwargs, labels if isinstance(labels, Tensor) else None)
-    arguments.mask = _token_mask(kwargs.get("attention_mask"))
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        arguments = CalibrationBatch((moved(first),), {})
+    if not any(isinstance(value, Tensor) for value in (*arguments.args, *arguments.kwargs.values())):
+        raise ConversionError(
+            "calibration_data must hold batches of tensors that the model's forward accepts",
+            received=_described(batch),
+            remedy="Pass a DataLoader with the collator that training uses, not a Dataset or texts.",
+        )
+    if arguments.kwargs and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         _add_decoder_inputs(model, arguments, takes_labels="labels" in accepted)
     return arguments
 
@@ -108,12 +108,6 @@ def _token_mask(mask: Any) -> Tensor | None:  # (B, T) bool
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _require_tensors(condition: bool, batch: Any) -> None:
-    rule = "calibration_data must hold batches of tensors that the model's forward accepts"
-    remedy = "Pass a DataLoader with the collator that training uses, not a Dataset or texts."
-    require(condition, rule, received=_described(batch), remedy=remedy, error=ConversionError)
-
-
 def _described(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return ", ".join(f"{key}: {_described(value)}" for key, value in batch.items()) or "an empty batch"
@@ -136,12 +130,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class Grams:
-    """Σ x xᵀ of each layer's rows x, in at least float32.
-
-    Args:
-        names: The layers.
-        quantity: What the rows are, for the error message.
-    """
+    """Σ x xᵀ of each layer's rows x, in at least float32; `quantity` says in errors what the rows are."""
 
     def __init__(self, names: Iterable[str], quantity: str) -> None:
         self._sums: dict[str, Tensor | None] = dict.fromkeys(names)

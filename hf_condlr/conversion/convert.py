@@ -35,6 +35,7 @@ from hf_condlr.layers import (
     LowRankLayer,
     LowRankLinear,
     conversion_record,
+    factored_layers,
     head_names,
     replace_modules,
     set_conversion_record,
@@ -156,33 +157,26 @@ def _naming(name: str) -> Iterator[None]:
 
 def _warn_of_names_without_a_match(model: nn.Module, config: CondLRConfig, report: ConversionReport) -> None:
     """A misspelt name would otherwise be ignored silently."""
+    patterns = [(name, key) for name in ("rank_pattern", "tau_pattern") for key in getattr(config, name)]
     unused = [
         f"{field_name}[{key!r}]"
-        for field_name in ("rank_pattern", "tau_pattern")
-        for key in getattr(config, field_name)
+        for field_name, key in patterns
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in report.converted)
     ]
-    unused += [
-        f"modules_to_save {key!r}"
-        for key in config.modules_to_save or []
-        if not any(_saves(key, name) for name, _ in model.named_modules())
-    ]
+    names, saved = [name for name, _ in model.named_modules()], config.modules_to_save or []
+    unused += [f"modules_to_save {key!r}" for key in saved if not any(_saves(key, name) for name in names)]
     if unused:
         logger.warning("no layer matches %s", ", ".join(unused))
 
 
 def _set_trainable(model: nn.Module, config: CondLRConfig) -> None:
     """Set `requires_grad` as `trainable` and `modules_to_save` ask; warn if the head is frozen."""
-    saved = {
-        name: module
-        for name, module in model.named_modules()
-        if any(_saves(key, name) for key in config.modules_to_save or [])
-    }
+    keys = config.modules_to_save or []
+    saved = {name: module for name, module in model.named_modules() if any(_saves(key, name) for key in keys)}
     if config.trainable == "factors":
         model.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, LowRankLayer):
-                module.requires_grad_(True)
+        for layer in factored_layers(model).values():
+            layer.requires_grad_(True)
         heads = [name for name in sorted(head_names(model)) if name not in saved]
         if frozen := [name for name in heads if not model.get_submodule(name).weight.requires_grad]:
             logger.warning("the head %s is frozen; modules_to_save=%s trains it", ", ".join(frozen), frozen)

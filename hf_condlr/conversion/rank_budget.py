@@ -100,13 +100,13 @@ def _options(
 ) -> tuple[list[int | None], Tensor, Tensor]:
     """What a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
     m, n = shape
-    ranks = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
-    sizes = [factored_size(m, n, r) for r in ranks] + [m * n]
-    remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0
-    # After the last singular value, and for the dense layer, the tail is 0.
-    tails = torch.cat((remaining, remaining.new_zeros(1)))[[*ranks, -1]]
-    first = slice(None) if leave_dense or not ranks else slice(len(ranks))
-    return [*ranks, None][first], torch.tensor(sizes, dtype=torch.float64)[first], tails[first]
+    ranks: list[int | None] = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
+    if leave_dense or not ranks:
+        ranks.append(None)
+    sizes = [m * n if r is None else factored_size(m, n, r) for r in ranks]
+    remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0; 0 after the last one, and if dense
+    tails = torch.cat((remaining, remaining.new_zeros(1)))[[-1 if r is None else r for r in ranks]]
+    return ranks, torch.tensor(sizes, dtype=torch.float64), tails
 
 
 def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int) -> None:

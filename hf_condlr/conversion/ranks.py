@@ -25,41 +25,35 @@ def requested_ranks(
     Raises:
         ConfigError: A rank exceeds a layer's, or the budget cannot be met.
     """
-    explicit: Ranks = {
-        name: _as_rank(value, name, min(W.shape), config.rank_multiple)
-        for name, W in matrices.items()
-        if (value := _explicit_rank(name, config, is_head=name in heads)) is not None
-    }
-    if larger := [name for name, r in explicit.items() if r and r > break_even_rank(*matrices[name].shape)]:
+    found = {name: _explicit_rank(name, min(W.shape), config, name in heads) for name, W in matrices.items()}
+    explicit = {name: r for name, r in found.items() if r is not None}
+    if larger := [name for name, r in explicit.items() if r > break_even_rank(*matrices[name].shape)]:
         logger.warning(
             "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
             "weights, which for a square layer are those below rank_ratio=0.41",
             listed(larger),
         )
     budgeted = {name: W for name, W in matrices.items() if name not in explicit}
-    ranks = explicit | (_allocate(budgeted, config, calibration) if budgeted else {})
+    ranks: Ranks = {**explicit, **(_allocate(budgeted, config, calibration) if budgeted else {})}
     left_dense = {name: "its factors would not be smaller" for name, r in ranks.items() if r is None}
     return {name: r for name in matrices if (r := ranks[name]) is not None}, left_dense
 
 
-def _explicit_rank(name: str, config: CondLRConfig, *, is_head: bool) -> float | None:
-    """An int for a rank, a float for a rank ratio, None for a rank from the budget."""
+def _explicit_rank(name: str, full: int, config: CondLRConfig, is_head: bool) -> int | None:
+    """The rank that the config states for a layer, as a rank or a ratio; None if it comes from the budget."""
     value = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name))
-    if value is not None:
-        return value
-    if is_head and config.head == "full_rank":
-        return 1.0
-    return config.r if config.r is not None else config.rank_ratio
-
-
-def _as_rank(value: float, name: str, full: int, multiple: int) -> int:
+    if value is None and is_head and config.head == "full_rank":
+        return full
+    if value is None:
+        value = config.rank_ratio if config.r is None else config.r
     if isinstance(value, int):
         rule = f"the rank of {name!r} is at most min(in, out) = {full}"
         remedy = "Lower r, give rank_ratio instead, or name the layer in rank_pattern."
         require(value <= full, rule, received=f"r={value}", remedy=remedy, error=ConfigError)
+    if value is None or isinstance(value, int):
         return value
     r = max(1, math.floor(value * full + 0.5))
-    return full if r == full else round_down(r, multiple)
+    return full if r == full else round_down(r, config.rank_multiple)
 
 
 def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, calibration: Calibration) -> Ranks:

@@ -6,6 +6,7 @@ They are computed for as many layers at a time as memory allows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,47 +112,31 @@ def input_covariances(model: nn.Module, names: Iterable[str], data: Iterable[Any
     """
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     grams, counts = Grams(layers, "the calibration data"), dict.fromkeys(layers, 0)
-    masks = _Masks(model)
+    pair: Any = model if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    encoder, decoder = (pair.get_encoder(), set(pair.get_decoder().modules())) if pair else (None, set())
+    batch, encoded = CalibrationBatch((), {}), 0
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _rows(module, args[0], masks.of(module, args[0]))
-            grams.add(name, rows)
-            counts[name] += len(rows)
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal encoded
+        encoded = output[0].data_ptr()
 
-        return hook
+    def record(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Where the decoder reads the encoder's output, the encoder's tokens count.
+        reads_decoder = layer in decoder and args[0].data_ptr() != encoded
+        rows = _rows(layer, args[0], batch.decoder_mask if reads_decoder else batch.mask)
+        grams.add(name, rows)
+        counts[name] += len(rows)
 
-    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
-    hooks += masks.hooks()
+    hooks = [layer.register_forward_pre_hook(partial(record, name)) for name, layer in layers.items()]
+    if encoder is not None:
+        hooks.append(encoder.register_forward_hook(remember))
     try:
-        for batch in calibration_batches(model, data):
-            masks.batch = batch
+        for batch in calibration_batches(model, data):  # the hooks read it
             run(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return grams.means(counts)
-
-
-class _Masks:
-    """Which rows of a layer's input count: a decoder's tokens are not those of the encoder whose output it reads."""
-
-    def __init__(self, model: Any) -> None:
-        self.batch = CalibrationBatch((), {})
-        is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self._encoder = model.get_encoder() if is_pair else None
-        self._decoder = set(model.get_decoder().modules()) if is_pair else set()
-        self._encoded: int | None = None
-
-    def hooks(self) -> list[Any]:
-        def remember(module: nn.Module, args: Any, output: Any) -> None:
-            self._encoded = output[0].data_ptr()
-
-        return [] if self._encoder is None else [self._encoder.register_forward_hook(remember)]
-
-    def of(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        reads_decoder = layer in self._decoder and x.data_ptr() != self._encoded
-        return self.batch.decoder_mask if reads_decoder else self.batch.mask
 
 
 def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:  # -> (tokens or patches, n)
@@ -190,20 +175,17 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     grams, samples = Grams(layers, "the gradient of the predictions"), 0
 
-    def hook(name: str) -> Any:
-        def record(gradient: Tensor) -> None:  # (*, m), or (B, m, H, W)
-            rows = gradient.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else gradient
-            grams.add(name, rows.reshape(-1, rows.shape[-1]))
+    def record(name: str, gradient: Tensor) -> None:  # (*, m), or (B, m, H, W)
+        rows = gradient.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else gradient
+        grams.add(name, rows.reshape(-1, rows.shape[-1]))
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:  # the first one: nothing before it is differentiated
-                output = output.detach().requires_grad_()
-            output.register_hook(record)
-            return output.clone()  # activations may change it in place
+    def watch(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # the first one: nothing before it is differentiated
+            output = output.detach().requires_grad_()
+        output.register_hook(partial(record, name))
+        return output.clone()  # activations may change it in place
 
-        return watch
-
-    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
     generator: torch.Generator | None = None
     try:
         with torch.enable_grad():

@@ -21,17 +21,11 @@ FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward, nn.Conv2d: nn.
 
 @dataclass
 class Targets:
-    """What `resolve_targets` finds.
-
-    Attributes:
-        heads: The names of the model's heads.
-        names: The layers to convert.
-        skipped: Layers that "all-linear" means but that cannot be converted, with the reason.
-    """
+    """What `resolve_targets` finds."""
 
     heads: set[str]
-    names: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # the layers to convert
+    skipped: dict[str, str] = field(default_factory=dict)  # meant by "all-linear", but not convertible: the reason
 
 
 def resolve_targets(model: nn.Module, config: CondLRConfig) -> Targets:
@@ -125,14 +119,9 @@ def _has_weight_matrix(module: nn.Module) -> bool:
 
 
 def _names_of_tied_weights(model: nn.Module) -> set[str]:
-    owners = [
-        (name, parameter)
-        for name, module in model.named_modules()
-        for parameter in module._parameters.values()
-        if parameter is not None and parameter.dim() > 1
-    ]
-    count = Counter(id(parameter) for _, parameter in owners)
-    return {name for name, parameter in owners if count[id(parameter)] > 1}
+    found = [(name, p) for name, module in model.named_modules() for p in module._parameters.values() if p is not None]
+    count = Counter(id(p) for _, p in found if p.dim() > 1)
+    return {name for name, p in found if count[id(p)] > 1}
 
 
 def _names_inside_adapters(model: nn.Module) -> set[str]:
@@ -150,8 +139,5 @@ def _no_match(model: nn.Module, config: CondLRConfig, skipped: dict[str, str]) -
         received += f", which matches only {listed([f'{name} ({reason})' for name, reason in skipped.items()])}"
     candidates = [name for name, module in model.named_modules() if isinstance(module, tuple(FORWARDS))]
     shown = ", ".join(candidates[:40]) + (f" and {len(candidates) - 40} more" if len(candidates) > 40 else "")
-    return ConversionError(
-        "target_modules must match at least one layer",
-        received=received,
-        remedy=f"Linear and Conv2d layers of this {type(model).__name__}: {shown or 'none'}.",
-    )
+    remedy = f"Linear and Conv2d layers of this {type(model).__name__}: {shown or 'none'}."
+    return ConversionError("target_modules must match at least one layer", received=received, remedy=remedy)

@@ -29,6 +29,8 @@ from hf_condlr.linalg.precision import at_least_float32, to_float64
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
+Builders = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
+
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
 
 
@@ -95,7 +97,7 @@ class LowRankLayer(nn.Module):
         """Build the layer that replaces `dense` on the meta device, without values and without a bias."""
 
     @abstractmethod
-    def builders(self) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+    def builders(self) -> Builders:
         """Build without a bias: the dense layer, one with the weight Vᵀ, and one with the weight U S."""
 
     def to_dense(self) -> Any:
@@ -122,10 +124,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A tensor without values for code that reads `weight.dtype`, `.device` or `.shape`.
-
-        Computing with it is an error; the matrix itself is `matrix()`.
-        """
+        """A tensor without values: dtype, device and shape may be read, all else is an error; see `matrix()`."""
         return stand_in(self.U, self.weight_shape)
 
     def matrix(self) -> Tensor:  # (m, n)

@@ -14,52 +14,33 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.model import factored_layers
-from hf_condlr.layers.offloaded import loaded_factors
+from hf_condlr.layers.model import factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
 
 @dataclass
 class LayerRecord:
-    """Measurements of one factored layer.
-
-    Attributes:
-        name: Its name in the model.
-        shape: (m, n) = (out, in) of the matrix W.
-        r: The rank.
-        condition_number: σ_max/σ_min over the r singular values of W; inf if one is 0 or the factors are not finite.
-        bound: The bound on κ in force; inf before the first step, without a manifold step, and for tau = inf.
-        orthonormality_error: The larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F.
-        singular_values: The r singular values of W, descending.
-        parameters: r(m + n) + r², and the bias.
-        dense_parameters: mn, and the bias.
-    """
+    """Measurements of one factored layer."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (m, n) = (out, in) of the matrix W
     r: int
-    condition_number: float
-    bound: float
-    orthonormality_error: float
-    singular_values: list[float]
-    parameters: int
-    dense_parameters: int
+    condition_number: float  # σ_max/σ_min over the r singular values of W; inf if one is 0 or factors are not finite
+    bound: float  # on κ; inf before the first step, without a manifold step, and for tau = inf
+    orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
+    singular_values: list[float]  # the r of W, descending
+    parameters: int  # r(m + n) + r², and the bias
+    dense_parameters: int  # mn, and the bias
 
 
 @dataclass
 class ConditionReport:
-    """What `condition_report` returns; `str()` is a table.
-
-    Attributes:
-        layers: The factored layers.
-        parameters: Number of parameters of the full model.
-        dense_parameters: The same if its factored layers were dense.
-    """
+    """What `condition_report` returns; `str()` is a table."""
 
     layers: list[LayerRecord]
-    parameters: int
-    dense_parameters: int
+    parameters: int  # of the full model
+    dense_parameters: int  # the same if its factored layers were dense
 
     @property
     def max_condition_number(self) -> float:
@@ -78,7 +59,7 @@ class ConditionReport:
 
     @property
     def compression(self) -> float:
-        """Share of the whole model's parameters that factoring removed."""
+        """Share of the full model's parameters that factoring removed."""
         return 1 - self.parameters / self.dense_parameters
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,19 +72,18 @@ class ConditionReport:
         header = f"{'layer':<{width}}  {'out×in':>11}  {'rank':>5}  {'κ':>9}  {'bound':>7}  {'‖UᵀU−I‖':>8}  "
         header += f"{'parameters':>11}  {'of dense':>8}"
         rule = "-" * len(header)
-        lines = [header, rule]
-        for layer in self.layers:
-            lines.append(
-                f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):>11}  {layer.r:>5}  "
-                f"{layer.condition_number:>9.4g}  {layer.bound:>7.4g}  {layer.orthonormality_error:>8.1e}  "
-                f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
-            )
+        rows = [
+            f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):>11}  {layer.r:>5}  "
+            f"{layer.condition_number:>9.4g}  {layer.bound:>7.4g}  {layer.orthonormality_error:>8.1e}  "
+            f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
+            for layer in self.layers
+        ]
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
             f"parameters, {self.compression:.1%} removed"
         )
-        return "\n".join([*lines, rule, totals])
+        return "\n".join([header, rule, *rows, rule, totals])
 
     def plot(self, path: str | Path) -> Path:
         """Draw the spectra and κ per layer into an image file (its ending chooses the format).
@@ -163,14 +143,14 @@ def condition_report(model: nn.Module) -> ConditionReport:
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
+    U, _, V = factors
     core = orthonormalize(*factors)[1].cpu()
+    sigma, kappa = torch.full((layer.r,), math.nan), math.inf
     if torch.isfinite(core).all():
         sigma = singular_values(core)
         kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
-    else:
-        sigma, kappa = torch.full((layer.r,), math.nan), math.inf
-    errors = torch.stack([orthonormality_error(p) for p in (factors[0], factors[2])]).nan_to_num(math.inf, math.inf)
-    m, n = layer.U.shape[0], layer.V.shape[0]
+    error = torch.maximum(orthonormality_error(U), orthonormality_error(V)).item()
+    m, n = len(layer.U), len(layer.V)
     bias = 0 if layer.bias is None else layer.bias.numel()
     return LayerRecord(
         name=name,
@@ -179,7 +159,7 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         condition_number=kappa,
         # A layer that was trained without the manifold step need not obey its bound.
         bound=layer.bound if obeys_bound(kappa, layer.bound) else math.inf,
-        orthonormality_error=errors.max().item(),
+        orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=factored_size(m, n, layer.r) + bias,
         dense_parameters=m * n + bias,

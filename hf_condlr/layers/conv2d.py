@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.errors import ConversionError, require
-from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.layers.base import Builders, LowRankLayer
 from hf_condlr.linalg import Center
 
 
@@ -33,17 +32,7 @@ class LowRankConv2d(LowRankLayer):
         center: Interval of the conditioning.
     """
 
-    _GEOMETRY: ClassVar = (
-        *("in_channels", "out_channels", "kernel_size"),
-        *("stride", "padding", "dilation", "padding_mode"),
-    )
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    padding_mode: str
+    _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
 
     def __init__(
         self,
@@ -70,8 +59,9 @@ class LowRankConv2d(LowRankLayer):
         shape = tuple(dense.weight.shape)
         super().__init__(out_channels, math.prod(shape[1:]), r, bias, tau, center, device=device, dtype=dtype)
         self.weight_shape = shape
-        for name in self._GEOMETRY:
-            setattr(self, name, getattr(dense, name))
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
+        self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
+        self.padding_mode = padding_mode
         if not self.U.is_meta:
             self.reset_parameters()
 
@@ -103,7 +93,7 @@ class LowRankConv2d(LowRankLayer):
                 amounts += [self.padding[axis]] * 2
         return amounts
 
-    def builders(self) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+    def builders(self) -> Builders:
         """Build the convolution, one with r filters, and a 1x1."""
         geometry = {name: getattr(self, name) for name in self._GEOMETRY}
         convolution, m = partial(nn.Conv2d, bias=False), self.out_channels

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.layers.base import LowRankLayer, weight_matrix
+from hf_condlr.layers.base import Builders, LowRankLayer, weight_matrix
 from hf_condlr.linalg import Center
 
 # torch 2.6 cannot tell exporting from compiling
@@ -80,7 +79,7 @@ class LowRankLinear(LowRankLayer):
         VS = self.V @ self.S.mT.contiguous()
         return F.linear(F.linear(x, VS.mT), self.U, self.bias)
 
-    def builders(self) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+    def builders(self) -> Builders:
         """Build a Linear or Conv1D, and two Linear."""
         m, n, linear = self.out_features, self.in_features, partial(nn.Linear, bias=False)
         dense = partial(Conv1D, m, n) if self.dense_class is Conv1D else partial(linear, n, m)

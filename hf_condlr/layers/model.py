@@ -1,13 +1,15 @@
-"""The factored layers of a model: which they are, which one is its head, and how modules are replaced."""
+"""The factored layers of a model, its heads, and how modules are replaced."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
 
-from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.layers.base import Factors, LowRankLayer
 from hf_condlr.layers.folded import FoldedLayer
 
 
@@ -24,6 +26,15 @@ def factored_layers(model: nn.Module) -> dict[str, LowRankLayer]:
 def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
     """{name: layer} of all factored and folded layers; a layer used in several places under its first name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
+
+
+def loaded_factors(model: nn.Module, name: str) -> Factors:
+    """U, S, V of the factored layer `name`, read from the disk where `device_map` left it on the meta device."""
+    layer: Any = model.get_submodule(name)
+    if not any(p.is_meta for p in (layer.U, layer.S, layer.V)):
+        return layer.U, layer.S, layer.V
+    U, S, V = (load_offloaded_parameter(model, f"{name}.{part}") for part in "USV")  # type: ignore[arg-type]
+    return U, S, V
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

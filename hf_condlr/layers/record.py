@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,21 +17,13 @@ def factored_size(m: int, n: int, r: int) -> int:
 
 @dataclass
 class LayerConversion:
-    """What became of one layer.
-
-    Attributes:
-        r: The rank.
-        shape: (m, n) of the weight.
-        truncation_error: ‖W − U S Vᵀ‖_F / ‖W‖_F.
-        optimal_truncation_error: The least error at this rank, measured for the start `randomized_svd` only.
-        whitened_truncation_error: ‖(W − U S Vᵀ) C^{1/2}‖_F / ‖W C^{1/2}‖_F, C = E[x xᵀ] over the calibration data.
-    """
+    """What became of one layer."""
 
     r: int
-    shape: tuple[int, int]
-    truncation_error: float
-    optimal_truncation_error: float | None = None
-    whitened_truncation_error: float | None = None
+    shape: tuple[int, int]  # (m, n)
+    truncation_error: float  # ‖W − U S Vᵀ‖_F / ‖W‖_F
+    optimal_truncation_error: float | None = None  # the least error at this rank, measured for `randomized_svd` only
+    whitened_truncation_error: float | None = None  # of (W − U S Vᵀ) C^{1/2}, C = E[x xᵀ] over the calibration data
 
     @property
     def parameters(self) -> int:
@@ -46,24 +39,18 @@ class ConversionReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        dense = sum(m * n for m, n in (layer.shape for layer in self.converted.values()))
+        dense = sum(math.prod(layer.shape) for layer in self.converted.values())
         factored = sum(layer.parameters for layer in self.converted.values())
         lines = [f"{len(self.converted)} layers converted, {dense:,} weights became {factored:,}"]
-        lines += [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()])
 
 
 @dataclass(frozen=True)
 class ConversionRecord:
-    """`model.condlr`: copies and pickles of the model keep it; checkpoints keep the config.
+    """`model.condlr`: copies and pickles of the model keep it; checkpoints keep the config."""
 
-    Attributes:
-        config: The config of the last conversion; None for a checkpoint that was saved without one.
-        report: What became of each layer; None for a model loaded from a checkpoint.
-    """
-
-    config: CondLRConfig | None
-    report: ConversionReport | None = None
+    config: CondLRConfig | None  # of the last conversion; None for a checkpoint that was saved without one
+    report: ConversionReport | None = None  # what became of each layer; None for a model loaded from a checkpoint
 
 
 def conversion_record(model: nn.Module) -> ConversionRecord:

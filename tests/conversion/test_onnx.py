@@ -39,7 +39,7 @@ def factored(case):
     return get_robust_lowrank_model(model, CondLRConfig(rank_ratio=0.5)), inputs
 
 
-@pytest.mark.parametrize("case", ["vit", "bert", "llama"])
+@pytest.mark.parametrize("case", ["vit", "llama"])
 def test_onnx_runtime_agrees(case, tmp_path):
     """To 1e-5 (measured: 4e-6), also for another batch size and length than the example's."""
     model, inputs = factored(case)
@@ -68,7 +68,7 @@ def test_question_answering_has_both_logits(tmp_path):
     assert_outputs_agree(path, model, inputs)
 
 
-def test_source_and_target_of_a_translation_have_lengths_of_their_own(tmp_path):
+def test_source_and_target_of_a_translation_have_their_own_lengths(tmp_path):
     model = get_robust_lowrank_model(MODELS["t5"].build(), CondLRConfig(rank_ratio=0.5))
     path = export_onnx(model, tmp_path / "model.onnx")
     for source, target in ((7, 4), (3, 9)):
