@@ -7,6 +7,7 @@ process trains a model of its own, with an average gradient that belongs to none
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,15 +31,21 @@ def is_due(step: int, interval: int) -> bool:
 def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
     """Checksums modulo 2⁶⁴ of the bits of float32 or float64 matrices. They do not depend on the order of summation.
 
-    The weights are odd, so that a change of one entry changes the checksum; they differ, so that a permutation does.
+    The bits are read once, as rows of about √(mr) integers that are added up. The weights of the sums are odd, so that
+    a change of one entry changes the checksum; they differ, so that a permutation does.
     """
+    if not X.numel():  # no rows on this process
+        return torch.zeros(len(X), dtype=torch.int64, device=X.device)
     flat = X.detach().flatten(1).contiguous()
     in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
     bits = flat.view(torch.int64 if in_pairs else torch.int32)
-    weights = torch.arange(bits.shape[1], device=X.device).mul_(2).add_(1)
-    if in_pairs:  # else an even number of changed signs would vanish modulo 2⁶⁴
-        return ((bits >> 32).add_(bits).mul_(weights)).sum(1)
-    return (bits * weights).sum(1)
+    n = bits.shape[1]
+    width = math.isqrt(n) | 1
+    height = n // width
+    sums = bits[:, : height * width].unflatten(1, (height, width)).sum(1, dtype=torch.int64)
+    sums[:, : n - height * width] += bits[:, height * width :]
+    sums += sums >> 32  # otherwise an even number of changed signs could vanish modulo 2⁶⁴
+    return (sums * (2 * torch.arange(width, device=X.device) + 1)).sum(1)
 
 
 def check_replicas(factors: Mapping[str, Tensor], numbers: dict[str, float], *, step: int) -> None:

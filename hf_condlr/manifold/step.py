@@ -283,7 +283,7 @@ class ManifoldStep:
         Raises:
             OptimizerError: The state is not one of a manifold step, is of other layers, or is out of range.
         """
-        missing = {"step_count", "warmup_steps", "initial_condition"} - set(state)
+        missing = {"step_count", "warmup_steps", "initial_condition"} - set(state if isinstance(state, dict) else ())
         require(
             not missing,
             "the state must be that of a manifold step",
