@@ -63,7 +63,7 @@ def doings() -> st.SearchStrategy[Do]:
     """What happens between two steps."""
     number = st.integers(0, 11)
     return st.one_of(
-        st.builds(Do, st.sampled_from(["settle", "keep", "reload", "return", "freeze", "bases"]), number),
+        st.builds(Do, st.sampled_from(["settle", "keep", "reload", "return", "freeze", "bases", "data"]), number),
         st.builds(Do, st.just("tau"), number, st.sampled_from(TAUS)),
         st.builds(Do, st.just("lr"), number, st.sampled_from(RATES)),
         st.builds(Do, st.just("write"), number, st.sampled_from(list(CORES))),

@@ -68,15 +68,16 @@ def sum_over_processes(rows: Rows, *terms: Tensor) -> list[Tensor]:
     return list(terms) if rows.group is None else _sums([(rows, terms)])[0]
 
 
-def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
+def anywhere(flag: bool | Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """Whether `flag` is true on one of the processes that share the rows of `tensors`; all of them must call it."""
+    flags = torch.as_tensor(flag)
     for p in tensors:
         if isinstance(p, DTensor):
-            flags = torch.tensor(float(flag), device=local(p).device)
+            flags = flags.to(device=local(p).device, dtype=torch.float32)
             for i in range(p.device_mesh.ndim):
                 dist.all_reduce(flags, group=p.device_mesh.get_group(i))
-            return flags.item() > 0
-    return flag
+            break
+    return flags > 0
 
 
 def _buckets(tasks: list[Task]) -> Iterator[list[Task]]:

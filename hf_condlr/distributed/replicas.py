@@ -7,6 +7,7 @@ process trains a model of its own, with an average gradient that belongs to none
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,8 +16,6 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from hf_condlr.errors import DriftError, listed
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def several_processes() -> bool:
@@ -29,11 +28,24 @@ def is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
-def checksum(X: Tensor) -> Tensor:  # (m, r) -> () int64
-    """Checksum of the bits of X modulo 2⁶⁴. A change of a single entry always changes it."""
-    columns = X.detach().view(_BITS[X.element_size()]).sum(0, dtype=torch.int64)
-    weights = torch.arange(columns.numel(), device=X.device) * 2 + 1  # odd, so that none of them divides 2⁶⁴
-    return (columns * weights).sum()
+def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
+    """Checksums modulo 2⁶⁴ of the bits of float32 or float64 matrices. They do not depend on the order of summation.
+
+    The bits are read once, as rows of about √(mr) integers that are added up. The weights of the sums are odd, so that
+    a change of one entry changes the checksum; they differ, so that a permutation does.
+    """
+    if not X.numel():  # no rows on this process
+        return torch.zeros(len(X), dtype=torch.int64, device=X.device)
+    flat = X.detach().flatten(1).contiguous()
+    in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
+    bits = flat.view(torch.int64 if in_pairs else torch.int32)
+    n = bits.shape[1]
+    width = math.isqrt(n) | 1
+    height = n // width
+    sums = bits[:, : height * width].unflatten(1, (height, width)).sum(1, dtype=torch.int64)
+    sums[:, : n - height * width] += bits[:, height * width :]
+    sums += sums >> 32  # otherwise an even number of changed signs could vanish modulo 2⁶⁴
+    return (sums * (2 * torch.arange(width, device=X.device) + 1)).sum(1)
 
 
 def check_replicas(factors: Mapping[str, Tensor], numbers: dict[str, float], *, step: int) -> None:
@@ -54,7 +66,7 @@ def check_replicas(factors: Mapping[str, Tensor], numbers: dict[str, float], *, 
     if not copies:
         return
     device = next(iter(copies.values())).device
-    sums = torch.stack([checksum(X).to(device) for X in copies.values()])
+    sums = torch.cat([checksums(X[None]).to(device) for X in copies.values()])
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device).view(torch.int64)
     mine = torch.cat([sums, values])
     extremes = torch.cat([mine, mine.bitwise_not()])  # the largest ~x is that of the smallest x; −x can overflow

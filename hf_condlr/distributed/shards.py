@@ -130,11 +130,6 @@ def full_tensor(p: Tensor) -> Tensor:  # (m, *)
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
-def version(p: Tensor) -> int:
-    """How often this process's rows were written, by torch's own count."""
-    return (p if layout(p) is None else local(p))._version
-
-
 def reshard(model: nn.Module) -> None:
     """Make all FSDP2 modules hold their shards: after a forward without backward some hold gathered parameters."""
     if dist.is_available() and dist.is_initialized():

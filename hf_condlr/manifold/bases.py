@@ -71,12 +71,14 @@ class BasisStack(Stack):
         (gram,) = yield [X.mT @ X]
         retracted, sound = retract_cholesky(X, gram)
         # To see whether Householder QR is needed the host waits for the device. Where it must not, the factor is held.
-        if not (self.ours and masks.runs_ahead(X)) and not sound.all():
+        if not (self.sums is not None and masks.runs_ahead(X)) and not sound.all():
             rest = sound.logical_not()
             retracted[rest], R, _ = yield from qr_of_rows(X[rest], self.rows)
             sound[rest] = finite(R)
         sound = sound & (unsound == 0)
-        self._write(select(sound & (moves > 0), retracted, self.start))
+        result = select(sound & (moves > 0), retracted, self.start)
+        self._write(result)
+        self.remember(result)
         self.usable = self.usable & sound
         self._record(step)
 

@@ -56,9 +56,9 @@ class CoreStack(Stack):
         self.endpoints = torch.tensor(endpoints, dtype=torch.float64, device=wide_device(self.held_at))
         self.by_products = masks.runs_ahead(self.held_at) and max(final for _, final in endpoints) <= LARGEST_BOUND
 
-    def begin_step(self) -> None:
+    def begin_step(self, values: Tensor | None = None) -> None:
         """As `Stack.begin_step`."""
-        super().begin_step()
+        super().begin_step(values)
         self.vanished_at = self.vanished_at.to(self.held_at.device)
         self.endpoints = self.endpoints.to(wide_device(self.held_at))
 
@@ -89,6 +89,7 @@ class CoreStack(Stack):
             self.usable = self.usable & (followed > 0)
             self.vanished_at = torch.where((vanished > 0) & (self.vanished_at == 0), step, self.vanished_at)
         self._write(S)
+        self.remember(S)
         self._record(step)
 
     def vanished(self) -> dict[str, int]:
@@ -122,7 +123,7 @@ class CoreStack(Stack):
         followed = conditionable
         vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
         S = select(conditionable, S, start)
-        if self.by_products and (self.ours or (bool(possible.all()) and _obey(start, previous_bounds))):
+        if self.by_products and (self.sums is not None or (bool(possible.all()) and _obey(start, previous_bounds))):
             S, clipped = clip_core_by_products(S, bounds, self.center, start)
             followed = followed & clipped
         else:

@@ -2,106 +2,173 @@
 
 from __future__ import annotations
 
-from hf_condlr.distributed.collectives import run
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_condlr.distributed.collectives import anywhere, run
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import full_precision
 from hf_condlr.manifold import masks
 from hf_condlr.manifold.bases import BasisStack
-from hf_condlr.manifold.change_detection import ChangeDetector
 from hf_condlr.manifold.cores import CoreStack
-from hf_condlr.manifold.grouping import basis_stacks, core_stacks, grouping_key
+from hf_condlr.manifold.grouping import basis_stacks, core_stacks, grouping_key, other_stacks, tolerances
 from hf_condlr.manifold.orthonormal import orthonormalize_bases
 from hf_condlr.manifold.schedule import BoundSchedule
+from hf_condlr.manifold.stack import Stack
 
 
 class FactorStacks:
-    """The factors that the optimizer moves, stacked, from one projection to the next.
+    """All factors, stacked, from one projection to the next: those that the optimizer is to move, and the others.
+
+    What others write is decided by values: each stack keeps a checksum of its factors from one step to the next.
 
     Args:
         layers: The factored layers.
         schedule: The bound on κ(S) of each.
 
     Attributes:
+        stepping: Gradients are projected, and the update is not yet: the optimizer's step is on, or failed.
         unsettled: Factors may have moved since the last projection.
     """
 
     def __init__(self, layers: dict[str, LowRankLayer], schedule: BoundSchedule) -> None:
         self.layers, self.schedule = layers, schedule
-        self._changes = ChangeDetector(layers)
+        self._careful = False
+        self.reset(0)
+
+    def reset(self, step: int) -> None:
+        """After weights or a state of this step were loaded: drop all stacks; the next step looks at every factor."""
         self._bases: list[BasisStack] = []
         self._cores: list[CoreStack] = []
+        self._others: list[Stack] = []
         self._key: tuple = ()
-        self._changed_by_others = False
-        self.unsettled = False
+        self._tolerances = tolerances(self.layers)
+        self.stepping = self.unsettled = False
+        self._projected_at = step
+        self._gradients: list[tuple[Tensor | None, int]] = []
+        self._written_later: Callable[[], bool] = lambda: False
 
-    def reset(self) -> None:
-        """After weights or a state were loaded: drop all stacks, and look at every factor before the next step."""
-        self._bases, self._cores, self._key = [], [], ()
-        self._changed_by_others = self.unsettled = False
-        self._changes.mark_changed()
+    # ------------------------------------------------------------------------------------ before the optimizer's step
 
-    def repair(self) -> None:
-        """Make bases orthonormal again if others have written factors, or changed tolerances, since the projection."""
-        if not self.unsettled:
-            self._changed_by_others = self._changes.factors_changed() or self._changes.tolerances_changed()
-            if self._changed_by_others:
-                orthonormalize_bases(self.layers)
+    def is_repeated(self) -> bool:
+        """Whether this step is inside of another one, or is tried again: its gradients are those projected last."""
+        if not self.stepping or not self._gradients:
+            return False
+        pairs = zip(self._present_gradients(), self._gradients, strict=True)
+        return all(p is q and version == other for (p, version), (q, other) in pairs)
 
     def fit(self, step: int) -> bool:
         """Whether the stacks hold what the step after `step` moves: the same factors have gradients as in the last."""
-        return self._key == grouping_key(self.layers, all_cores=self._all_cores(step))
+        return self._key == grouping_key(self.layers, all_cores=self._cores_must_follow(step))
 
-    def regroup(self, step: int) -> None:
+    def regroup(self, step: int, *, all_cores: bool = False) -> None:
         """Make the stacks of the step after `step`. The old ones must be settled."""
-        all_cores = self._all_cores(step)
-        self._bases = basis_stacks(self.layers)
-        self._cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=all_cores)
-        self._key = grouping_key(self.layers, all_cores=all_cores)
+        known = {p: s for stack in self._all() if stack.sums is not None for p, s in _pairs(stack)}
+        all_cores = all_cores or self._cores_must_follow(step)
+        bases = basis_stacks(self.layers)
+        cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=all_cores)
+        others = other_stacks(self.layers, [*bases, *cores])
+        for stack in (*bases, *cores, *others):
+            if all(p in known for p in stack.parameters):
+                stack.sums = torch.stack([known[p].to(stack.held_at.device) for p in stack.parameters])
+        self._bases, self._cores, self._others = bases, cores, others
+        self._key, self._tolerances = grouping_key(self.layers, all_cores=all_cores), tolerances(self.layers)
 
-    def keep_values(self) -> None:
-        """Before the optimizer's step: U_old ← U, and likewise V and S."""
-        for stack in self._all():
+    def keep_values(self) -> bool:
+        """Before the optimizer's step: U_old ← U, and likewise V and S.
+
+        Returns:
+            Others have written factors, or may have: call `start_anew`. A device that the host runs ahead of is not
+            waited for: there such factors are held in this step, and `project` brings them back.
+        """
+        if self.stepping:  # an optimizer failed half way: what it did is part of the displacement
+            self._forget()
+        for stack in (*self._bases, *self._cores):
             if self.unsettled:
                 stack.begin_step()
             else:
                 stack.begin_interval()
-        self.unsettled = True  # from here on: an optimizer that fails half way may have moved factors
+        known = self._known()
+        for stack in self._others:
+            if stack.sums is None:
+                stack.remember()
+            stack.look()
+        if not known:
+            return not self.unsettled
+        flag = self._any_written(self._all())
+        if self.run_ahead() and not self._careful:
+            self._written_later = masks.read_later(flag)
+            return False
+        return bool(flag)
+
+    def start_anew(self, step: int) -> None:
+        """Begin an interval at the present values: bases are made orthonormal, and W stays what others made it."""
+        orthonormalize_bases(self.layers)
+        self.stepping = self.unsettled = False
+        self._forget()
+        self.regroup(step, all_cores=True)
+        self.keep_values()
 
     def project_gradients(self, metric_scaling: bool) -> None:
         """G_U ← (I − UUᵀ)G_U, likewise V; gradients that are not finite become zero and mark their factors."""
+        # From here on an optimizer that fails half way may have moved factors.
+        self.stepping, self.unsettled, self._gradients = True, True, []
         bases = (stack.task(stack.project_gradients(metric_scaling)) for stack in self._bases)
         cores = (stack.task(stack.sanitize_gradients()) for stack in self._cores)
         with full_precision():
             run([*bases, *cores])
+        self._gradients = self._present_gradients()
+
+    # ------------------------------------------------------------------------------------- after the optimizer's step
 
     def hold_update(self, step: int) -> None:
         """After a step that no projection follows: marked factors go back to their old values. No bound is in force."""
-        run([stack.task(stack.hold_update(step)) for stack in self._all()])
+        run([stack.task(stack.hold_update(step)) for stack in (*self._bases, *self._cores)])
         for layer in self.layers.values():
             layer.bound = float("inf")
+        self.stepping, self._gradients = False, []
+        if self._written_meanwhile():
+            self.restore(step)
 
-    def project(self, step: int, previous: int) -> None:
-        """Marked factors go back; U ← R(U + Δ), likewise V; S is conditioned to the bound after `step`.
-
-        Args:
-            step: Number of the optimizer step.
-            previous: A step that is not after the last projection.
-        """
-        progress = self.schedule.progress(step)
-        earlier = self.schedule.progress(max(0, previous))
+    def project(self, step: int) -> None:
+        """Marked factors go back; U ← R(U + Δ), likewise V; S is conditioned to the bound after `step`."""
+        progress, earlier = self.schedule.progress(step), self.schedule.progress(self._projected_at)
         bases = (stack.task(stack.retract_update(step)) for stack in self._bases)
         cores = (stack.task(stack.condition_update(progress, earlier, step)) for stack in self._cores)
         with full_precision():
             run([*bases, *cores])
+        if self._written_meanwhile() or self._tolerances != tolerances(self.layers):
+            self.restore(step)
+        self._settled(step)
+
+    def restore(self, step: int) -> None:
+        """Bring every factor back to the constraint from where others left it, W as near as the bound allows."""
+        orthonormalize_bases(self.layers)
+        progress = self.schedule.progress(step)
+        cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=True)
+        self._cores = [*self._cores, *cores]  # the flags of the others are still to be read
+        self._key = ()  # the next step makes its own stacks
+        for stack in cores:
+            stack.begin_interval()
+        with full_precision():
+            run([stack.task(stack.condition_update(progress, progress, step)) for stack in cores])
+        for any_stack in self._all():
+            any_stack.remember()
+        self._settled(step)
+
+    def written(self) -> bool:
+        """Whether others have written factors since the last step. Waits for the device."""
+        if self.stepping or not self._all() or not self._known():
+            return False
         for stack in self._all():
-            stack.end_interval()
-        moving = [p for stack in self._all() for p in stack.parameters]
-        if self._changes.tolerances_changed() or self._changes.other_factors_changed(moving):
-            orthonormalize_bases(self.layers)
-            self._condition_all(progress, step)
-        self._changes.remember()
-        self.unsettled = False
-        self.publish_bounds(step)
+            stack.look()
+        return bool(self._any_written(self._all()))
+
+    def names_written(self) -> list[str]:
+        """The factors that were `written`, on this process."""
+        return [n for x in self._all() for n, flag in zip(x.names, x.written.tolist(), strict=True) if flag]
 
     def publish_bounds(self, step: int) -> None:
         """Let each layer state the bound in force after `step`."""
@@ -110,7 +177,7 @@ class FactorStacks:
 
     def held(self) -> dict[str, int]:
         """{factor: first step at which it kept its old value} since this was last asked. Waits for the device."""
-        return {name: step for stack in self._all() for name, step in stack.held().items()}
+        return {name: step for stack in (*self._bases, *self._cores) for name, step in stack.held().items()}
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero} since this was last asked. Waits for the device."""
@@ -120,21 +187,47 @@ class FactorStacks:
         """Whether reading flags would make the host wait for a device."""
         return any(masks.runs_ahead(stack.held_at) for stack in self._all())
 
-    def _all(self) -> list[BasisStack | CoreStack]:
-        return [*self._bases, *self._cores]
+    def _all(self) -> list[Stack]:
+        return [*self._bases, *self._cores, *self._others]
 
-    def _all_cores(self, step: int) -> bool:
-        """Whether frozen cores take part: while bounds tighten, they have to follow."""
-        return step <= self.schedule.warmup_steps or self._changed_by_others
+    def _known(self) -> bool:
+        """Whether every stack has checksums of the values that the last step left."""
+        return all(stack.sums is not None for stack in self._all())
 
-    def _condition_all(self, progress: float, step: int) -> None:
-        """Condition every core, when tolerances or factors outside of the stacks were changed during the interval."""
-        cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=True)
-        self._cores = [*self._cores, *cores]  # the flags of the others are still to be read
-        self._key = ()  # the next step makes its own stacks
-        for stack in cores:
-            stack.begin_interval()
-        with full_precision():
-            run([stack.task(stack.condition_update(progress, progress, step)) for stack in cores])
-        for stack in cores:
+    def _settled(self, step: int) -> None:
+        self.stepping = self.unsettled = False  # before the copies go, so that an interrupt does no harm
+        self._projected_at, self._gradients = step, []
+        for stack in (*self._bases, *self._cores):
             stack.end_interval()
+        self.publish_bounds(step)
+
+    def _forget(self) -> None:
+        for stack in self._all():
+            stack.sums = None
+
+    def _cores_must_follow(self, step: int) -> bool:
+        """Whether frozen cores take part: while bounds tighten, they have to follow."""
+        return step <= self.schedule.warmup_steps or self._tolerances != tolerances(self.layers)
+
+    def _any_written(self, stacks: Sequence[Stack]) -> Tensor:
+        device = stacks[0].held_at.device
+        flag = torch.cat([stack.written.to(device) for stack in stacks]).any()
+        return anywhere(flag, [stack.parameters[0] for stack in stacks])
+
+    def _written_meanwhile(self) -> bool:
+        """Whether a factor that was not to move has moved: in this step, or before it where the host runs ahead."""
+        if self.run_ahead() and not self._careful:
+            self._careful = self._written_later()
+            return self._careful
+        for stack in self._others:
+            stack.look()
+        return bool(self._others) and bool(self._any_written(self._others))
+
+    def _present_gradients(self) -> list[tuple[Tensor | None, int]]:
+        factors: list[nn.Parameter] = [p for x in self.layers.values() for p in (x.U, x.S, x.V)]
+        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in factors]
+
+
+def _pairs(stack: Stack) -> list[tuple[nn.Parameter, Tensor]]:
+    assert stack.sums is not None
+    return list(zip(stack.parameters, stack.sums.unbind(), strict=True))

@@ -9,14 +9,14 @@ from hf_condlr.distributed.shards import layout
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.manifold.bases import BasisStack
 from hf_condlr.manifold.cores import CoreStack
-from hf_condlr.manifold.stack import has_gradient
+from hf_condlr.manifold.stack import Stack, has_gradient
 
 STACK_LIMIT = {"cpu": 2**18, "others": 2**22}
 """Most entries of one stack: four temporaries of its size are alive at once, beside one copy of all factors. A GPU is
 fastest with few launches, a CPU with stacks that fit its cache."""
 
 
-def grouping_key(layers: dict[str, LowRankLayer], *, all_cores: bool = False) -> tuple:
+def grouping_key(layers: dict[str, LowRankLayer], *, all_cores: bool) -> tuple:
     """What stacks depend on, to be compared: the factors, which of them have a gradient or train, the tolerances."""
     return tuple(
         (
@@ -27,8 +27,13 @@ def grouping_key(layers: dict[str, LowRankLayer], *, all_cores: bool = False) ->
     )
 
 
+def tolerances(layers: dict[str, LowRankLayer]) -> list[tuple[float, str]]:
+    """`tau` and `center` of each layer."""
+    return [(layer.tau, layer.center) for layer in layers.values()]
+
+
 def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
-    """The trainable U and V that have a gradient, stacked by shape, dtype and device."""
+    """The U and V that have a gradient, stacked by shape, dtype and device."""
     rows = (
         (f"{name}.{kind}", p, layer.S, not layer.S.requires_grad)
         for name, layer in layers.items()
@@ -41,7 +46,7 @@ def basis_stacks(layers: dict[str, LowRankLayer]) -> list[BasisStack]:
 def core_stacks(
     layers: dict[str, LowRankLayer], endpoints: dict[str, tuple[float, float]], *, all_cores: bool = False
 ) -> list[CoreStack]:
-    """The trainable S, or all of them, stacked by shape, dtype, device and what a `CoreStack` must have in common.
+    """The S that train or have a gradient, or all, stacked by shape, dtype, device and what a `CoreStack` shares.
 
     Args:
         layers: The factored layers.
@@ -52,12 +57,24 @@ def core_stacks(
         (name, S, endpoints[name], (layer.center, math.isinf(layer.tau), has_gradient(S)))
         for name, layer in layers.items()
         for S in (layer.S,)
-        if all_cores or S.requires_grad
+        if all_cores or S.requires_grad or has_gradient(S)
     )
     stacks: list[CoreStack] = []
     for names, ps, pairs, keys in _grouped(rows):
         stacks.append(CoreStack(names, ps, pairs, keys[0][0], sum(len(stack.layers) for stack in stacks)))
     return stacks
+
+
+def other_stacks(layers: dict[str, LowRankLayer], stacks: list[Stack]) -> list[Stack]:
+    """The factors that are in none of these stacks: they are not to move, which is looked after."""
+    taken = {id(p) for stack in stacks for p in stack.parameters}
+    rows = (
+        (f"{name}.{kind}", p, None)
+        for name, layer in layers.items()
+        for kind, p in (("U", layer.U), ("S", layer.S), ("V", layer.V))
+        if id(p) not in taken
+    )
+    return [Stack(names, ps) for names, ps, _ in _grouped(rows)]
 
 
 def _grouped(rows: Iterable[tuple]) -> Iterator[tuple[list, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,17 @@ def surely_all(mask: Tensor) -> bool:
 def select(mask: Tensor, X: Tensor, otherwise: Tensor | float) -> Tensor:  # (L,), (L, m, r) -> (L, m, r)
     """`torch.where` along the stack, without a copy in the usual case that the mask is true everywhere."""
     return X if surely_all(mask) else torch.where(per_matrix(mask), X, otherwise)
+
+
+def read_later(flag: Tensor) -> Callable[[], bool]:  # () bool
+    """Begin to copy a flag to the host. Calling the result waits for what is queued now, not for what comes after."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy = flag.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(flag.device).record_event()
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return read

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_condlr.distributed.shards import full_tensor, local, rows_of
 from hf_condlr.errors import OptimizerError, listed, require
-from hf_condlr.layers import LowRankLayer
+from hf_condlr.layers import LowRankLayer, factored_layers
 from hf_condlr.linalg import obeys_bound
 from hf_condlr.manifold.schedule import kappa_of
 
@@ -51,6 +51,26 @@ def check_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     )
 
 
+def with_inner(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """An optimizer and those inside it, as SAM has one, which can be stepped instead of it.
+
+    Raises:
+        OptimizerError: It is not one of torch's optimizers, or its `step` runs no hooks.
+    """
+    require(
+        isinstance(optimizer, torch.optim.Optimizer) and getattr(type(optimizer).step, "hooked", False),
+        "the optimizer must be a torch.optim.Optimizer whose step runs hooks",
+        received=type(optimizer).__name__,
+        remedy="Pass the optimizer inside it, if nothing else moves the parameters, or call "
+        "torch.optim.Optimizer.__init__ in the constructor of its class.",
+        error=OptimizerError,
+    )
+    found = [optimizer]
+    for outer in found:  # grows meanwhile
+        found += [x for x in vars(outer).values() if isinstance(x, torch.optim.Optimizer) and x not in found]
+    return found
+
+
 def check_wrappers(optimizer: object, model: nn.Module) -> None:
     """Refuse engines that flatten parameters: no matrix is left whose constraint could be kept."""
     _require_none(
@@ -69,7 +89,7 @@ def check_wrappers(optimizer: object, model: nn.Module) -> None:
     )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer]) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, layers: dict[str, LowRankLayer]) -> None:
     """Refuse an optimizer, or factors, with which the guarantee would silently break."""
     require(
         layers,
@@ -79,6 +99,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankL
         error=OptimizerError,
     )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    check_layers(model, layers)
     factors = factors_of(layers)
     _require_none(
         [f"{name} of {p.ndim} dimensions" for name, p in factors.items() if p.ndim != 2],
@@ -90,7 +111,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankL
         "the optimizer must hold every trainable factor",
         "Make the optimizer after the conversion, and after fully_shard, from model.parameters(); one for all factors.",
     )
-    check_dtypes(layers)
     for p in factors.values():
         rows_of(p)
     _require_none(
@@ -115,21 +135,43 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankL
     )
 
 
-def check_dtypes(layers: dict[str, LowRankLayer]) -> None:
-    """Refuse factors in half precision."""
+def check_layers(model: nn.Module, layers: dict[str, LowRankLayer]) -> None:
+    """Refuse layers that are not the model's, and factors that are not matrices of full precision of their own."""
+    present = factored_layers(model)
+    if set(present.values()) != set(layers.values()):
+        others = {**{x: name for name, x in layers.items()}, **{x: name for name, x in present.items()}}
+        _require_none(
+            [others[x] for x in set(present.values()) ^ set(layers.values())],
+            "the factored layers must be those to which the step was attached",
+            "remove() the handle, make a new optimizer and attach the step to it.",
+            received="others: ",
+        )
+    factors = {f"{name}.{k}": layer._parameters.get(k) for name, layer in layers.items() for k in "USV"}
+    _require_none(
+        [name for name, p in factors.items() if p is None],
+        "factors must be parameters of their layer",
+        "Take the parametrization off: torch.nn.utils.parametrize.remove_parametrizations.",
+    )
+    if len(set(factors.values())) < len(factors):
+        values = list(factors.values())
+        _require_none(
+            [name for i, (name, p) in enumerate(factors.items()) if any(p is q for q in values[:i])],
+            "a factor must belong to one layer",
+            "Use one layer in both places, or give each layer a copy.",
+        )
     wide = (torch.float32, torch.float64)
     _require_none(
-        [f"{name} ({p.dtype})" for name, p in factors_of(layers).items() if p.dtype not in wide],
+        [f"{name} ({p.dtype})" for name, p in factors.items() if p is not None and p.dtype not in wide],
         "factors must be float32 or float64: rounding to half precision alone breaks orthonormality",
         "Call float() of the model, or of each factored layer alone, and train under autocast (bf16=True or fp16=True "
         "in TrainingArguments): the factors are their own float32 masters.",
     )
 
 
-def check_attached(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLayer], handle: type[Any]) -> None:
+def check_attached(optimizers: list[torch.optim.Optimizer], layers: dict[str, LowRankLayer], handle: type[Any]) -> None:
     """Refuse layers to which a handle of this class is attached already."""
-    others: list[Any] = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
-    attached = {id(x) for other in others if isinstance(other, handle) for x in other.layers.values()}
+    others = [owner for optimizer in optimizers for owner in hook_owners(optimizer) if isinstance(owner, handle)]
+    attached = {id(x) for other in others for x in other.layers.values()}
     _require_none(
         [name for name, layer in layers.items() if id(layer) in attached],
         "attach_manifold_step must be called once for an optimizer and model",
@@ -137,10 +179,15 @@ def check_attached(optimizer: torch.optim.Optimizer, layers: dict[str, LowRankLa
     )
 
 
+def hook_owners(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The objects whose methods are hooks after the optimizer's step."""
+    return [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
+
+
 def _is_deepspeed(x: object) -> bool:
     return any(cls.__module__.partition(".")[0] == "deepspeed" for cls in type(x).__mro__)
 
 
-def _require_none(found: list[str], rule: str, remedy: str) -> None:
+def _require_none(found: list[str], rule: str, remedy: str, received: str = "") -> None:
     """Raise OptimizerError that lists what was found to break `rule`."""
-    require(not found, rule, received=listed(found), remedy=remedy, error=OptimizerError)
+    require(not found, rule, received=received + listed(found), remedy=remedy, error=OptimizerError)

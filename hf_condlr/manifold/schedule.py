@@ -86,7 +86,14 @@ class BoundSchedule:
         """
         warmup_steps, initial = state["warmup_steps"], state["initial_condition"]
         require_count("warmup_steps", warmup_steps, 0, "Load a state that state_dict() made.")
-        others = sorted(set(self.layers) ^ set(initial))
+        require(
+            isinstance(initial, dict),
+            "initial_condition must be a dict {layer: κ_0}",
+            received=repr(initial),
+            remedy="Load a state that state_dict() made.",
+            error=OptimizerError,
+        )
+        others = sorted(map(str, set(self.layers) ^ set(initial)))
         require(
             not others,
             "the state must name the layers of this model",
@@ -94,7 +101,8 @@ class BoundSchedule:
             remedy="Convert the model with the config that the state was saved with.",
             error=OptimizerError,
         )
-        wrong = [f"{name}: {kappa}" for name, kappa in initial.items() if not 1 <= kappa <= MAX_INITIAL_CONDITION]
+        numbers = {name: kappa if type(kappa) in (int, float) else math.nan for name, kappa in initial.items()}
+        wrong = [f"{n}: {initial[n]}" for n, kappa in numbers.items() if not 1 <= kappa <= MAX_INITIAL_CONDITION]
         require(
             not wrong,
             f"the bound on κ must start between 1 and {MAX_INITIAL_CONDITION:g} in every layer",

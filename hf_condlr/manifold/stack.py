@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.distributed.collectives import Task, Work
-from hf_condlr.distributed.shards import layout, local, local_gradient, rows_of, version
+from hf_condlr.distributed.replicas import checksums
+from hf_condlr.distributed.shards import layout, local, local_gradient, rows_of
 from hf_condlr.linalg import per_matrix
 from hf_condlr.manifold.masks import as_number, finite, select, squarable, surely_all
 
@@ -20,45 +21,55 @@ class Stack:
         rows: Which of the m rows this process holds.
         start: Values at the last projection, (L, m, r), kept until the next one.
         old: Values before the optimizer's step, (L, m, r).
-        usable: (L,) bool: gradient and update are finite, on all processes. Other factors keep their old values.
+        sums: (L,) int64: checksums of the values after the last step, or None where they are not known.
+        written: (L,) bool: the values before this step are not those after the last one.
+        usable: (L,) bool: gradient and update are finite, on all processes, and nobody else has written the factor.
+            Other factors keep their old values.
         held_at: (L,) int64: the first step since the last `held` at which a factor was not usable; 0 if none.
-        ours: Nobody has written the factors since the last projection of this stack.
     """
 
     start: Tensor
     old: Tensor
     usable: Tensor
+    written: Tensor
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter]) -> None:
         self.names, self.parameters = names, parameters
         self.rows = rows_of(parameters[0])
         self.held_at = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
-        self.ours = False
-        self._versions_written: list[int] = []
+        self.sums: Tensor | None = None
 
     def begin_interval(self) -> None:
         """Before the first step after a projection: keep the values as `start`."""
         self.start = self._values()
-        self.ours = self._versions_written == self._versions()
-        self.begin_step()
+        self.begin_step(self.start)
 
-    def begin_step(self) -> None:
+    def begin_step(self, values: Tensor | None = None) -> None:
         """Before each step: keep the values as `old`. Copies follow factors whose device or dtype was changed."""
-        self.old = self._values()
+        self.old = self._values() if values is None else values
         self.start, self.held_at = self.start.to(self.old), self.held_at.to(self.old.device)
-        self.usable = torch.ones_like(self.held_at, dtype=torch.bool)
+        self.look(self.old)
+        self.usable = self.written.logical_not()
+
+    def look(self, values: Tensor | None = None) -> None:
+        """Find out which factors others have `written`; none where no checksums are known."""
+        found = checksums(self._values() if values is None else values)
+        self.written = found != (found if self.sums is None else self.sums.to(found.device))
+
+    def remember(self, values: Tensor | None = None) -> None:
+        """Take the values, or the present ones, as those that the step left."""
+        self.sums = checksums(self._values() if values is None else values)
 
     def hold_update(self, step: int) -> Work[None]:
         """After a step that no projection follows: factors that are not usable go back to their old values."""
         new, unusable = self._update()
         (unusable,) = yield [unusable]
-        self._accept(new, unusable)
+        self.remember(self._accept(new, unusable))
         self._record(step)
 
     def end_interval(self) -> None:
-        """After the projection: drop the copies."""
-        del self.start, self.old
-        self._versions_written = self._versions()
+        """After the projection of all stacks: drop the copies."""
+        self.start = self.old = self.held_at.new_zeros(0)
 
     def task(self, work: Work[None]) -> Task:
         """Work of this stack, to be run together with that of others."""
@@ -85,16 +96,17 @@ class Stack:
         return new
 
     def _record(self, step: int) -> None:
-        """Note which factors kept their values in this step."""
-        self.held_at = torch.where(self.usable.logical_not() & (self.held_at == 0), step, self.held_at)
+        """Note which factors kept their values in this step, other than those that were written."""
+        held = (self.usable | self.written).logical_not()
+        self.held_at = torch.where(held & (self.held_at == 0), step, self.held_at)
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients, and 1 for each that is not finite or too large.
+        """The gradients, and 1 for each that is not finite or too large, or whose factor others have written.
 
         Those are zero here: NaN or inf would stay in the optimizer's state for ever.
         """
         G = torch.stack([local_gradient(p) for p in self.parameters])
-        sound = squarable(G)
+        sound = squarable(G) & self.usable
         return select(sound, G, 0.0), as_number(sound.logical_not(), G)
 
     def _write_gradients(self, values: Tensor) -> None:
@@ -108,10 +120,7 @@ class Stack:
         targets: list[Tensor] = [local(p) for p in self.parameters] if sharded else [*self.parameters]
         torch._foreach_copy_(targets, list(values.unbind()))
 
-    def _versions(self) -> list[int]:
-        return [version(p) for p in self.parameters]
-
 
 def has_gradient(p: nn.Parameter) -> bool:
-    """Whether the next step of the optimizer moves this parameter."""
-    return p.requires_grad and p.grad is not None
+    """Whether the next step of the optimizer moves this parameter; freezing it after backward does not prevent that."""
+    return p.grad is not None

@@ -17,7 +17,6 @@ After it:
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -29,20 +28,21 @@ from hf_condlr.distributed.replicas import check_replicas, is_due, several_proce
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import ConditioningError, OptimizerError, listed, require
 from hf_condlr.layers import factored_layers
-from hf_condlr.linalg import obeys_bound
 from hf_condlr.manifold.factor_stacks import FactorStacks
 from hf_condlr.manifold.optimizers import (
     check_attached,
     check_closure,
-    check_dtypes,
+    check_layers,
     check_optimizer,
     check_wrappers,
     clear_non_finite_state,
     factors_of,
     is_skipped,
+    with_inner,
 )
-from hf_condlr.manifold.orthonormal import orthonormalize_bases
-from hf_condlr.manifold.schedule import BoundSchedule, kappa_of, require_count
+from hf_condlr.manifold.orthonormal import orthonormalize_bases, withdraw_bounds
+from hf_condlr.manifold.schedule import BoundSchedule, require_count
+from hf_condlr.manifold.unguarded import forget, guard
 
 logger = logging.getLogger(__name__)
 
@@ -109,27 +109,25 @@ class ManifoldStep:
     ) -> None:
         require_count("projection_interval", projection_interval, 1, "1 projects after every step.")
         require_count("drift_check_interval", drift_check_interval, 0, "0 never compares.")
-        # Only accelerate's wrapper: others (Lookahead, ...) move the factors after the optimizer inside them.
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        self.optimizer: torch.optim.Optimizer = inner
         check_wrappers(optimizer, model)
+        self.optimizers = with_inner(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
         self._model = extract_model_from_parallel(model, keep_torch_compile=False)
         reshard(self._model)
         self.layers = factored_layers(self._model)
-        check_optimizer(self.optimizer, self.layers)
-        check_attached(self.optimizer, self.layers, ManifoldStep)
-        self.metric_scaling = isinstance(self.optimizer, torch.optim.SGD) if metric_scaling is None else metric_scaling
+        check_optimizer(self.optimizers[0], self._model, self.layers)
+        check_attached(self.optimizers, self.layers, ManifoldStep)
+        plain = any(isinstance(x, torch.optim.SGD) for x in self.optimizers)
+        self.metric_scaling = plain if metric_scaling is None else metric_scaling
         self.projection_interval, self.drift_check_interval = projection_interval, drift_check_interval
         self.step_count = 0
         orthonormalize_bases(self.layers)
         self.schedule = BoundSchedule(self.layers, warmup_steps)
         self._stacks = FactorStacks(self.layers, self.schedule)
-        self._skipped = False
-        self._warned = False
-        self._hooks = [
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
-        ]
+        self._outermost: torch.optim.Optimizer | None = None  # of the optimizers whose step is on; None where skipped
+        self._warned: set[str] = set()
+        self._hooks = [x.register_step_pre_hook(self._before) for x in self.optimizers]
+        self._hooks += [x.register_step_post_hook(self._after) for x in self.optimizers]
+        guard(self)
 
     # --------------------------------------------- hooks; numbers refer to the list at the beginning of this file
 
@@ -137,36 +135,40 @@ class ManifoldStep:
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         check_closure(args, kwargs)
-        self._skipped = is_skipped(optimizer)
-        if self._skipped:
+        if self._stacks.is_repeated():
+            return
+        self._outermost = None
+        if is_skipped(optimizer):
             return
         reshard(self._model)
-        check_dtypes(self.layers)
+        check_layers(self._model, self.layers)
         if not self.step_count and self.drift_check_interval and several_processes():
             self.schedule.start_from_first_process()  # DDP may have distributed its weights since κ_0 was measured
-        self._stacks.repair()
         if not self._stacks.fit(self.step_count):
             self.settle()
             self._stacks.regroup(self.step_count)
-        self._stacks.keep_values()  # 4
+        if self._stacks.keep_values():  # 4
+            self._report()  # the stacks will be made anew
+            self._stacks.start_anew(self.step_count)
         self._stacks.project_gradients(self.metric_scaling)  # 1 to 3
+        self._outermost = optimizer
 
     @torch.compiler.disable
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._skipped:
+        if optimizer is not self._outermost:
+            return
+        if not self._stacks.stepping:  # the step of a subclass around that of its parent, which ran the hooks, too
+            self.settle()
             return
         self.step_count += 1
         if self.step_count % self.projection_interval == 0:
-            self._project()  # 5 to 7
+            self._stacks.project(self.step_count)  # 5 to 7
         else:
             self._stacks.hold_update(self.step_count)  # 5 without the projection of Δ
         if not self._stacks.run_ahead():
-            self.check()
+            self._report()
         self._check_drift()
-
-    def _project(self) -> None:
-        self._stacks.project(self.step_count, previous=self.step_count - self.projection_interval)
 
     def _check_drift(self) -> None:
         if several_processes() and is_due(self.step_count, self.drift_check_interval):
@@ -174,6 +176,11 @@ class ManifoldStep:
             check_replicas(factors_of(self.layers), bounds, step=self.step_count)
 
     # -------------------------------------------------------------------------------------------------- handle
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step of the optimizer is on, or has failed."""
+        return self._stacks.stepping
 
     def bounds(self) -> dict[str, float]:
         """{layer: 1 + τ(t)} with t = `step_count`: what κ(S) obeys when projected after at least one step."""
@@ -197,28 +204,50 @@ class ManifoldStep:
         Raises:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
         """
-        if self._stacks.unsettled:
-            reshard(self._model)
+        reshard(self._model)
+        if self._stacks.written():
+            self._stacks.restore(self.step_count)
+        elif self._stacks.unsettled:
             self._stacks.keep_values()
-            self._project()
-        self.check()
+            self._stacks.project(self.step_count)
+        self._report()
 
+    @torch.no_grad()
     def check(self) -> None:
         """Warn, once, of factors that kept their values because a gradient or an update was not finite or too large.
 
         On a CPU every step ends with it. A GPU would have to be waited for: there the flags of a step stay on the
         device until `check`, `settle`, `state_dict` or `remove` is called, and the Trainer does where it logs.
 
+        Factors that were written after the last step, by a hook, a callback or an optimizer without the step, are
+        warned of, too, and the `bound` of a layer that does not obey it becomes inf until the next step or `settle`.
+
         Raises:
             ConditioningError: An update would have made a core zero. The core has its last conditioned value.
         """
+        self._report()
+        reshard(self._model)
+        if self._stacks.written():
+            withdraw_bounds(self.layers)
+            self._warn(
+                "%s were written after step %d: the constraint may not hold until the next step, or settle() is called",
+                listed(self._stacks.names_written()),
+                self.step_count,
+            )
+
+    def _warn(self, message: str, *values: Any) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message, *values)
+
+    def _report(self) -> None:
+        """The part of `check` that every step on a CPU ends with."""
         held, vanished = self._stacks.held(), self._stacks.vanished()
         if held:
             factors = factors_of(self.layers)
-            clear_non_finite_state(self.optimizer, [factors[name] for name in held])
-        if held and not self._warned:
-            self._warned = True
-            logger.warning(
+            for optimizer in self.optimizers:
+                clear_non_finite_state(optimizer, [factors[name] for name in held])
+            self._warn(
                 "gradients or updates that are not finite, or far too large, at step %d: %s kept their values. This "
                 "warning comes once; lower the learning rate if the loss does not recover.",
                 min(held.values()),
@@ -254,7 +283,7 @@ class ManifoldStep:
         Raises:
             OptimizerError: The state is not one of a manifold step, is of other layers, or is out of range.
         """
-        missing = {"step_count", "warmup_steps", "initial_condition"} - set(state)
+        missing = {"step_count", "warmup_steps", "initial_condition"} - set(state if isinstance(state, dict) else ())
         require(
             not missing,
             "the state must be that of a manifold step",
@@ -266,13 +295,11 @@ class ManifoldStep:
         self.schedule.load_state_dict(state)
         self.step_count = state["step_count"]
         reshard(self._model)
-        self._stacks.reset()
+        self._stacks.reset(self.step_count)
         orthonormalize_bases(self.layers)
         if self.step_count:
             self._stacks.publish_bounds(self.step_count)
-            for layer in self.layers.values():  # the weights may be of another moment
-                if not obeys_bound(kappa_of(layer), layer.bound):
-                    layer.bound = math.inf
+            withdraw_bounds(self.layers)  # the weights may be of another moment
 
     def remove(self) -> None:
         """Settle the model and detach from the optimizer: from now on nothing keeps the constraint."""
@@ -280,3 +307,4 @@ class ManifoldStep:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        forget(self)

@@ -54,6 +54,8 @@ DEFECTS = {
     "written bases without a gradient": Case(PAIR, (STEP, Do("bases", 0), Step(0, "none")), "sgd"),
     "a frozen core that is written": Case(PAIR, (STEP, Do("freeze", 1), Do("write", 0, "three decades"), STEP)),
     "a frozen core of another tolerance": Case(PAIR, (STEP, Do("freeze", 1), Do("tau", 0, 0.0), STEP)),
+    "a factor written past the version counter": Case(PAIR, (STEP, Do("data", 0), Step(0, "zero"))),
+    "a frozen factor written past the version counter": Case(PAIR, (STEP, Do("freeze", 5), Do("data", 5), STEP)),
     "another tolerance between projections": Case(PAIR, (STEP, Do("tau", 0, 0.0), Do("settle")), interval=2),
     "a frozen basis written between projections": Case(
         PAIR, (Do("freeze", 0), STEP, STEP, Do("bases", 0), STEP), interval=3

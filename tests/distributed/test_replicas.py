@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_condlr import CondLRTrainingArguments, attach_manifold_step
-from hf_condlr.distributed.replicas import checksum, is_due
+from hf_condlr.distributed.replicas import checksums, is_due
 from hf_condlr.errors import ConfigError, OptimizerError
 from tests.distributed import distributed_processes
 from tests.distributed.distributed_processes import BATCH, RESUMED_AT, STEPS
@@ -101,13 +101,30 @@ def test_a_vanished_core_is_told_to_all(found):
 
 
 def test_one_bit_changes_a_checksum():
-    for dtype, bits in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
-        X = torch.randn(7, 3, dtype=dtype)
-        for i, j in itertools.product(range(7), range(3)):
+    for dtype, bits, r in (
+        (torch.float32, torch.int32, 3),
+        (torch.float32, torch.int32, 4),
+        (torch.float64, torch.int64, 3),
+    ):
+        X = torch.randn(2, 7, r, dtype=dtype)
+        for i, j, bit in itertools.product(range(7), range(r), (0, 5, 31)):
             other = X.clone()
-            other.view(bits)[i, j] ^= 1 << 5
-            assert checksum(other) != checksum(X)
-        assert checksum(X.clone()) == checksum(X) != checksum(X.flip(1))
+            other.view(bits)[1, i, j] ^= torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(bits)
+            assert (checksums(other) != checksums(X)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_writes_to_many_entries_change_a_checksum(dtype):
+    """Powers of two, signs, and permutations, with which sums of bits modulo a power of two could vanish."""
+    X = torch.linalg.qr(torch.randn(64, 16, dtype=dtype)).Q[None]
+    others = [X * 2, X / 4, X.abs(), -X, X.bfloat16().to(dtype), X * 0, X.flip(1), X.flip(2), X * torch.nan]
+    rows = X.clone()
+    rows[:, :, 3] = rows[:, :, 3].flip(1)
+    signs = X.clone()
+    signs[:, ::2, 3] *= -1
+    found = {checksums(Y).item() for Y in (X, rows, signs, *others)}
+    assert len(found) == 3 + len(others)
+    assert checksums(X.clone()) == checksums(X)
 
 
 def test_the_interval_of_checks_counts():

@@ -117,7 +117,7 @@ def test_the_step_without_a_wait_is_one_graph(running_ahead):
         bases, cores = stacks
         for stack in stacks:
             stack.begin_interval()
-            stack.ours = True  # the first one decomposes
+            stack.remember()  # the first one decomposes
         alone(bases.project_gradients(metric_scaling=True))
         alone(cores.sanitize_gradients())
         torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-0.1)
@@ -159,7 +159,7 @@ def test_no_step_reads_anything_back():
         ]
         for stack in [*bases, *conditioned]:
             stack.begin_interval()
-            stack.ours = True
+            stack.remember()
         for stack in bases:
             alone(stack.project_gradients(metric_scaling=True))
             alone(stack.retract_update(7))

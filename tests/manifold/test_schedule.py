@@ -105,6 +105,9 @@ def test_the_formula_of_one_bound_is_that_of_many():
         ({"step_count": 2.5}, "step_count must be an integer ≥ 0; received 2.5"),
         ({"initial_condition": {"conv": 2.0, "b": 2.0, "tall": 2.0}}, "name the layers of this model; received a .* a"),
         ({"initial_condition": {"a": math.nan}}, "must start between 1 and 10000 in every layer; received a: nan"),
+        ({"initial_condition": None}, "initial_condition must be a dict .* received None"),
+        ({"initial_condition": {"a": "2"}}, "must start between 1 and 10000 in every layer; received a: 2"),
+        ({"initial_condition": {"a": None}}, "must start between 1 and 10000 in every layer; received a: None"),
         ({"initial_condition": {"a": 0.5}}, "must start between 1 and 10000 in every layer; received a: 0.5"),
     ],
 )
@@ -112,7 +115,7 @@ def test_states_out_of_range_or_of_other_layers_are_refused_and_change_nothing(c
     model = make_model()
     handle = attach_manifold_step(torch.optim.SGD(model.parameters(), lr=0.1), model, warmup_steps=3)
     before = handle.state_dict()
-    merged = change.get("initial_condition", {})
+    merged = change.get("initial_condition") or {}
     if "a" in merged:
         change = {"initial_condition": before["initial_condition"] | merged}
     with pytest.raises(OptimizerError, match=match):
@@ -125,5 +128,6 @@ def test_a_state_that_lacks_a_part_is_refused():
     handle = attach_manifold_step(torch.optim.SGD(model.parameters(), lr=0.1), model)
     state = handle.state_dict()
     state.pop("warmup_steps")
-    with pytest.raises(OptimizerError, match="must be that of a manifold step; received no warmup_steps"):
-        handle.load_state_dict(state)
+    for wrong in (state, None, [1, 2]):
+        with pytest.raises(OptimizerError, match=r"must be that of a manifold step; received no .*warmup_steps"):
+            handle.load_state_dict(wrong)

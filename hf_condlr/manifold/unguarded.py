@@ -1,0 +1,55 @@
+"""Optimizers that would move factors without the manifold step: a second one, one around it, or a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hf_condlr.errors import OptimizerError, listed, require
+from hf_condlr.manifold.optimizers import factors_of, hook_owners
+
+_MARK = "manifold_step"  # in the optimizer's defaults, which copies and pickles keep while they lose the hooks
+_handles: WeakSet[Any] = WeakSet()
+_global_hooks: list[Any] = []
+
+
+def guard(handle: Any) -> None:
+    """From now on refuse steps of other optimizers that would move the factors of this handle."""
+    if not _global_hooks:
+        _global_hooks.append(register_optimizer_step_pre_hook(_refuse_unguarded))
+    _handles.add(handle)
+    for optimizer in handle.optimizers:
+        optimizer.defaults[_MARK] = True
+
+
+def forget(handle: Any) -> None:
+    """The handle was removed: its factors may be moved."""
+    _handles.discard(handle)
+    for optimizer in handle.optimizers:
+        optimizer.defaults.pop(_MARK, None)
+
+
+def _refuse_unguarded(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Before the step of any optimizer."""
+    if (not _handles and _MARK not in optimizer.defaults) or any(x in _handles for x in hook_owners(optimizer)):
+        return
+    require(
+        _MARK not in optimizer.defaults,
+        "a copy of an optimizer must get the manifold step anew, since torch does not copy hooks",
+        received=f"the step of {type(optimizer).__name__}, which is a copy",
+        remedy="Call attach_manifold_step for the copies of optimizer and model.",
+        error=OptimizerError,
+    )
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    others = [handle for handle in _handles if not handle.is_stepping]  # inside of a step the handle projects the rest
+    found = [name for handle in others for name, p in factors_of(handle.layers).items() if id(p) in moved]
+    require(
+        not found,
+        f"factors ({listed(found)}) must be moved by the optimizer that has the manifold step",
+        received=f"{type(optimizer).__name__}, which has none",
+        remedy="remove() the handle of the other optimizer, and call attach_manifold_step for the one that is stepped.",
+        error=OptimizerError,
+    )
