@@ -13,45 +13,40 @@ from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.attacks.registry import make_attacks, parse_epsilon
 
 
+def _option(default: Any, text: str) -> Any:
+    """A field of a dataclass of arguments, with its text for `--help`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: [*default], metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class AdversarialArguments:
     """How `AdversarialTraining` perturbs the batches of a training, in the Trainer or in a loop of your own."""
 
-    adversarial_attack: str = field(
-        default="none",
-        metadata={"help": "none, fgsm or pgd: on pixels, or for texts on the embeddings, where fgsm is FGM."},
+    adversarial_attack: str = _option(
+        "none", "none, fgsm or pgd: on pixels, or for texts on the embeddings, where fgsm is FGM."
     )
-    adversarial_epsilon: float | str | None = field(
-        default=None,
-        metadata={
-            "help": "Radius at its largest, a number or a fraction such as 8/255: in pixels of [0, 1]; for texts a "
-            "share of each token's embedding norm."
-        },
+    adversarial_epsilon: float | str | None = _option(
+        None,
+        "Radius at its largest, a number or a fraction such as 8/255: in pixels of [0, 1]; for texts a "
+        "share of each token's embedding norm.",
     )
-    adversarial_norm: str | None = field(
-        default=None, metadata={"help": "linf (for pixels the default) or l2; texts have no choice."}
+    adversarial_norm: str | None = _option(None, "linf (for pixels the default) or l2; texts have no choice.")
+    adversarial_steps: int | None = _option(None, "Gradient steps of pgd; by default 7.")
+    adversarial_share: float = _option(1.0, "Share of each batch that is replaced by adversarial samples, in (0, 1].")
+    adversarial_schedule: str = _option(
+        "ramp",
+        "ramp: epsilon is 0 for the first quarter of the training and rises linearly until three quarters; constant.",
     )
-    adversarial_steps: int | None = field(default=None, metadata={"help": "Gradient steps of pgd; by default 7."})
-    adversarial_share: float = field(
-        default=1.0,
-        metadata={"help": "Share of each batch that is replaced by adversarial samples, in (0, 1]."},
+    trades_beta: float = _option(
+        0.0, "β of TRADES, loss(x) + β KL(p(x) ‖ p(x')); 0 trains on the loss of x'. Needs pgd."
     )
-    adversarial_schedule: str = field(
-        default="ramp",
-        metadata={
-            "help": "ramp: epsilon is 0 for the first quarter of the training and rises linearly until three quarters; "
-            "constant."
-        },
+    adversarial_image_mean: list[float] | None = _option(
+        None, "Mean that images are normalised with, if there is no image processor."
     )
-    trades_beta: float = field(
-        default=0.0,
-        metadata={"help": "β of TRADES, loss(x) + β KL(p(x) ‖ p(x')); 0 trains on the loss of x'. Needs pgd."},
-    )
-    adversarial_image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Mean that images are normalised with, where no image processor says so."}
-    )
-    adversarial_image_std: list[float] | None = field(
-        default=None, metadata={"help": "Standard deviation that images are normalised with; goes with the mean."}
+    adversarial_image_std: list[float] | None = _option(
+        None, "Standard deviation that images are normalised with; goes with the mean."
     )
 
     def __post_init__(self) -> None:
@@ -65,7 +60,9 @@ class AdversarialArguments:
                 self._require(is_default, option.name, "be left alone without an attack", "Set adversarial_attack.")
             return
         given = self.adversarial_epsilon is not None
-        self._require(given, "adversarial_epsilon", f"be given with {attack}", "8/255 for pixels, 0.1 for texts, say.")
+        self._require(
+            given, "adversarial_epsilon", f"be given with {attack}", "For example 8/255 for pixels, 0.1 for texts."
+        )
         self.adversarial_epsilon = parse_epsilon(self.adversarial_epsilon)  # type: ignore[arg-type]
         self._require(0 < self.adversarial_epsilon < math.inf, "adversarial_epsilon", "be > 0 and finite")
         self._require(self.adversarial_norm in (None, "linf", "l2"), "adversarial_norm", "be linf or l2")
@@ -93,35 +90,27 @@ class AdversarialArguments:
 class CondLRArguments(AdversarialArguments):
     """What robust low-rank training adds to `TrainingArguments`."""
 
-    conditioning_warmup_ratio: float = field(
-        default=0.3,
-        metadata={"help": "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."},
+    conditioning_warmup_ratio: float = _option(
+        0.3, "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."
     )
-    metric_scaling: bool | None = field(
-        default=None,
-        metadata={"help": "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for others."},
+    metric_scaling: bool | None = _option(
+        None, "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for others."
     )
-    projection_interval: int = field(
-        default=1,
-        metadata={
-            "help": "Retract U and V and condition S after every k-th optimizer step, and before each evaluation, "
-            "saving and the end of the training; between these κ is not bounded."
-        },
+    projection_interval: int = _option(
+        1,
+        "Retract U and V and condition S after every k-th optimizer step, and before each evaluation, "
+        "saving and the end of the training; between these κ is not bounded.",
     )
-    drift_check_interval: int = field(
-        default=100,
-        metadata={
-            "help": "Of several processes, compare the factors after the first optimizer step and after every k-th, "
-            "bit for bit, and stop all of them where they differ; 0 never."
-        },
+    drift_check_interval: int = _option(
+        100,
+        "Of several processes, compare the factors after the first optimizer step and after every k-th, "
+        "bit for bit, and stop all of them where they differ; 0 never.",
     )
-    distillation_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight λ of the teacher in (1 − λ) loss + λ distillation loss, in [0, 1]; needs a teacher."},
+    distillation_weight: float = _option(
+        0.0, "Weight λ of the teacher in (1 − λ) loss + λ distillation loss, in [0, 1]; needs a teacher."
     )
-    distillation_temperature: float = field(
-        default=2.0,
-        metadata={"help": "Temperature T that divides both logits in the distillation loss, but for regression."},
+    distillation_temperature: float = _option(
+        2.0, "Temperature T that divides both logits in the distillation loss, except for regression."
     )
 
     def __post_init__(self) -> None:
@@ -160,22 +149,17 @@ class CondLRSeq2SeqTrainingArguments(CondLRArguments, Seq2SeqTrainingArguments):
 class RobustnessArguments:
     """Attacks that each `evaluate()` of `CondLRTrainer(..., robustness=RobustnessArguments(...))` ends with."""
 
-    attacks: list[str] = field(
-        default_factory=lambda: ["pgd-linf"],
-        metadata={"help": "Names of attacks in hf_condlr.robustness.attacks.ATTACKS: pgd-linf, pgd-embedding, ..."},
+    attacks: list[str] = _option(
+        ["pgd-linf"], "Names of attacks in hf_condlr.robustness.attacks.ATTACKS: pgd-linf, pgd-embedding, ..."
     )
-    epsilons: list[str] = field(
-        default_factory=lambda: ["8/255"],
-        metadata={"help": "Budgets of each attack, numbers or fractions: 8/255 for pixels, 0.1 for embeddings, say."},
+    epsilons: list[str] = _option(
+        ["8/255"], "Budgets of each attack, numbers or fractions: for example 8/255 for pixels, 0.1 for embeddings."
     )
-    steps: int | None = field(default=None, metadata={"help": "Gradient steps, of the attacks that have them."})
-    restarts: int | None = field(default=None, metadata={"help": "Restarts, of the attacks that have them."})
-    max_samples: int | None = field(
-        default=256, metadata={"help": "Number of samples that are attacked, always the same ones."}
-    )
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Samples that are attacked at once; by default the batch size of the evaluation."},
+    steps: int | None = _option(None, "Gradient steps, of the attacks that have them.")
+    restarts: int | None = _option(None, "Restarts, of the attacks that have them.")
+    max_samples: int | None = _option(256, "Number of samples that are attacked, always the same ones.")
+    batch_size: int | None = _option(
+        None, "Samples that are attacked at once; by default the batch size of the evaluation."
     )
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from hf_condlr.checkpoints.manifest import STEM
 from hf_condlr.distributed.shards import local
 from hf_condlr.errors import CondLRError, OptimizerError, require
 from hf_condlr.layers import condition_report, factored_layers
+from hf_condlr.linalg import is_orthonormal, obeys_bound
 from hf_condlr.manifold.step import ManifoldStep, attach_manifold_step
 from hf_condlr.training.arguments import CondLRArguments, check_evaluation_dtype
 from hf_condlr.training.best_model import WarmUpVeto, restore_best_model
@@ -42,24 +43,20 @@ class FactoredPushCallback(TrainerCallback):
 class CondLRCallback(FactoredPushCallback, ExportableState):
     """Keeps U, V orthonormal and κ(S) ≤ 1 + τ after every optimizer step of a Trainer.
 
-    When training begins, the manifold step is attached to the optimizer that the Trainer uses, whoever made it; when
-    training ends, it is detached. In between the callback
+    When training begins, the manifold step is attached to the optimizer that the Trainer uses, wherever that optimizer
+    was created; when training ends, it is detached. In between the callback
 
     - stops the training if factors move in an optimizer step that did not run the manifold step;
-    - brings the model back to the constraint (`ManifoldStep.settle`) before evaluations and checkpoints, which matters
-      for `projection_interval` > 1;
+    - settles the model (`ManifoldStep.settle`) before evaluations and checkpoints;
     - adds κ, its bound, the orthonormality error and the compression to the logs of training and evaluation;
-    - keeps models of the warm-up, whose κ is above 1 + τ, from becoming the best model;
-    - stores the conditioning schedule in `trainer_state.json`, and goes on from there when training is resumed.
+    - keeps models of the warm-up, and others whose κ is above 1 + τ, from becoming the best model;
+    - stores the conditioning schedule in `trainer_state.json`, and continues from there when training is resumed.
 
-    A setting that is None is taken from the Trainer's arguments if they are `CondLRArguments`; otherwise it has the
-    default of `CondLRArguments`.
+    A setting that is None has the value in the Trainer's arguments, or the default if they are no `CondLRArguments`.
 
     Args:
         warmup_ratio: Share of the training over which the bound on κ falls to 1 + τ, in [0, 1]; 0.3 by default.
-        metric_scaling: As for `attach_manifold_step`.
-        projection_interval: As for `attach_manifold_step`; 1 by default.
-        drift_check_interval: As for `attach_manifold_step`; 100 by default.
+        metric_scaling, projection_interval, drift_check_interval: See `attach_manifold_step`.
 
     Attributes:
         handle: The `ManifoldStep` of the present or the last training; None before the first one.
@@ -127,13 +124,15 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
             restore_best_model(model, state)
         warmup_steps = handle.state_dict()["warmup_steps"]
         if handle.step_count < warmup_steps:
-            finite = [bound for bound in handle.bounds().values() if math.isfinite(bound)]
             logger.warning(
-                "training ended at step %d of a conditioning warm-up of %d: κ is bounded by %.4g, not yet by 1 + tau",
+                "training ended at step %d of a conditioning warm-up of %d: κ is not yet bounded by 1 + tau",
                 handle.step_count,
                 warmup_steps,
-                max(finite, default=math.inf),
             )
+
+    def _handle(self) -> ManifoldStep | None:
+        """The handle while it is attached."""
+        return self.handle if self._attached else None
 
     def _setting(self, args: Any, name: str) -> Any:
         given = self.settings[name]
@@ -147,21 +146,19 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
             isinstance(schedule, dict),
             "a checkpoint to resume from must hold the state of the conditioning schedule",
             received=f"none of {type(self).__name__} in its trainer_state.json",
-            remedy="Resume from a checkpoint that a Trainer with this callback wrote, or start anew.",
+            remedy="Resume from a checkpoint that a Trainer with this callback wrote, or start from the beginning.",
             error=OptimizerError,
         )
         return schedule  # type: ignore[return-value]
 
     def settle(self) -> None:
         """Bring the model back to the constraint, while a training is on; see `ManifoldStep.settle`."""
-        if self._attached and self.handle is not None:
-            self.handle.settle()
-
-    def _handle(self) -> ManifoldStep | None:
-        """The handle while it is attached."""
-        return self.handle if self._attached else None
+        handle = self._handle()
+        if handle is not None:
+            handle.settle()
 
     def _detach(self) -> None:
+        """Settle the model and detach the step."""
         if self.handle is not None:
             self.handle.remove()
         self._attached = False
@@ -213,12 +210,13 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
 
     # ------------------------------------------------------------------------------- evaluations and checkpoints
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         handle = self._handle()
         if handle is None:
             return
         handle.state_dict()  # raises between two projections
-        if any(handle.bounds()[name] > 1 + layer.tau for name, layer in handle.layers.items()):
+        in_warm_up = any(handle.bounds()[name] > 1 + layer.tau for name, layer in handle.layers.items())
+        if in_warm_up or not obeys_constraint(model):
             self._veto.remember(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -263,6 +261,16 @@ def condition_records(model: nn.Module, logs: dict[str, Any]) -> dict[str, float
     }
     # Infinite ones are left out: trainer_state.json is read by strict parsers.
     return {prefix + key: value for key, value in records.items() if math.isfinite(value)}
+
+
+def obeys_constraint(model: nn.Module) -> bool:
+    """Whether the weights, as other code may have written them after the last step, obey κ(S) ≤ 1 + τ."""
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    layers = factored_layers(bare)
+    return all(
+        obeys_bound(x.condition_number, 1 + layers[x.name].tau) and is_orthonormal(x.orthonormality_error, x.r)
+        for x in condition_report(bare).layers
+    )
 
 
 def _norms(handle: ManifoldStep) -> list[Tensor]:

@@ -322,6 +322,29 @@ def test_the_best_model_is_none_of_the_warm_up_and_is_restored(tmp_path):
         assert torch.equal(value, kept[9][name])
 
 
+@pytest.mark.parametrize("bypass", [False, True])
+def test_weights_that_other_code_wrote_are_not_the_best_model(bypass, tmp_path):
+    """As a callback does that evaluates an average of the weights; `p.data` has no version counter."""
+
+    class Average(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 9:
+                for p in model.parameters():
+                    (p.data if bypass else p.detach()).mul_(0.5)
+
+    scores, rows = iter([0.0, 1.0, 9.0, 2.0, 0.0]), text_data()
+    trainer = Trainer(
+        model=convert(dense_bert()),
+        args=arguments(tmp_path, TrainingArguments, **BEST | {"load_best_model_at_end": False}),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        compute_metrics=lambda prediction: {"score": next(scores)},
+        callbacks=[CondLRCallback(warmup_ratio=0.0), Average()],
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 2.0 and trainer.state.best_global_step == 12
+
+
 # ----------------------------------------------------------------------------------- projection every k-th step
 
 
