@@ -56,7 +56,7 @@ class FactorStacks:
         """Whether this step is inside of another one, or is tried again: its gradients are those projected last."""
         if not self.stepping or not self._gradients:
             return False
-        pairs = zip(self._present_gradients(), self._gradients, strict=True)
+        pairs = zip(_gradients(self.layers), self._gradients, strict=True)
         return all(p is q and version == other for (p, version), (q, other) in pairs)
 
     def fit(self, step: int) -> bool:
@@ -65,8 +65,11 @@ class FactorStacks:
 
     def regroup(self, step: int, *, all_cores: bool = False) -> None:
         """Make the stacks of the step after `step`. The old ones must be settled."""
-        known = {p: s for stack in self._all() if stack.sums is not None for p, s in _pairs(stack)}
-        all_cores = all_cores or self._cores_must_follow(step)
+        known = {}
+        for stack in self._all():
+            if stack.sums is not None:
+                known.update(zip(stack.parameters, stack.sums.unbind(), strict=True))
+        all_cores |= self._cores_must_follow(step)
         bases = basis_stacks(self.layers)
         cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=all_cores)
         others = other_stacks(self.layers, [*bases, *cores])
@@ -97,7 +100,7 @@ class FactorStacks:
             stack.look()
         if not known:
             return not self.unsettled
-        flag = self._any_written(self._all())
+        flag = _any_written(self._all())
         if self.run_ahead() and not self._careful:
             self._written_later = masks.read_later(flag)
             return False
@@ -119,7 +122,7 @@ class FactorStacks:
         cores = (stack.task(stack.sanitize_gradients()) for stack in self._cores)
         with full_precision():
             run([*bases, *cores])
-        self._gradients = self._present_gradients()
+        self._gradients = _gradients(self.layers)
 
     # ------------------------------------------------------------------------------------- after the optimizer's step
 
@@ -164,7 +167,7 @@ class FactorStacks:
             return False
         for stack in self._all():
             stack.look()
-        return bool(self._any_written(self._all()))
+        return bool(_any_written(self._all()))
 
     def names_written(self) -> list[str]:
         """The factors that were `written`, on this process."""
@@ -209,11 +212,6 @@ class FactorStacks:
         """Whether frozen cores take part: while bounds tighten, they have to follow."""
         return step <= self.schedule.warmup_steps or self._tolerances != tolerances(self.layers)
 
-    def _any_written(self, stacks: Sequence[Stack]) -> Tensor:
-        device = stacks[0].held_at.device
-        flag = torch.cat([stack.written.to(device) for stack in stacks]).any()
-        return anywhere(flag, [stack.parameters[0] for stack in stacks])
-
     def _written_meanwhile(self) -> bool:
         """Whether a factor that was not to move has moved: in this step, or before it where the host runs ahead."""
         if self.run_ahead() and not self._careful:
@@ -221,13 +219,16 @@ class FactorStacks:
             return self._careful
         for stack in self._others:
             stack.look()
-        return bool(self._others) and bool(self._any_written(self._others))
-
-    def _present_gradients(self) -> list[tuple[Tensor | None, int]]:
-        factors: list[nn.Parameter] = [p for x in self.layers.values() for p in (x.U, x.S, x.V)]
-        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in factors]
+        return bool(self._others) and bool(_any_written(self._others))
 
 
-def _pairs(stack: Stack) -> list[tuple[nn.Parameter, Tensor]]:
-    assert stack.sums is not None
-    return list(zip(stack.parameters, stack.sums.unbind(), strict=True))
+def _any_written(stacks: Sequence[Stack]) -> Tensor:  # () bool
+    device = stacks[0].held_at.device
+    flag = torch.cat([stack.written.to(device) for stack in stacks]).any()
+    return anywhere(flag, [stack.parameters[0] for stack in stacks])
+
+
+def _gradients(layers: dict[str, LowRankLayer]) -> list[tuple[Tensor | None, int]]:
+    """The gradients, and how often each was written."""
+    factors: list[nn.Parameter] = [p for x in layers.values() for p in (x.U, x.S, x.V)]
+    return [(p.grad, 0 if p.grad is None else p.grad._version) for p in factors]

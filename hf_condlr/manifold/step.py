@@ -124,7 +124,7 @@ class ManifoldStep:
         self.schedule = BoundSchedule(self.layers, warmup_steps)
         self._stacks = FactorStacks(self.layers, self.schedule)
         self._outermost: torch.optim.Optimizer | None = None  # of the optimizers whose step is on; None where skipped
-        self._warned: set[str] = set()
+        self._warned = False
         self._hooks = [x.register_step_pre_hook(self._before) for x in self.optimizers]
         self._hooks += [x.register_step_post_hook(self._after) for x in self.optimizers]
         guard(self)
@@ -219,8 +219,8 @@ class ManifoldStep:
         On a CPU every step ends with it. A GPU would have to be waited for: there the flags of a step stay on the
         device until `check`, `settle`, `state_dict` or `remove` is called, and the Trainer does where it logs.
 
-        Factors that were written after the last step, by a hook, a callback or an optimizer without the step, are
-        warned of, too, and the `bound` of a layer that does not obey it becomes inf until the next step or `settle`.
+        Warn, too, of factors that were written after the last step. Until the next one, or `settle`, the `bound` of a
+        layer that does not obey it is inf.
 
         Raises:
             ConditioningError: An update would have made a core zero. The core has its last conditioned value.
@@ -229,16 +229,11 @@ class ManifoldStep:
         reshard(self._model)
         if self._stacks.written():
             withdraw_bounds(self.layers)
-            self._warn(
+            logger.warning(
                 "%s were written after step %d: the constraint may not hold until the next step, or settle() is called",
                 listed(self._stacks.names_written()),
                 self.step_count,
             )
-
-    def _warn(self, message: str, *values: Any) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message, *values)
 
     def _report(self) -> None:
         """The part of `check` that every step on a CPU ends with."""
@@ -247,7 +242,9 @@ class ManifoldStep:
             factors = factors_of(self.layers)
             for optimizer in self.optimizers:
                 clear_non_finite_state(optimizer, [factors[name] for name in held])
-            self._warn(
+        if held and not self._warned:
+            self._warned = True
+            logger.warning(
                 "gradients or updates that are not finite, or far too large, at step %d: %s kept their values. This "
                 "warning comes once; lower the learning rate if the loss does not recover.",
                 min(held.values()),

@@ -34,22 +34,17 @@ def forget(handle: Any) -> None:
 
 def _refuse_unguarded(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Before the step of any optimizer."""
-    if (not _handles and _MARK not in optimizer.defaults) or any(x in _handles for x in hook_owners(optimizer)):
+    if any(owner in _handles for owner in hook_owners(optimizer)):
         return
-    require(
-        _MARK not in optimizer.defaults,
-        "a copy of an optimizer must get the manifold step anew, since torch does not copy hooks",
-        received=f"the step of {type(optimizer).__name__}, which is a copy",
-        remedy="Call attach_manifold_step for the copies of optimizer and model.",
-        error=OptimizerError,
-    )
     moved = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     others = [handle for handle in _handles if not handle.is_stepping]  # inside of a step the handle projects the rest
     found = [name for handle in others for name, p in factors_of(handle.layers).items() if id(p) in moved]
+    copied = _MARK in optimizer.defaults
     require(
-        not found,
-        f"factors ({listed(found)}) must be moved by the optimizer that has the manifold step",
-        received=f"{type(optimizer).__name__}, which has none",
-        remedy="remove() the handle of the other optimizer, and call attach_manifold_step for the one that is stepped.",
+        not found and not copied,
+        f"factors{f' ({listed(found)})' if found else ''} must be moved by an optimizer that has the manifold step",
+        received=f"{type(optimizer).__name__}, which has " + ("lost it, as a copy does" if copied else "none"),
+        remedy="Call attach_manifold_step for the optimizer that is stepped; before that, remove() the handle of "
+        "another one that holds the same factors.",
         error=OptimizerError,
     )
