@@ -15,8 +15,8 @@ def follows_item_count(
 ) -> bool | None:
     """Whether a loss changes with `num_items_in_batch`.
 
-    Many of transformers' models take the number and drop it. Trainer believes that they divide by it, and trains with
-    the sum of the parts' losses in place of their mean (huggingface/transformers#47688).
+    Many of transformers' models ignore the number. Trainer assumes that they divide by it, and trains with the sum of
+    the parts' losses in place of their mean (huggingface/transformers#47688).
 
     Args:
         compute_loss: `Trainer.compute_loss`.
@@ -25,7 +25,7 @@ def follows_item_count(
         num_items: The number of items in the accumulated batch.
 
     Returns:
-        None where this batch cannot tell, since its loss is 0 or not finite.
+        None if this batch cannot tell, since its loss is 0 or not finite.
     """
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_condlr.robustness.attacks.base import attacked, logits_of, require, take
 from hf_condlr.training.arguments import AdversarialArguments
 from hf_condlr.training.distillation import kl_divergence
-from hf_condlr.training.perturbed_inputs import PerturbedInputs, class_labels, perturbed_inputs
+from hf_condlr.training.perturbed_inputs import class_labels, perturbed_inputs
 
 
 @dataclass
@@ -29,7 +29,7 @@ class AdversarialBatch:
     """What the model is trained on instead of a batch."""
 
     inputs: dict[str, Any]
-    """For `model(**inputs)`: the perturbed samples, but with TRADES the clean ones."""
+    """For `model(**inputs)`: the perturbed samples, or with TRADES the clean ones."""
     epsilon: float
     rows: Tensor
     """Numbers of the perturbed samples (k,)."""
@@ -40,11 +40,7 @@ class AdversarialBatch:
     """With TRADES, the model's forward pass of the perturbed samples, (B, classes)."""
 
     def regularizer(self, logits: Tensor) -> Tensor:  # (B, classes) -> ()
-        """β KL(p(x) ‖ p(x')), mean over the samples: to be added to the loss of `inputs`; 0 without TRADES.
-
-        Args:
-            logits: Of the clean samples.
-        """
+        """β KL(p(x) ‖ p(x')), mean over the samples, from the logits of the clean ones; 0 without TRADES."""
         if self.perturbed_logits is None:
             return logits.new_zeros(())
         adversarial = self.perturbed_logits()
@@ -62,14 +58,13 @@ class AdversarialTraining:
     """Crafts the adversarial samples of a training.
 
     The attack runs in evaluation mode and float32 on the model inside DDP, torch.compile and accelerate's autocast,
-    and leaves parameters, gradients, training flags and random states as they were. TRADES takes the clean and the
-    perturbed samples in two forward passes, as its authors do.
+    and leaves parameters, gradients, training flags and random states as they were.
 
     Args:
         arguments: The attack, its budget and schedule; a `CondLRTrainingArguments` has them too.
-        processor: For images the model's image processor, which says how pixels were normalised; for texts its
-            tokenizer, which names the special tokens that are not perturbed.
-        seed: Seed of the random starts, and of which samples a share takes.
+        processor: The image processor, for how pixels were normalised; or the tokenizer, whose special tokens are not
+            perturbed.
+        seed: Seed of the random starts, and of the choice of samples.
 
     Example:
         >>> arguments = AdversarialArguments(adversarial_attack="pgd", adversarial_epsilon="8/255")
@@ -108,8 +103,7 @@ class AdversarialTraining:
             draw: Numbers ≥ 0 that identify this batch (step, process): equal ones draw the same random numbers.
 
         Raises:
-            AttackError: There are no labels, or not one class for each sample; or the normalisation of the images is
-                unknown or another one.
+            AttackError: There is not one class for each sample, or the normalisation of the images is unknown.
         """
         require(
             not isinstance(model, nn.DataParallel),
@@ -129,8 +123,12 @@ class AdversarialTraining:
         if not len(rows):
             yield AdversarialBatch(dict(inputs), epsilon, rows, labels[:0])
             return
-        found = self._attack(kind, take(clean, rows), labels[rows], epsilon, seed)
-        if beta := self.arguments.trades_beta:
+        chosen, target, beta = take(clean, rows), labels[rows], self.arguments.trades_beta
+        if beta:
+            with attacked(kind.model), torch.no_grad():
+                target = kind.model(chosen).softmax(-1)
+        found = kind.attack(epsilon, seed)(kind.model, chosen, target)
+        if beta:
 
             def perturbed_logits() -> Tensor:
                 unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
@@ -141,12 +139,6 @@ class AdversarialTraining:
             return
         with kind.applied(dict(inputs), rows, found) as perturbed:
             yield AdversarialBatch(perturbed, epsilon, rows, labels[rows])
-
-    def _attack(self, kind: PerturbedInputs, clean: Any, labels: Tensor, epsilon: float, seed: int) -> Any:
-        if self.arguments.trades_beta:
-            with attacked(kind.model), torch.no_grad():
-                labels = kind.model(clean).softmax(-1)
-        return kind.attack(epsilon, seed)(kind.model, clean, labels)
 
     def _draws(self, draw: int | Sequence[int]) -> tuple[torch.Generator, int]:
         """A generator for the choice of samples, and a seed for the attack."""

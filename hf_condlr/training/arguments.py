@@ -59,15 +59,13 @@ class AdversarialArguments:
                 is_default = getattr(self, option.name) == option.default
                 self._require(is_default, option.name, "be left alone without an attack", "Set adversarial_attack.")
             return
-        given = self.adversarial_epsilon is not None
-        self._require(
-            given, "adversarial_epsilon", f"be given with {attack}", "For example 8/255 for pixels, 0.1 for texts."
-        )
+        given, norm, steps = self.adversarial_epsilon is not None, self.adversarial_norm, self.adversarial_steps
+        example = "For example 8/255 for pixels, 0.1 for texts."
+        self._require(given, "adversarial_epsilon", f"be given with {attack}", example)
         self.adversarial_epsilon = parse_epsilon(self.adversarial_epsilon)  # type: ignore[arg-type]
         self._require(0 < self.adversarial_epsilon < math.inf, "adversarial_epsilon", "be > 0 and finite")
-        self._require(self.adversarial_norm in (None, "linf", "l2"), "adversarial_norm", "be linf or l2")
-        self._require(is_pgd or self.adversarial_norm != "l2", "adversarial_norm", "be linf with fgsm", "Use pgd.")
-        steps = self.adversarial_steps
+        self._require(norm in (None, "linf", "l2"), "adversarial_norm", "be linf or l2")
+        self._require(is_pgd or norm != "l2", "adversarial_norm", "be linf with fgsm", "Use pgd.")
         self._require(steps is None or steps >= 1, "adversarial_steps", "be ≥ 1")
         self._require(is_pgd or steps is None, "adversarial_steps", "be left alone with fgsm, which is one", "Use pgd.")
         self._require(0 < self.adversarial_share <= 1, "adversarial_share", "lie in (0, 1]")
@@ -76,8 +74,8 @@ class AdversarialArguments:
         if self.trades_beta:
             at_x = "At x itself, where fgsm starts, the divergence has no gradient."
             self._require(is_pgd, "trades_beta", "be 0 with fgsm", at_x)
-            whole = self.adversarial_share == 1
-            self._require(whole, "adversarial_share", "be 1 with TRADES, which sees every sample twice")
+            rule = "be 1 with TRADES, which sees every sample twice"
+            self._require(self.adversarial_share == 1, "adversarial_share", rule)
         mean, std = self.adversarial_image_mean, self.adversarial_image_std
         self._require((mean is None) == (std is None), "adversarial_image_std", "be given with the mean, or neither")
         self._require(std is None or min(std, default=0) > 0, "adversarial_image_std", "be > 0")

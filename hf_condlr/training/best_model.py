@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def has_own_files(model: nn.Module) -> bool:
     """Whether Trainer's own way of loading would miss the factors of a model in a checkpoint.
 
-    A transformers model stores them under names of ours, and a plain module has no loader. A `PeftModel` or a
+    A transformers model stores them under other names, and a plain module has no loader. A `PeftModel` or a
     `SentenceTransformer` loads what it saved itself.
     """
     is_self_loading = hasattr(model, "save_pretrained") and not isinstance(model, PreTrainedModel)

@@ -146,15 +146,14 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
             isinstance(schedule, dict),
             "a checkpoint to resume from must hold the state of the conditioning schedule",
             received=f"none of {type(self).__name__} in its trainer_state.json",
-            remedy="Resume from a checkpoint that a Trainer with this callback wrote, or start from the beginning.",
+            remedy="Resume from a checkpoint of a Trainer with this callback, or start from the beginning.",
             error=OptimizerError,
         )
         return schedule  # type: ignore[return-value]
 
     def settle(self) -> None:
         """Bring the model back to the constraint, while a training is on; see `ManifoldStep.settle`."""
-        handle = self._handle()
-        if handle is not None:
+        if handle := self._handle():
             handle.settle()
 
     def _detach(self) -> None:
@@ -182,8 +181,7 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
         self._veto.lift()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        handle = self._handle()
-        if handle is not None:
+        if handle := self._handle():
             self._before_step = (handle.step_count, _norms(handle))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -192,10 +190,11 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
             return
         # A step that a gradient scaler skips moves nothing.
         moved = any(not torch.equal(x, y) for x, y in zip(self._before_step[1], _norms(handle), strict=True))
+        name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         require(
             not moved,
             "an optimizer step that moves factors must run the hooks of the manifold step",
-            received=f"step {state.global_step + 1} of {_optimizer_name(optimizer)}, which ran none of them",
+            received=f"step {state.global_step + 1} of {name}, which ran none of them",
             remedy="Give the Trainer the optimizer whose step() moves the parameters, not a copy of it or a wrapper.",
             error=OptimizerError,
         )
@@ -221,14 +220,12 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._veto.lift()
-        handle = self._handle()
-        if handle is not None:
+        if handle := self._handle():
             handle.state_dict()  # raises between two projections
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         self._veto.lift()
-        handle = self._handle()
-        if handle is not None:
+        if handle := self._handle():
             handle.check()
             if "train_runtime" in logs:  # the next thing may be to load the best model
                 handle.settle()
@@ -239,11 +236,9 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
 
 
 def condition_records(model: nn.Module, logs: dict[str, Any]) -> dict[str, float]:
-    """What is added to logs that hold a loss: κ, its bound, the orthonormality error and the compression.
+    """κ, its bound, the orthonormality error and the compression, with the prefix of the loss in the Trainer's logs.
 
-    Args:
-        model: Wrapped or not; without factored layers there are no records.
-        logs: Of Trainer. The prefix of the loss ("eval_" of an evaluation) is that of the records.
+    Nothing without a loss, without factored layers, or if the logs have them already.
     """
     loss_key = next((key for key in logs if key == "loss" or key.endswith("_loss")), None)
     if loss_key is None or not factored_layers(model):
@@ -277,7 +272,3 @@ def _norms(handle: ManifoldStep) -> list[Tensor]:
     """The norm of each factor, which differs after a step that moved it; takes 1 % of the time of a manifold step."""
     factors = [local(getattr(layer, kind)).detach() for layer in handle.layers.values() for kind in "USV"]
     return list(torch._foreach_norm(factors))
-
-
-def _optimizer_name(optimizer: Any) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__

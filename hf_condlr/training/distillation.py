@@ -32,7 +32,7 @@ def distillation_loss(
 ) -> Tensor:  # (*, classes), (*, classes), (*) -> ()
     """T² KL(softmax(z_t/T) ‖ softmax(z/T)), mean over the samples or tokens where the mask is true.
 
-    With `multi_label`, each class is a decision of its own: the mean of T² KL(σ(z_t/T) ‖ σ(z/T)) over all entries.
+    With `multi_label`, each class is a separate decision: the mean of T² KL(σ(z_t/T) ‖ σ(z/T)) over all entries.
 
     Source: Hinton, Vinyals, Dean 2015, section 2.
     """
@@ -50,7 +50,7 @@ def is_causal_model(model: nn.Module) -> bool:
 
 
 def predicted_labels(labels: Tensor, is_causal: bool) -> Tensor:
-    """The labels that are predicted: all, or all but the first one of each sample."""
+    """The labels that are predicted: all, or all except the first one of each sample."""
     return labels[:, 1:] if is_causal and labels.dim() == 2 else labels
 
 
@@ -84,12 +84,7 @@ class Distillation:
         self.order = _class_order(student, teacher) if is_classifier else None
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """The mean over the samples or tokens of a batch.
-
-        Args:
-            outputs: Of the student for `inputs`, with logits.
-            inputs: The batch, labels included.
-        """
+        """The mean over the samples or tokens of a batch, from the student's outputs for `inputs`, with labels."""
         labels = inputs.get("labels")
         decodes = getattr(self.config, "is_encoder_decoder", False) and labels is not None and labels.dim() == 2
         hidden = self.label_names - {"labels"} if decodes else self.label_names
@@ -126,13 +121,12 @@ class Distillation:
         """The kind of a classification head's problem, as transformers finds it: from the config or the labels."""
         if logits.dim() != 2 or labels is None:
             return None
-        stated = getattr(self.config, "problem_type", None)
-        if stated is not None:
+        if stated := getattr(self.config, "problem_type", None):
             return stated
         if logits.shape[-1] == 1:
             return "regression"
-        is_multi = labels.is_floating_point() and labels.shape == logits.shape
-        return "multi_label_classification" if is_multi else "single_label_classification"
+        is_multi_label = labels.is_floating_point() and labels.shape == logits.shape
+        return "multi_label_classification" if is_multi_label else None
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:
@@ -141,22 +135,16 @@ def _without_adapter(model: nn.Module) -> nn.Module:
 
 def _class_order(student: nn.Module, teacher: nn.Module) -> Tensor | None:  # -> (classes,)
     """The numbers that the student's classes have in the teacher; None if they are the same."""
-    names = [_class_names(model) for model in (student, teacher)]
-    if None in names or names[0] == names[1] or len(names[0]) == len(names[1]) == 1:  # type: ignore[arg-type]
+    labels = [getattr(getattr(model, "config", None), "id2label", None) or {} for model in (student, teacher)]
+    own, others = ([str(each[index]) for index in sorted(each)] for each in labels)
+    if not own or not others or own == others or len(own) == len(others) == 1:
         return None
-    own, others = names
     require(
-        sorted(own) == sorted(others) and len({*own}) == len(own),  # type: ignore[arg-type,misc]
+        sorted(own) == sorted(others) and len({*own}) == len(own),
         "teacher and student must have the same classes, by their names",
-        received=f"{', '.join(others[:5])} ({len(others)}) of the teacher, "  # type: ignore[index,arg-type]
-        f"{', '.join(own[:5])} ({len(own)}) of the student",  # type: ignore[index,arg-type]
+        received=f"{', '.join(others[:5])} ({len(others)}) of the teacher, {', '.join(own[:5])} ({len(own)}) of the "
+        "student",
         remedy="Set id2label and label2id of both configs to the names of the data's classes.",
         error=ConfigError,
     )
-    return torch.tensor([others.index(name) for name in own])  # type: ignore[union-attr]
-
-
-def _class_names(model: nn.Module) -> list[str] | None:
-    """In the order of the outputs."""
-    labels = getattr(getattr(model, "config", None), "id2label", None)
-    return None if labels is None else [str(labels[index]) for index in sorted(labels)]
+    return torch.tensor([others.index(name) for name in own])

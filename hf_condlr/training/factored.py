@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 class FactoredTrainerMixin:
     """Complete checkpoints of factored models, whether or not their constraint is kept.
 
-    To be put before a Trainer class, of this or another library: `class FactoredSFTTrainer(FactoredTrainerMixin,
+    Place it before a Trainer class, of this or another library: `class FactoredSFTTrainer(FactoredTrainerMixin,
     SFTTrainer)`. Trainer itself looks for dense weights: it could not resume, and would load no best model. A model
     that loads itself (a `PeftModel`, a `SentenceTransformer`) is left to the Trainer; factors that train inside a
-    `PeftModel`, which saves its adapter alone, are saved beside it.
+    `PeftModel`, which saves only its adapter, are saved next to it.
     """
 
     args: Any
@@ -49,7 +49,7 @@ class FactoredTrainerMixin:
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does; with True, go on from the last checkpoint that is complete."""
+        """Train as `Trainer.train` does; with True, resume from the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -63,8 +63,8 @@ class FactoredTrainerMixin:
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save as Trainer does.
 
-        `last_complete_checkpoint` goes by the Trainer's state, which is written last. That of an earlier training under
-        the same name is taken away before anything is overwritten.
+        `last_complete_checkpoint` looks for the Trainer's state, which is written last. The state of an earlier
+        training under the same name is deleted before anything is overwritten.
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
@@ -94,11 +94,10 @@ class FactoredTrainerMixin:
         load_factors(bare, self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of `write_model_card`, with this model's last evaluation; what the user wrote in it stays.
+        """Write the card of `write_model_card`; what the user wrote in it stays.
 
-        Of the arguments of Trainer, `finetuned_from`, `dataset` and `tags` go into it, and also `metrics`, `split` and
-        `robustness` as `write_model_card` takes them, by default those of the last evaluation. What else a card
-        may say stands in its header, which is the user's.
+        It uses Trainer's arguments `finetuned_from`, `dataset` and `tags`, and `metrics`, `split` and `robustness` of
+        `write_model_card`, by default those of the last evaluation.
         """
         model = self.accelerator.unwrap_model(self.model)
         if is_sharded(model):  # the card is made by one process, which does not have the weights

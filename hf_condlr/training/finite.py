@@ -16,17 +16,17 @@ from hf_condlr.errors import OptimizerError, listed, require
 
 logger = logging.getLogger(__name__)
 
-
 PATIENCE = 50  # optimizer steps in a row
+REMEDY = "Lower the learning rate, and resume from the last checkpoint with resume_from_checkpoint=True."
 
 
 class FiniteGradientsCallback(TrainerCallback):
     """Leaves out optimizer steps whose gradients are not finite.
 
     The manifold step keeps NaN out of the factors; this keeps it out of biases, normalisation and heads too, which one
-    NaN would spoil for good: clipping by the norm of all gradients spreads it to every parameter. A step without
-    gradients moves nothing and leaves the optimizer's state alone; the schedules go on. Under GradScaler (fp16), which
-    does the same, nothing is done. The log has the number of such steps of this training as `steps_left_out`.
+    NaN would spoil permanently: clipping by the norm of all gradients spreads it to every parameter. A step without
+    gradients moves nothing and leaves the optimizer's state alone; the schedules continue. Under GradScaler (fp16),
+    which does the same, nothing is done. The log has the number of such steps of this training as `steps_left_out`.
 
     Raises:
         OptimizerError: `PATIENCE` steps in a row were left out, or a checkpoint would have held parameters that are not
@@ -57,10 +57,8 @@ class FiniteGradientsCallback(TrainerCallback):
         step, names = state.global_step + 1, listed(not_finite(gradients))
         if self.steps_left_out == 1:
             logger.warning(
-                "step %d is left out: gradients that are not finite in %s. Later ones are counted in the log as "
-                "steps_left_out; look at the samples of that batch, or lower the learning rate.",
-                step,
-                names,
+                f"step {step} is left out: gradients that are not finite in {names}. Later ones are counted in the log "
+                "as steps_left_out; look at the samples of that batch, or lower the learning rate."
             )
         if self._in_a_row >= PATIENCE:
             broken = not_finite(dict(model.named_parameters()))
@@ -68,8 +66,7 @@ class FiniteGradientsCallback(TrainerCallback):
                 f"one of {PATIENCE} steps must have finite gradients",
                 received=f"none up to step {step}, this time in {names}"
                 + (f"; parameters that are not finite: {listed(broken)}" if broken else ""),
-                remedy="Lower the learning rate, and go on from the last checkpoint with resume_from_checkpoint=True: "
-                "it is complete.",
+                remedy=REMEDY,
             )
         for p in model.parameters():
             p.grad = None
@@ -98,7 +95,7 @@ def require_finite(model: nn.Module, step: int) -> None:
         not anywhere(bool(broken), model.parameters()),
         "a checkpoint must hold finite parameters",
         received=f"NaN or inf in {listed(broken) or 'the rows of another process'} at step {step}",
-        remedy="Lower the learning rate, and go on from the last checkpoint with resume_from_checkpoint=True.",
+        remedy=REMEDY,
         error=OptimizerError,
     )
 

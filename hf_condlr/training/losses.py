@@ -1,4 +1,4 @@
-"""The training loss with the terms of a teacher and of an adversary, whatever computes the loss itself."""
+"""The training loss with the terms of a teacher and of an adversary, for any loss that the Trainer computes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_condlr.training.distillation import Distillation, is_causal_model, predi
 class CombinedLoss:
     """A Trainer's `compute_loss` that adds (1 − λ) loss + λ distillation, and trains on adversarial samples.
 
-    It stands before the Trainer's own `compute_loss`, so that one of a subclass, a `compute_loss_func` and label
-    smoothing work with it. A batch in parts trains as one at once: a loss that takes no notice of `num_items_in_batch`
-    is taken for the mean over the labels of its part. The loss of an evaluation stays plain.
+    It calls the Trainer's own `compute_loss`, so that one of a subclass, a `compute_loss_func` and label smoothing work
+    with it. A batch in parts trains as one batch: a loss that ignores `num_items_in_batch` counts as the mean over the
+    labels of its part. The loss of an evaluation stays plain.
 
-    Random starts depend on the arguments' seed, the optimizer step, the part of its accumulated batch, and the process:
-    a training that is resumed draws what an uninterrupted one would have drawn.
+    Random starts depend on the seed, the optimizer step, the part of its accumulated batch, and the process, so that a
+    resumed training draws the same numbers as an uninterrupted one.
 
     Args:
         trainer: The Trainer, after its construction.
@@ -41,21 +41,19 @@ class CombinedLoss:
             (teacher is not None) == (self.weight > 0),
             "a teacher and distillation_weight > 0 belong together",
             received=f"{'no teacher' if teacher is None else 'a teacher'}, distillation_weight={self.weight}",
-            remedy="Give CondLRTrainer(teacher=dense_model) and CondLRTrainingArguments(distillation_weight=0.5), say, "
-            "or neither.",
+            remedy="Give CondLRTrainer(teacher=...) and, for example, distillation_weight=0.5, or neither.",
             error=ConfigError,
         )
         student = trainer.accelerator.unwrap_model(trainer.model)
         self.is_causal = is_causal_model(student)
         self.distillation: Distillation | None = None
         if teacher is not None:
-            names = trainer.label_names or ()
-            teacher = teacher.to(trainer.args.device)
-            self.distillation = Distillation(teacher, student, arguments.distillation_temperature, names)
+            teacher, temperature = teacher.to(trainer.args.device), arguments.distillation_temperature
+            self.distillation = Distillation(teacher, student, temperature, trainer.label_names or ())
         self.adversary: AdversarialTraining | None = None
         if arguments.adversarial_attack != "none":
-            seed = trainer.args.seed
-            self.adversary = AdversarialTraining(arguments, processor=trainer.processing_class, seed=seed)
+            processor, seed = trainer.processing_class, trainer.args.seed
+            self.adversary = AdversarialTraining(arguments, processor=processor, seed=seed)
         self.follows_item_count: bool | None = None  # not measured yet
         self._part = 0  # of the accumulated batch
         self._errors = torch.zeros(2, dtype=torch.long, device=trainer.args.device)
@@ -72,12 +70,10 @@ class CombinedLoss:
             return self.plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None:
             self._measure(model, inputs, num_items_in_batch)
-        if self.adversary is not None:
-            loss, outputs = self._adversarial(self.adversary, model, inputs, num_items_in_batch)
-        elif self.distillation is not None:
-            loss, outputs = self._distilled(model, inputs, num_items_in_batch)
-        else:
+        if self.adversary is None and self.distillation is None:
             return self._plain(model, inputs, return_outputs, num_items_in_batch)
+        combined = self._distilled if self.adversary is None else self._adversarial
+        loss, outputs = combined(model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _measure(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> None:
@@ -110,13 +106,12 @@ class CombinedLoss:
             return term, outputs
         return (1 - self.weight) * loss + self.weight * term, outputs
 
-    def _adversarial(
-        self, adversary: AdversarialTraining, model: nn.Module, inputs: dict[str, Any], num_items: Any
-    ) -> tuple[Tensor, Any]:
-        state, accelerator = self.trainer.state, self.trainer.accelerator
-        draw = (state.global_step, self._part, accelerator.process_index)
+    def _adversarial(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
+        assert self.adversary is not None
+        accelerator = self.trainer.accelerator
+        draw = (self.trainer.state.global_step, self._part, accelerator.process_index)
         self._part = 0 if accelerator.sync_gradients else self._part + 1
-        with adversary.batch(model, inputs, progress=self._progress(), draw=draw) as batch:
+        with self.adversary.batch(model, inputs, progress=self._progress(), draw=draw) as batch:
             loss, outputs = self._distilled(model, batch.inputs, num_items)
             logits = logits_of(outputs)
             loss = loss + batch.regularizer(logits) * self._share(inputs.get("labels"), num_items)
@@ -135,14 +130,13 @@ class CombinedLoss:
         return share * self.trainer.accelerator.num_processes if is_sum else share
 
     def _progress(self, offset: int = 0) -> float:
-        """The share of the training that is done."""
         state = self.trainer.state
         return (state.global_step + offset) / state.max_steps if state.max_steps > 0 else 1.0
 
     def records(self) -> dict[str, float]:
         """For the log of the loss: ε of the last step, and the share of adversarial samples that were misclassified.
 
-        All processes must call it; the count starts anew.
+        All processes must call it; the count starts again at 0.
         """
         if self.adversary is None:
             return {}

@@ -1,4 +1,4 @@
-"""Factors that train inside a `PeftModel`, which saves its adapter alone."""
+"""Factors that train inside a `PeftModel`, which saves only its adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FACTORS_NAME = "condlr_factors.safetensors"
 
 
 def save_factors(model: nn.Module, folder: str | Path) -> None:
-    """Write the factors of a `PeftModel` beside its adapter, if any of them trains."""
+    """Write the factors of a `PeftModel` next to its adapter, if any of them trains."""
     factors = _factors(model)
     if any(p.requires_grad for p in factors.values()):
         save_file({name: p.detach().contiguous() for name, p in factors.items()}, str(Path(folder, FACTORS_NAME)))

@@ -1,15 +1,18 @@
-"""The inputs that a training perturbs: pixels behind a normalisation, or the embeddings of tokens."""
+"""The inputs that a training perturbs: pixels behind a normalisation, or the embeddings of tokens.
+
+Both classes convert the batches of a training to what attacks take (`clean`), make the attack of one batch (`attack`),
+and yield inputs with which the model's forward pass sees what the attack found in some rows (`applied`).
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_condlr.robustness.attacks.base import Attack, Inputs, require
+from hf_condlr.robustness.attacks.base import Attack, require
 from hf_condlr.robustness.attacks.embeddings import EmbeddingFGM, EmbeddingPGD
 from hf_condlr.robustness.attacks.gradient import FGSM, PGD
 from hf_condlr.robustness.attacks.pixels import PixelModel
@@ -19,36 +22,11 @@ from hf_condlr.training.arguments import AdversarialArguments
 STEPS = 7  # Madry et al. 2018
 
 
-class PerturbedInputs(ABC):
-    """Converts the batches of a training to what attacks take, and back."""
-
-    model: nn.Module
-    """The attacked model: its own normalisation or tokens inside."""
-
-    def __init__(self, arguments: AdversarialArguments) -> None:
-        self.arguments = arguments
-        self.steps = arguments.adversarial_steps or STEPS
-
-    @abstractmethod
-    def clean(self, inputs: Mapping[str, Any]) -> Inputs:
-        """What the attack takes."""
-
-    @abstractmethod
-    def attack(self, epsilon: float, seed: int) -> Attack:
-        """The attack for one batch. It goes on after a sample is misclassified, for training gains from strong ones."""
-
-    @abstractmethod
-    def applied(self, inputs: dict[str, Any], rows: Tensor, found: Inputs) -> Any:
-        """A context in which the model's forward pass of the yielded inputs sees what the attack found in `rows`."""
-
-
-class PixelInputs(PerturbedInputs):
+class PixelInputs:
     """`pixel_values` that an image processor, or a mean and a standard deviation, made of pixels of [0, 1]."""
 
-    model: PixelModel
-
     def __init__(self, model: nn.Module, arguments: AdversarialArguments, processor: Any) -> None:
-        super().__init__(arguments)
+        self.arguments = arguments
         mean, std = arguments.adversarial_image_mean, arguments.adversarial_image_std
         processor = getattr(processor, "image_processor", processor)
         if mean is not None and std is not None:
@@ -76,11 +54,11 @@ class PixelInputs(PerturbedInputs):
         return self.model.denormalize(values)
 
     def attack(self, epsilon: float, seed: int) -> Attack:
-        """FGSM, or PGD in the ball of `adversarial_norm`."""
+        """FGSM, or PGD in the ball of `adversarial_norm`, which continues after a sample is misclassified."""
         if self.arguments.adversarial_attack == "fgsm":
             return FGSM(epsilon)
         norm: Any = self.arguments.adversarial_norm or "linf"
-        return PGD(epsilon, norm=norm, steps=self.steps, seed=seed, early_stop=False)
+        return PGD(epsilon, norm=norm, steps=self.arguments.adversarial_steps or STEPS, seed=seed, early_stop=False)
 
     @contextmanager
     def applied(self, inputs: dict[str, Any], rows: Tensor, found: Tensor) -> Iterator[dict[str, Any]]:
@@ -90,13 +68,11 @@ class PixelInputs(PerturbedInputs):
         yield inputs | {"pixel_values": values}
 
 
-class TokenInputs(PerturbedInputs):
+class TokenInputs:
     """`input_ids` and the other outputs of a tokenizer; the embeddings of the tokens are perturbed."""
 
-    model: TextModel
-
     def __init__(self, model: nn.Module, arguments: AdversarialArguments, tokenizer: Any) -> None:
-        super().__init__(arguments)
+        self.arguments = arguments
         for name in ("adversarial_norm", "adversarial_image_mean", "adversarial_image_std"):
             value = getattr(arguments, name)
             require(value is None, f"{name} is for images and must be left alone for texts", repr(value), "Drop it.")
@@ -105,14 +81,14 @@ class TokenInputs(PerturbedInputs):
     def clean(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The token tensors without the labels."""
         size = len(inputs["labels"])
-        tokens = {name: value for name, value in inputs.items() if name != "labels" and _is_batch(value, size)}
-        return self.model.tokens(tokens)
+        batches = {k: x for k, x in inputs.items() if isinstance(x, Tensor) and x.dim() > 0 and len(x) == size}
+        return self.model.tokens({name: value for name, value in batches.items() if name != "labels"})
 
     def attack(self, epsilon: float, seed: int) -> Attack:
-        """FGM, or PGD, on the embeddings."""
+        """FGM, or PGD that continues after a sample is misclassified, on the embeddings."""
         if self.arguments.adversarial_attack == "fgsm":
             return EmbeddingFGM(epsilon)
-        return EmbeddingPGD(epsilon, steps=self.steps, seed=seed, early_stop=False)
+        return EmbeddingPGD(epsilon, steps=self.arguments.adversarial_steps or STEPS, seed=seed, early_stop=False)
 
     @contextmanager
     def applied(self, inputs: dict[str, Any], rows: Tensor, found: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
@@ -126,7 +102,7 @@ class TokenInputs(PerturbedInputs):
 
 def perturbed_inputs(
     model: nn.Module, inputs: Mapping[str, Any], arguments: AdversarialArguments, processor: Any
-) -> PerturbedInputs:
+) -> PixelInputs | TokenInputs:
     """The conversion for a batch of pixels or of tokens."""
     kinds = [key for key in ("pixel_values", "input_ids") if key in inputs]
     require(
@@ -135,28 +111,19 @@ def perturbed_inputs(
         f"inputs {', '.join(inputs)}",
         "Train an image or a text classifier, with remove_unused_columns if there are others.",
     )
-    kind = PixelInputs if kinds == ["pixel_values"] else TokenInputs
-    return kind(model, arguments, processor)
+    return (PixelInputs if kinds == ["pixel_values"] else TokenInputs)(model, arguments, processor)
 
 
 def class_labels(inputs: Mapping[str, Any]) -> Tensor:  # -> (B,)
-    """The labels, one class for each sample.
-
-    Raises:
-        AttackError: There are none, or they are of tokens, numbers to be regressed, or several for a sample.
-    """
+    """The labels, one class for each sample; raises AttackError if they are anything else."""
     labels = inputs.get("labels")
     require(
         isinstance(labels, Tensor), "adversarial training needs labels", f"inputs {', '.join(inputs)}", "Add labels."
     )
     require(
         labels.dim() == 1 and not labels.is_floating_point(),  # type: ignore[union-attr]
-        "adversarial training is for classifiers of whole samples, with one class number for each",
+        "adversarial training is for models that give one class per sample",
         f"labels {labels.dtype} of shape {tuple(labels.shape)}",  # type: ignore[union-attr]
         "For language models and token-level tasks leave adversarial_attack at none.",
     )
     return labels  # type: ignore[return-value]
-
-
-def _is_batch(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size

@@ -15,9 +15,9 @@ from hf_condlr.training.robust_evaluation import check_evaluation_data, robust_m
 class RobustTrainerMixin:
     """Distillation and adversarial training as the arguments say, and attacks at the end of each `evaluate()`.
 
-    To be put before a Trainer class. The metrics of the attacks (`robust_evaluation.robust_metrics`) stand behind the
-    prefix of the evaluation; `predict()` attacks nothing. A batch that comes in parts (`gradient_accumulation_steps`)
-    trains as one that comes at once, whether or not the model's loss takes notice of `num_items_in_batch`.
+    Place it before a Trainer class. The metrics of the attacks (`robust_evaluation.robust_metrics`) have the prefix of
+    the evaluation; `predict()` attacks nothing. A batch in parts (`gradient_accumulation_steps`) trains as one batch,
+    whether or not the model's loss uses `num_items_in_batch`.
 
     Args:
         teacher: A dense model whose outputs the student also learns (`distillation_weight` > 0).

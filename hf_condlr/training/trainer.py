@@ -31,13 +31,12 @@ OVERRIDDEN = (
 
 
 class CondLRTrainerMixin(RobustTrainerMixin, FactoredTrainerMixin):
-    """Trains with `CondLRCallback` and `FiniteGradientsCallback`. To be put before a Trainer class.
+    """Trains with `CondLRCallback` and `FiniteGradientsCallback`. Place it before a Trainer class.
 
     The arguments may be a `CondLRTrainingArguments`, or a plain `TrainingArguments` for the defaults. A
-    `CondLRCallback` among the `callbacks` takes the place of the one that is made. Gradient clipping (`max_grad_norm`)
-    sees the gradients as backward left them, before their projection on the tangent space. With `projection_interval` >
-    1 the model is settled (`ManifoldStep.settle`) before each evaluation, prediction and saving and when training ends;
-    what is logged in between is of a model outside of the constraint, and has no `kappa_bound`.
+    `CondLRCallback` among the `callbacks` replaces the default one. With `projection_interval` > 1 the model is settled
+    (`ManifoldStep.settle`) before each evaluation, prediction and saving and when training ends; logs in between are of
+    a model outside of the constraint, and have no `kappa_bound`.
 
     Args:
         teacher: A dense model whose outputs the student also learns (`distillation_weight` > 0).
@@ -68,7 +67,7 @@ class CondLRTrainerMixin(RobustTrainerMixin, FactoredTrainerMixin):
         return self.condlr_callback.handle
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but U and V: their decay would be projected away. ‖S‖_F = ‖W‖_F, so S decays as W would."""
+        """All except U and V, whose decay would be projected away. ‖S‖_F = ‖W‖_F, so S decays as W would."""
         bases = {f"{name}.{k}".lstrip(".") for name in factored_layers(model) for k in "UV"}
         return [name for name in super().get_decay_parameter_names(model) if name not in bases]  # type: ignore[misc]
 

@@ -201,8 +201,7 @@ def test_the_trainer_works_with_plain_arguments_or_none(args, tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize("restored", [False, True])
-@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("interval, restored", [(1, False), (4, True)])
 def test_resume_equals_no_interruption(interval, restored, tmp_path):
     """Whether or not transformers restores callbacks itself."""
     dense, rows = dense_bert(), text_data()
@@ -270,7 +269,7 @@ def test_a_training_after_an_interrupt_goes_on(tmp_path):
 def test_a_training_that_is_resumed_from_its_last_step_is_over(tmp_path):
     """20 steps of 6 an epoch: Trainer itself would take step 21."""
     dense, rows = dense_bert(), text_data()
-    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "lr_scheduler_type": "constant"}
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 20, "lr_scheduler_type": "constant"}
     models, steps = [], []
     for checkpoint in (None, str(tmp_path / "checkpoint-20")):
         models.append(convert(copy.deepcopy(dense)))

@@ -28,9 +28,9 @@ def test_explicit_normalisation_takes_the_place_of_a_processor():
         ({"labels": None}, "adversarial training needs labels; received inputs pixel_values"),
         (
             {"labels": torch.zeros(4, 7, dtype=torch.long)},
-            r"whole samples.*received labels torch.int64 of shape \(4, 7\)",
+            r"one class per sample.*received labels torch.int64 of shape \(4, 7\)",
         ),
-        ({"labels": torch.zeros(4)}, r"one class number for each; received labels torch.float32"),
+        ({"labels": torch.zeros(4)}, r"one class per sample; received labels torch.float32"),
         ({"pixel_values": torch.rand(4, 1, 8, 8) * 9}, "values that mean pixels from"),
         ({"pixel_values": None}, "either pixel_values or input_ids; received inputs labels"),
         (
