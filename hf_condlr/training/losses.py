@@ -41,7 +41,7 @@ class CombinedLoss:
             (teacher is not None) == (self.weight > 0),
             "a teacher and distillation_weight > 0 belong together",
             received=f"{'no teacher' if teacher is None else 'a teacher'}, distillation_weight={self.weight}",
-            remedy="Give CondLRTrainer(teacher=...) and, for example, distillation_weight=0.5, or neither.",
+            remedy="Give CondLRTrainer a teacher and CondLRTrainingArguments(distillation_weight=0.5), or neither.",
             error=ConfigError,
         )
         student = trainer.accelerator.unwrap_model(trainer.model)

@@ -1,4 +1,4 @@
-"""A batch in parts trains as one at once, for every head, behind wrappers, and with losses of one's own."""
+"""A batch in parts trains as one at once, for every head, behind wrappers, and with own losses."""
 
 import copy
 
@@ -134,7 +134,7 @@ def test_4_by_2_is_1_by_8(head, tmp_path):
 
 
 def focal(outputs, labels, num_items_in_batch=None):
-    """A mean that takes no notice of the number of items."""
+    """A mean that ignores the number of items."""
     logits = outputs["logits"]
     p = logits.log_softmax(-1).gather(1, labels[:, None]).exp()
     return ((1 - p) ** 2 * -p.log()).mean()
@@ -212,7 +212,7 @@ def test_outputs_are_not_asked_for_where_nobody_needs_them(tmp_path):
 
 
 def test_a_plain_trainer_is_wrong_by_the_number_of_parts(tmp_path):
-    """Why it is measured; when this fails, transformers has mended it (huggingface/transformers#47688)."""
+    """Why it is measured; when this fails, transformers has corrected it (huggingface/transformers#47688)."""
     model, rows = dense_bert().double(), text_data(8)
     moved = []
     for parts in (1, 4):

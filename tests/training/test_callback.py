@@ -1,4 +1,4 @@
-"""CondLRCallback: the constraint in any Trainer, whoever makes the optimizer, and nothing lost on resume."""
+"""CondLRCallback: the constraint in any Trainer, wherever the optimizer was created, and nothing lost on resume."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from tests.training.tiny import (
 
 
 class FactoredPlainTrainer(FactoredTrainerMixin, Trainer):
-    """A foreign Trainer with the checkpoints of factored models."""
+    """Another Trainer with the checkpoints of factored models."""
 
 
 def plain(folder, cls=Trainer, **options):
@@ -46,7 +46,7 @@ def callback_of(trainer):
     return next(x for x in trainer.callback_handler.callbacks if isinstance(x, CondLRCallback))
 
 
-# ------------------------------------------------------------------------------------------ whoever makes the optimizer
+# ------------------------------------------------------------------------------------- where the optimizer comes from
 
 
 class LayerWiseRates(Trainer):
@@ -377,7 +377,7 @@ def test_the_model_is_settled_before_evaluations_and_checkpoints(tmp_path):
     assert seen == dict.fromkeys((3, 5, 6, 9, 10, 12), True)
 
 
-def test_an_evaluation_between_projections_is_an_error_in_a_foreign_trainer_only(tmp_path):
+def test_an_evaluation_between_projections_is_an_error_in_another_trainer_only(tmp_path):
     options = {"learning_rate": 3e-2, "callback": CondLRCallback(projection_interval=4), "callbacks": [Look()]}
     with pytest.raises(OptimizerError, match=r"where the constraint holds; received step 2, between two projections"):
         plain(tmp_path, **options).train()

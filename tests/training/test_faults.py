@@ -77,7 +77,7 @@ def test_inf_in_one_entry_of_one_gradient_is_named(tmp_path, caplog):
 
 
 def test_a_training_that_is_lost_ends_with_an_error(tmp_path, monkeypatch):
-    """Nothing but NaN: weights are as they were before, and the last checkpoint can be gone on from."""
+    """Nothing but NaN: weights are as they were before, and training can resume from the last checkpoint."""
     monkeypatch.setattr(finite, "PATIENCE", 4)
     model = convert(dense_vit())
     trainer = trainer_of(tmp_path, model, save_strategy="steps", save_steps=2)
@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize("kind", "USV")
 def test_factors_that_are_not_finite_are_refused_by_name(kind):
-    """When the step is attached, and when somebody writes them later, before the optimizer moves anything."""
+    """When the step is attached, and when other code writes them later, before the optimizer moves anything."""
     model = nn.ModuleDict({"a": LowRankLinear(8, 6, 3), "b": LowRankLinear(8, 6, 3)})
     optimizer = torch.optim.AdamW(model.parameters())
     handle = attach_manifold_step(optimizer, model)
@@ -146,7 +146,7 @@ def test_zero_gradients_a_layer_without_any_and_a_batch_of_one(tmp_path):
 
 
 def test_a_full_disk_while_the_optimizer_is_saved(tmp_path, monkeypatch):
-    """The error comes through; the old checkpoint is what is gone on from, to the same end."""
+    """The error comes through; training resumes from the old checkpoint, to the same end."""
     dense, rows, save = dense_vit(), image_data(), torch.save
     options = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
     whole = trainer_of(tmp_path / "whole", convert(copy.deepcopy(dense)), rows, **options)

@@ -99,7 +99,7 @@ def test_sft(tmp_path, tokenizer):
 
 
 def test_dpo(tmp_path, tokenizer):
-    """With a reference of its own: DPO would load the checkpoint that the model came from."""
+    """With its own reference: DPO would load the checkpoint that the model came from."""
     trl = pytest.importorskip("trl")
     texts = [" " + text for text in sentences(32)]
     rows = Dataset.from_dict({"prompt": sentences(16), "chosen": texts[:16], "rejected": texts[16:]})
@@ -165,7 +165,7 @@ def test_sentence_transformers(tmp_path, tokenizer):
 
 
 def test_a_peft_model_whose_factors_train(tmp_path):
-    """PEFT saves its adapter alone; the factors are saved beside it."""
+    """PEFT saves only its adapter; the factors are saved next to it."""
     rows = token_data(16)
 
     def make(cls, model, callbacks, options):
