@@ -42,8 +42,9 @@ def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
     n = bits.shape[1]
     width = math.isqrt(n) | 1
     height = n // width
-    sums = bits[:, : height * width].unflatten(1, (height, width)).sum(1, dtype=torch.int64)
-    sums[:, : n - height * width] += bits[:, height * width :]
+    table, rest = bits.split([height * width, n - height * width], dim=1)
+    sums = table.unflatten(1, (height, width)).sum(1, dtype=torch.int64)
+    sums.narrow(1, 0, rest.shape[1]).add_(rest)
     sums += sums >> 32  # otherwise an even number of changed signs could vanish modulo 2⁶⁴
     return (sums * (2 * torch.arange(width, device=X.device) + 1)).sum(1)
 
