@@ -37,6 +37,8 @@ def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
     if not X.numel():  # no rows on this process
         return torch.zeros(len(X), dtype=torch.int64, device=X.device)
     flat = X.detach().flatten(1).contiguous()
+    if flat.storage_offset() % 2:  # rows of another tensor, which cannot be read in pairs
+        flat = flat.clone()
     in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
     bits = flat.view(torch.int64 if in_pairs else torch.int32)
     n = bits.shape[1]
