@@ -37,13 +37,16 @@ def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
     if not X.numel():  # no rows on this process
         return torch.zeros(len(X), dtype=torch.int64, device=X.device)
     flat = X.detach().flatten(1).contiguous()
+    if flat.storage_offset() % 2:  # rows of another tensor, which cannot be read in pairs
+        flat = flat.clone()
     in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
     bits = flat.view(torch.int64 if in_pairs else torch.int32)
     n = bits.shape[1]
     width = math.isqrt(n) | 1
     height = n // width
-    sums = bits[:, : height * width].unflatten(1, (height, width)).sum(1, dtype=torch.int64)
-    sums[:, : n - height * width] += bits[:, height * width :]
+    table, rest = bits.split([height * width, n - height * width], dim=1)
+    sums = table.unflatten(1, (height, width)).sum(1, dtype=torch.int64)
+    sums.narrow(1, 0, rest.shape[1]).add_(rest)
     sums += sums >> 32  # otherwise an even number of changed signs could vanish modulo 2⁶⁴
     return (sums * (2 * torch.arange(width, device=X.device) + 1)).sum(1)
 

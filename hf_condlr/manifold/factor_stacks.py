@@ -65,7 +65,7 @@ class FactorStacks:
 
     def regroup(self, step: int, *, all_cores: bool = False) -> None:
         """Make the stacks of the step after `step`. The old ones must be settled."""
-        known = {}
+        known: dict[nn.Parameter, Tensor] = {}
         for stack in self._all():
             if stack.sums is not None:
                 known.update(zip(stack.parameters, stack.sums.unbind(), strict=True))
@@ -93,7 +93,7 @@ class FactorStacks:
                 stack.begin_step()
             else:
                 stack.begin_interval()
-        known = self._known()
+        known = all(stack.sums is not None for stack in self._all())
         for stack in self._others:
             if stack.sums is None:
                 stack.remember()
@@ -162,15 +162,16 @@ class FactorStacks:
         self._settled(step)
 
     def written(self) -> bool:
-        """Whether others have written factors since the last step. Waits for the device."""
-        if self.stepping or not self._all() or not self._known():
-            return False
-        for stack in self._all():
-            stack.look()
-        return bool(_any_written(self._all()))
+        """Whether others have written factors since the last step. Waits; all processes must call it."""
+        self.names_written()
+        return self._all_known() and bool(_any_written(self._all()))
 
     def names_written(self) -> list[str]:
-        """The factors that were `written`, on this process."""
+        """The factors of which others have written this process's rows since the last step. Waits for the device."""
+        if not self._all_known():
+            return []
+        for stack in self._all():
+            stack.look()
         return [n for x in self._all() for n, flag in zip(x.names, x.written.tolist(), strict=True) if flag]
 
     def publish_bounds(self, step: int) -> None:
@@ -193,9 +194,9 @@ class FactorStacks:
     def _all(self) -> list[Stack]:
         return [*self._bases, *self._cores, *self._others]
 
-    def _known(self) -> bool:
+    def _all_known(self) -> bool:
         """Whether every stack has checksums of the values that the last step left."""
-        return all(stack.sums is not None for stack in self._all())
+        return not self.stepping and bool(self._key or self._cores) and all(x.sums is not None for x in self._all())
 
     def _settled(self, step: int) -> None:
         self.stepping = self.unsettled = False  # before the copies go, so that an interrupt does no harm

@@ -10,8 +10,7 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import full_tensor, write_full, write_local
 from hf_condlr.errors import ConditioningError, require
 from hf_condlr.layers import LowRankLayer
-from hf_condlr.linalg import is_orthonormal, obeys_bound
-from hf_condlr.manifold.schedule import kappa_of
+from hf_condlr.linalg import is_orthonormal
 
 
 @torch.no_grad()
@@ -22,31 +21,17 @@ def orthonormalize_bases(layers: dict[str, LowRankLayer]) -> None:
         ConditioningError: A factor is not finite.
     """
     for name, layer in layers.items():
-        error = _largest_error(layer)
+        errors = orthonormality_error(layer.U).item(), orthonormality_error(layer.V).item()
         require(
-            math.isfinite(error) and torch.isfinite(full_tensor(layer.S)).all(),
+            math.isfinite(sum(errors)) and torch.isfinite(full_tensor(layer.S)).all(),
             "factors must be finite",
             received=f"NaN or inf in {name}",
             remedy="Load or convert the model again.",
             error=ConditioningError,
         )
-        if not is_orthonormal(error, layer.r):
+        if not is_orthonormal(max(errors), layer.r):
             Q_U, S, Q_V = orthonormalize(layer.U, layer.S, layer.V)
             write_local(layer.U, Q_U)
             write_full(layer.S, S)
             write_local(layer.V, Q_V)
             layer.refresh_bound()
-
-
-@torch.no_grad()
-def withdraw_bounds(layers: dict[str, LowRankLayer]) -> None:
-    """Let layers whose factors do not obey the bound that they state say so: their bound becomes inf."""
-    for layer in layers.values():
-        obeys = obeys_bound(kappa_of(layer), layer.bound) and is_orthonormal(_largest_error(layer), layer.r)
-        if not obeys:
-            layer.bound = math.inf
-
-
-def _largest_error(layer: LowRankLayer) -> float:
-    """The larger of both bases' errors; NaN if one is."""
-    return torch.stack([orthonormality_error(layer.U), orthonormality_error(layer.V)]).amax().item()

@@ -79,11 +79,20 @@ class BoundSchedule:
         return {"warmup_steps": self.warmup_steps, "initial_condition": dict(self.initial_condition)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the schedule that `state_dict` describes. Nothing changes if it is refused.
+        """Go on with the schedule of a handle's `state_dict`. Nothing changes if it is refused.
 
         Raises:
             OptimizerError: The state is of other layers, or its numbers are out of range.
         """
+        missing = {"step_count", "warmup_steps", "initial_condition"} - set(state if isinstance(state, dict) else ())
+        require(
+            not missing,
+            "the state must be that of a manifold step",
+            received=f"no {listed(sorted(missing))}",
+            remedy="Load what state_dict() of the handle returned.",
+            error=OptimizerError,
+        )
+        require_count("step_count", state["step_count"], 0, "Load a state that state_dict() made.")
         warmup_steps, initial = state["warmup_steps"], state["initial_condition"]
         require_count("warmup_steps", warmup_steps, 0, "Load a state that state_dict() made.")
         require(

@@ -17,6 +17,7 @@ After it:
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hf_condlr.distributed.replicas import check_replicas, is_due, several_proce
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import ConditioningError, OptimizerError, listed, require
 from hf_condlr.layers import factored_layers
+from hf_condlr.linalg import obeys_bound
 from hf_condlr.manifold.factor_stacks import FactorStacks
 from hf_condlr.manifold.optimizers import (
     check_attached,
@@ -40,8 +42,8 @@ from hf_condlr.manifold.optimizers import (
     is_skipped,
     with_inner,
 )
-from hf_condlr.manifold.orthonormal import orthonormalize_bases, withdraw_bounds
-from hf_condlr.manifold.schedule import BoundSchedule, require_count
+from hf_condlr.manifold.orthonormal import orthonormalize_bases
+from hf_condlr.manifold.schedule import BoundSchedule, kappa_of, require_count
 from hf_condlr.manifold.unguarded import forget, guard
 
 logger = logging.getLogger(__name__)
@@ -219,24 +221,24 @@ class ManifoldStep:
         On a CPU every step ends with it. A GPU would have to be waited for: there the flags of a step stay on the
         device until `check`, `settle`, `state_dict` or `remove` is called, and the Trainer does where it logs.
 
-        Warn, too, of factors that were written after the last step. Until the next one, or `settle`, the `bound` of a
-        layer that does not obey it is inf.
+        Warn, too, of factors that others wrote after the last step: until the next one, or `settle`, no bound is in
+        force in their layers.
 
         Raises:
             ConditioningError: An update would have made a core zero. The core has its last conditioned value.
         """
         self._report()
-        reshard(self._model)
-        if self._stacks.written():
-            withdraw_bounds(self.layers)
+        written = self._stacks.names_written()
+        for name in written:
+            self.layers[name.rpartition(".")[0]].bound = math.inf
+        if written:
             logger.warning(
-                "%s were written after step %d: the constraint may not hold until the next step, or settle() is called",
-                listed(self._stacks.names_written()),
+                "%s were written after step %d: no bound is in force there until the next step, or settle() is called",
+                listed(written),
                 self.step_count,
             )
 
-    def _report(self) -> None:
-        """The part of `check` that every step on a CPU ends with."""
+    def _report(self) -> None:  # what every step on a CPU ends with
         held, vanished = self._stacks.held(), self._stacks.vanished()
         if held:
             factors = factors_of(self.layers)
@@ -280,15 +282,6 @@ class ManifoldStep:
         Raises:
             OptimizerError: The state is not one of a manifold step, is of other layers, or is out of range.
         """
-        missing = {"step_count", "warmup_steps", "initial_condition"} - set(state if isinstance(state, dict) else ())
-        require(
-            not missing,
-            "the state must be that of a manifold step",
-            received=f"no {listed(sorted(missing))}",
-            remedy="Load what state_dict() of the handle returned.",
-            error=OptimizerError,
-        )
-        require_count("step_count", state["step_count"], 0, "Load a state that state_dict() made.")
         self.schedule.load_state_dict(state)
         self.step_count = state["step_count"]
         reshard(self._model)
@@ -296,7 +289,9 @@ class ManifoldStep:
         orthonormalize_bases(self.layers)
         if self.step_count:
             self._stacks.publish_bounds(self.step_count)
-            withdraw_bounds(self.layers)  # the weights may be of another moment
+            for layer in self.layers.values():  # the weights may be of another moment
+                if not obeys_bound(kappa_of(layer), layer.bound):
+                    layer.bound = math.inf
 
     def remove(self) -> None:
         """Settle the model and detach from the optimizer: from now on nothing keeps the constraint."""

@@ -149,7 +149,7 @@ def flags(folder):
     for shape in ((size,), (1, size), (size, 1)):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "rows")[-len(shape) :])
         parameters = list(shard(make_model(), mesh=mesh).parameters())
-        seen += [[anywhere(dist.get_rank() == rank, parameters) for rank in range(size + 1)]]
+        seen += [[bool(anywhere(dist.get_rank() == rank, parameters)) for rank in range(size + 1)]]
     return seen
 
 
