@@ -37,8 +37,6 @@ def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
     if not X.numel():  # no rows on this process
         return torch.zeros(len(X), dtype=torch.int64, device=X.device)
     flat = X.detach().flatten(1).contiguous()
-    if flat.storage_offset() % 2:  # rows of another tensor, which cannot be read in pairs
-        flat = flat.clone()
     in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
     bits = flat.view(torch.int64 if in_pairs else torch.int32)
     n = bits.shape[1]
@@ -69,7 +67,7 @@ def check_replicas(factors: Mapping[str, Tensor], numbers: dict[str, float], *, 
     if not copies:
         return
     device = next(iter(copies.values())).device
-    sums = torch.cat([checksums(X[None]).to(device) for X in copies.values()])
+    sums = torch.cat([checksums(X[None].clone()).to(device) for X in copies.values()])
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device).view(torch.int64)
     mine = torch.cat([sums, values])
     extremes = torch.cat([mine, mine.bitwise_not()])  # the largest ~x is that of the smallest x; −x can overflow

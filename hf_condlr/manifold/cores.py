@@ -85,7 +85,7 @@ class CoreStack(Stack):
             previous_bounds = bound_at(initial, final, previous) if self.by_products else bounds  # else not looked at
             results = self._condition(*map(self._own_cores, (S, start, bounds, previous_bounds)))
             S, followed, vanished = yield [self._among_all(X) for X in results]
-            S = self.rows.own(S)
+            S = self.rows.own(S).clone()  # a view at an odd offset has no checksum
             self.usable = self.usable & (followed > 0)
             self.vanished_at = torch.where((vanished > 0) & (self.vanished_at == 0), step, self.vanished_at)
         self._write(S)

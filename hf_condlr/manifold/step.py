@@ -221,8 +221,7 @@ class ManifoldStep:
         On a CPU every step ends with it. A GPU would have to be waited for: there the flags of a step stay on the
         device until `check`, `settle`, `state_dict` or `remove` is called, and the Trainer does where it logs.
 
-        Warn, too, of factors that others wrote after the last step: until the next one, or `settle`, no bound is in
-        force in their layers.
+        Warn, too, of factors that others wrote after the last step: no bound is in force there until the next one.
 
         Raises:
             ConditioningError: An update would have made a core zero. The core has its last conditioned value.
