@@ -1,6 +1,7 @@
 """Bases U and V of equal shape: their gradients are projected before the optimizer's step, they are retracted after it.
 
-Formulas are written for U. Every product over rows is a sum over the processes that share them.
+Formulas are written for U, with U₀ = `start`. Each `yield` asks for the sums of its terms over all processes that hold
+rows of these factors (`distributed.collectives`); with one process they come back as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class BasisStack(Stack):
         self.cores, self.full_tangent = cores, full_tangent
 
     def project_gradients(self, metric_scaling: bool) -> Work[None]:
-        """G ← (I − UUᵀ)G with U of the last projection; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
+        """G ← (I − U₀U₀ᵀ)G, or G − U₀ sym(U₀ᵀG) with `full_tangent`; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
         G, unusable = self._gradients()
         terms = [self.start.mT @ G, unusable]
         if metric_scaling:
@@ -51,7 +52,7 @@ class BasisStack(Stack):
         self._write_gradients(G)
 
     def retract_update(self, step: int) -> Work[None]:
-        """U ← R(U + Δ) with Δ the tangent part of the displacement since the last projection.
+        """U ← R(U₀ + Δ) with Δ the tangent part of the displacement U − U₀ since the last projection.
 
         R is Cholesky-QR, and Householder QR where a step of several times the size of U makes that inaccurate. What
         did not move stays bitwise.
@@ -59,23 +60,23 @@ class BasisStack(Stack):
         new, unusable = self._update()
         (unusable,) = yield [unusable]
         displacement = self._accept(new, unusable).sub_(self.start)
-        sound = finite(displacement)
-        displacement = select(sound, displacement, 0.0)
-        product, moves, unsound = yield [
+        finite_here = finite(displacement)
+        displacement = select(finite_here, displacement, 0.0)
+        product, moves, not_finite = yield [
             self.start.mT @ displacement,
             as_number(moved(displacement), displacement),
-            as_number(sound.logical_not(), displacement),
+            as_number(finite_here.logical_not(), displacement),
         ]
         # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
         X = self._tangent_part(displacement, product).add_(self.start)
         (gram,) = yield [X.mT @ X]
-        retracted, sound = retract_cholesky(X, gram)
+        retracted, accurate = retract_cholesky(X, gram)
         # To see whether Householder QR is needed the host waits for the device. Where it must not, the factor is held.
-        if not (self.sums is not None and masks.runs_ahead(X)) and not sound.all():
-            rest = sound.logical_not()
+        if not (self.checksums is not None and masks.runs_ahead(X)) and not accurate.all():
+            rest = accurate.logical_not()
             retracted[rest], R, _ = yield from qr_of_rows(X[rest], self.rows)
-            sound[rest] = finite(R)
-        sound = sound & (unsound == 0)
+            accurate[rest] = finite(R)
+        sound = accurate & (not_finite == 0)
         result = select(sound & (moves > 0), retracted, self.start)
         self._write(result)
         self.remember(result)
@@ -83,6 +84,6 @@ class BasisStack(Stack):
         self._record(step)
 
     def _tangent_part(self, X: Tensor, product: Tensor) -> Tensor:  # (L, m, r), (L, r, r) -> (L, m, r)
-        """The projection at U of the last projection, given UᵀX of all rows."""
+        """X projected on the tangent space at U₀ (`full_tangent`) or its horizontal part, given U₀ᵀX of all rows."""
         project = project_tangent if self.full_tangent else project_horizontal
         return project(self.start, X, product)

@@ -28,7 +28,7 @@ class CoreStack(Stack):
     """Cores S, (L, r, r). Those without a gradient belong to it too, since their bound may have tightened.
 
     Args:
-        layers: Names of the layers.
+        layer_names: Names of the layers.
         parameters: The cores, all with a gradient or all without.
         endpoints: κ_0 and 1 + τ of each layer, where its bound starts and ends; 1 + τ is inf for all or for none.
         center: The interval that singular values are clipped to.
@@ -42,14 +42,14 @@ class CoreStack(Stack):
 
     def __init__(
         self,
-        layers: list[str],
+        layer_names: list[str],
         parameters: list[nn.Parameter],
         endpoints: list[tuple[float, float]],
         center: Center,
         number: int = 0,
     ) -> None:
-        super().__init__([f"{name}.S" for name in layers], parameters)
-        self.layers, self.center = layers, center
+        super().__init__([f"{name}.S" for name in layer_names], parameters)
+        self.layer_names, self.center = layer_names, center
         self.vanished_at = torch.zeros_like(self.held_at)
         self._turn = (self.rows.index - number) % self.rows.size
         self.bounded = not math.isinf(endpoints[0][1])
@@ -71,7 +71,7 @@ class CoreStack(Stack):
             self._write_gradients(select(self.usable, G, 0.0))
 
     def condition_update(self, progress: float, previous: float, step: int) -> Work[None]:
-        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`. At the last projection p was `previous` or more.
+        """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; S₀ = `start` obeys the bound at `previous`.
 
         Sharded cores are gathered, each is conditioned by one process, and every process keeps its rows of the results.
         """
@@ -94,7 +94,7 @@ class CoreStack(Stack):
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero}; clears the record. Waits for the device."""
-        found = {name: step for name, step in zip(self.layers, self.vanished_at.tolist(), strict=True) if step}
+        found = {name: step for name, step in zip(self.layer_names, self.vanished_at.tolist(), strict=True) if step}
         self.vanished_at = torch.zeros_like(self.vanished_at)
         return found
 
@@ -116,20 +116,22 @@ class CoreStack(Stack):
         """S within `bounds`, which of the results follow S, and which S vanished; both as numbers, to be summed."""
         if not len(S):
             return S, S.new_zeros(0), S.new_zeros(0)
-        conditionable, possible = is_conditionable(S), is_conditionable(start)
+        conditionable, start_is_usable = is_conditionable(S), is_conditionable(start)
         # A start that is zero or not finite was written by others: there is no value to go back to.
-        impossible, identity = start, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        start = select(possible, start, identity)
+        given_start, identity = start, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        start = select(start_is_usable, start, identity)
         followed = conditionable
-        vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflown
+        vanished = conditionable.logical_not() & (S.abs().amax(dim=(1, 2)) < 1)  # the others have overflowed
         S = select(conditionable, S, start)
-        if self.by_products and (self.sums is not None or (bool(possible.all()) and _obey(start, previous_bounds))):
+        if self.by_products and (
+            self.checksums is not None or (bool(start_is_usable.all()) and _obey(start, previous_bounds))
+        ):
             S, clipped = clip_core_by_products(S, bounds, self.center, start)
             followed = followed & clipped
         else:
             S = clamp_singular_values(S, bounds - 1, center=self.center)
-        vanished = vanished | (possible | followed).logical_not()
-        return select(possible | followed, S, impossible), as_number(followed, S), as_number(vanished, S)
+        vanished = vanished | (start_is_usable | followed).logical_not()
+        return select(start_is_usable | followed, S, given_start), as_number(followed, S), as_number(vanished, S)
 
 
 def _obey(S: Tensor, bounds: Tensor) -> bool:  # (L, r, r), (L,)

@@ -14,7 +14,7 @@ from hf_condlr.manifold import masks
 from hf_condlr.manifold.bases import BasisStack
 from hf_condlr.manifold.cores import CoreStack
 from hf_condlr.manifold.grouping import basis_stacks, core_stacks, grouping_key, other_stacks, tolerances
-from hf_condlr.manifold.orthonormal import orthonormalize_bases
+from hf_condlr.manifold.repair import orthonormalize_bases
 from hf_condlr.manifold.schedule import BoundSchedule
 from hf_condlr.manifold.stack import Stack
 
@@ -59,7 +59,7 @@ class FactorStacks:
         pairs = zip(_gradients(self.layers), self._gradients, strict=True)
         return all(p is q and version == other for (p, version), (q, other) in pairs)
 
-    def fit(self, step: int) -> bool:
+    def still_fit(self, step: int) -> bool:
         """Whether the stacks hold what the step after `step` moves: the same factors have gradients as in the last."""
         return self._key == grouping_key(self.layers, all_cores=self._cores_must_follow(step))
 
@@ -67,15 +67,15 @@ class FactorStacks:
         """Make the stacks of the step after `step`. The old ones must be settled."""
         known: dict[nn.Parameter, Tensor] = {}
         for stack in self._all():
-            if stack.sums is not None:
-                known.update(zip(stack.parameters, stack.sums.unbind(), strict=True))
+            if stack.checksums is not None:
+                known.update(zip(stack.parameters, stack.checksums.unbind(), strict=True))
         all_cores |= self._cores_must_follow(step)
         bases = basis_stacks(self.layers)
         cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=all_cores)
         others = other_stacks(self.layers, [*bases, *cores])
         for stack in (*bases, *cores, *others):
             if all(p in known for p in stack.parameters):
-                stack.sums = torch.stack([known[p].to(stack.held_at.device) for p in stack.parameters])
+                stack.checksums = torch.stack([known[p].to(stack.held_at.device) for p in stack.parameters])
         self._bases, self._cores, self._others = bases, cores, others
         self._key, self._tolerances = grouping_key(self.layers, all_cores=all_cores), tolerances(self.layers)
 
@@ -93,9 +93,9 @@ class FactorStacks:
                 stack.begin_step()
             else:
                 stack.begin_interval()
-        known = all(stack.sums is not None for stack in self._all())
+        known = all(stack.checksums is not None for stack in self._all())
         for stack in self._others:
-            if stack.sums is None:
+            if stack.checksums is None:
                 stack.remember()
             stack.look()
         if not known:
@@ -196,7 +196,9 @@ class FactorStacks:
 
     def _all_known(self) -> bool:
         """Whether every stack has checksums of the values that the last step left."""
-        return not self.stepping and bool(self._key or self._cores) and all(x.sums is not None for x in self._all())
+        return (
+            not self.stepping and bool(self._key or self._cores) and all(x.checksums is not None for x in self._all())
+        )
 
     def _settled(self, step: int) -> None:
         self.stepping = self.unsettled = False  # before the copies go, so that an interrupt does no harm
@@ -207,7 +209,7 @@ class FactorStacks:
 
     def _forget(self) -> None:
         for stack in self._all():
-            stack.sums = None
+            stack.checksums = None
 
     def _cores_must_follow(self, step: int) -> bool:
         """Whether frozen cores take part: while bounds tighten, they have to follow."""

@@ -61,7 +61,7 @@ def core_stacks(
     )
     stacks: list[CoreStack] = []
     for names, ps, pairs, keys in _grouped(rows):
-        stacks.append(CoreStack(names, ps, pairs, keys[0][0], sum(len(stack.layers) for stack in stacks)))
+        stacks.append(CoreStack(names, ps, pairs, keys[0][0], sum(len(stack.names) for stack in stacks)))
     return stacks
 
 

@@ -19,9 +19,9 @@ class Stack:
 
     Attributes:
         rows: Which of the m rows this process holds.
-        start: Values at the last projection, (L, m, r), kept until the next one.
+        start: U₀, the values at the last projection, (L, m, r), kept until the next one.
         old: Values before the optimizer's step, (L, m, r).
-        sums: (L,) int64: checksums of the values after the last step, or None where they are not known.
+        checksums: (L,) int64: checksums of the values after the last step, or None where they are not known.
         written: (L,) bool: the values before this step are not those after the last one.
         usable: (L,) bool: gradient and update are finite, on all processes, and nobody else has written the factor.
             Other factors keep their old values.
@@ -37,7 +37,7 @@ class Stack:
         self.names, self.parameters = names, parameters
         self.rows = rows_of(parameters[0])
         self.held_at = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
-        self.sums: Tensor | None = None
+        self.checksums: Tensor | None = None
 
     def begin_interval(self) -> None:
         """Before the first step after a projection: keep the values as `start`."""
@@ -54,11 +54,11 @@ class Stack:
     def look(self, values: Tensor | None = None) -> None:
         """Find out which factors others have `written`; none where no checksums are known."""
         found = checksums(self._values() if values is None else values)
-        self.written = found != (found if self.sums is None else self.sums.to(found.device))
+        self.written = found != (found if self.checksums is None else self.checksums.to(found.device))
 
     def remember(self, values: Tensor | None = None) -> None:
         """Take the values, or the present ones, as those that the step left."""
-        self.sums = checksums(self._values() if values is None else values)
+        self.checksums = checksums(self._values() if values is None else values)
 
     def hold_update(self, step: int) -> Work[None]:
         """After a step that no projection follows: factors that are not usable go back to their old values."""

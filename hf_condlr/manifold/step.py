@@ -4,13 +4,13 @@ Riemannian gradient flow on the factors, U̇ = −(I−UUᵀ) G_U (SSᵀ)⁻¹, 
 2306.01485). κ(S) ≤ 1 + τ makes (SSᵀ)⁻¹ ≈ c⁻² I, c² = ‖S‖_F²/r, so that an ordinary optimizer can integrate it.
 
 Before `optimizer.step()`:
-1. gradients that are not finite become zero, and their factors are marked;
-2. G_U ← (I − UUᵀ)G_U, or G_U − U sym(UᵀG_U) where S is frozen; likewise G_V;
-3. G_U ← G_U / c² with metric scaling;
-4. U_old, V_old and S_old are kept.
+1. U₀, V₀ and S₀ are kept, the values at the last projection: with `projection_interval` = 1 those of the last step;
+2. gradients that are not finite become zero, and their factors are marked;
+3. G_U ← (I − U₀U₀ᵀ)G_U, or G_U − U₀ sym(U₀ᵀG_U) where S is frozen; likewise G_V;
+4. G_U ← G_U / c² with metric scaling.
 After it:
-5. marked factors get their old values back; of the others Δ ← (I − U_old U_oldᵀ)(U_new − U_old);
-6. U ← R(U_old + Δ), the retraction, by Cholesky-QR;
+5. marked factors get their old values back; of the others Δ ← (I − U₀U₀ᵀ)(U_new − U₀);
+6. U ← R(U₀ + Δ), the retraction, by Cholesky-QR;
 7. the singular values of S are clipped so that κ(S) ≤ 1 + τ(t); a core that obeys the bound stays bitwise as it is.
 """
 
@@ -31,7 +31,8 @@ from hf_condlr.errors import ConditioningError, OptimizerError, listed, require
 from hf_condlr.layers import factored_layers
 from hf_condlr.linalg import obeys_bound
 from hf_condlr.manifold.factor_stacks import FactorStacks
-from hf_condlr.manifold.optimizers import (
+from hf_condlr.manifold.repair import orthonormalize_bases
+from hf_condlr.manifold.requirements import (
     check_attached,
     check_closure,
     check_layers,
@@ -42,7 +43,6 @@ from hf_condlr.manifold.optimizers import (
     is_skipped,
     with_inner,
 )
-from hf_condlr.manifold.orthonormal import orthonormalize_bases
 from hf_condlr.manifold.schedule import BoundSchedule, kappa_of, require_count
 from hf_condlr.manifold.unguarded import forget, guard
 
@@ -92,7 +92,7 @@ def attach_manifold_step(
 
 
 class ManifoldStep:
-    """The handle of `attach_manifold_step`, which explains the arguments.
+    """The handle of an attached step; `attach_manifold_step` explains the arguments.
 
     Attributes:
         layers: {name: factored layer}.
@@ -146,13 +146,13 @@ class ManifoldStep:
         check_layers(self._model, self.layers)
         if not self.step_count and self.drift_check_interval and several_processes():
             self.schedule.start_from_first_process()  # DDP may have distributed its weights since κ_0 was measured
-        if not self._stacks.fit(self.step_count):
+        if not self._stacks.still_fit(self.step_count):
             self.settle()
             self._stacks.regroup(self.step_count)
-        if self._stacks.keep_values():  # 4
+        if self._stacks.keep_values():  # 1
             self._report()  # the stacks will be made anew
             self._stacks.start_anew(self.step_count)
-        self._stacks.project_gradients(self.metric_scaling)  # 1 to 3
+        self._stacks.project_gradients(self.metric_scaling)  # 2 to 4
         self._outermost = optimizer
 
     @torch.compiler.disable
@@ -192,11 +192,9 @@ class ManifoldStep:
     def settle(self) -> None:
         """Project what has moved since the last projection, so that the constraint holds; otherwise do nothing.
 
-        With `projection_interval` k > 1 and U₀ the basis at the last projection, the steps in between move U in the
-        flat chart Δ ↦ U₀ + Δ. Its gradient is (I − U₀U₀ᵀ)∇L(U₀ + Δ): each step projects at U₀, which is orthonormal,
-        and not at the present U, at which I − UUᵀ would be no projection. What momentum and adaptive scaling add
-        outside of the tangent space goes with the accumulated Δ ← (I − U₀U₀ᵀ)Δ, and U ← R(U₀ + Δ); S is conditioned
-        to the bound of the present step. W jumps by what is dropped, which grows with k and the learning rate.
+        With `projection_interval` k > 1 the steps in between move U in the flat chart Δ ↦ U₀ + Δ, and each projects its
+        gradient at U₀, which is orthonormal as the present U is not. W jumps by the part of Δ outside of the tangent
+        space, which grows with k and the learning rate.
 
         It happens by itself where `step_count` is a multiple of k, and before a step in which other factors have
         gradients than in the last one. All processes must call it at the same step. How often it is called changes the

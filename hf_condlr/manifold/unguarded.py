@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_condlr.errors import OptimizerError, listed, require
-from hf_condlr.manifold.optimizers import factors_of, hook_owners
+from hf_condlr.manifold.requirements import factors_of, hook_owners
 
 _MARK = "manifold_step"  # in the optimizer's defaults, which copies and pickles keep while they lose the hooks
 _handles: WeakSet[Any] = WeakSet()
