@@ -50,8 +50,6 @@ class FactorStacks:
         self._gradients: list[tuple[Tensor | None, int]] = []
         self._written_later: Callable[[], bool] = lambda: False
 
-    # ------------------------------------------------------------------------------------ before the optimizer's step
-
     def is_repeated(self) -> bool:
         """Whether this step is inside of another one, or is tried again: its gradients are those projected last."""
         if not self.stepping or not self._gradients:
@@ -83,8 +81,8 @@ class FactorStacks:
         """Before the optimizer's step: U_old ← U, and likewise V and S.
 
         Returns:
-            Others have written factors, or may have: call `start_anew`. A device that the host runs ahead of is not
-            waited for: there such factors are held in this step, and `project` brings them back.
+            Whether other code has, or may have, written factors: then call `start_anew`. The host does not wait for a
+            GPU: there such factors are held in this step, and `project` restores them.
         """
         if self.stepping:  # an optimizer failed half way: what it did is part of the displacement
             self._forget()
@@ -123,8 +121,6 @@ class FactorStacks:
         with full_precision():
             run([*bases, *cores])
         self._gradients = _gradients(self.layers)
-
-    # ------------------------------------------------------------------------------------- after the optimizer's step
 
     def hold_update(self, step: int) -> None:
         """After a step that no projection follows: marked factors go back to their old values. No bound is in force."""

@@ -177,8 +177,6 @@ class ManifoldStep:
             bounds = {f"the bound of {name}": bound for name, bound in self.bounds().items()}
             check_replicas(factors_of(self.layers), bounds, step=self.step_count)
 
-    # -------------------------------------------------------------------------------------------------- handle
-
     @property
     def is_stepping(self) -> bool:
         """Whether a step of the optimizer is on, or has failed."""
@@ -196,10 +194,9 @@ class ManifoldStep:
         gradient at U₀, which is orthonormal as the present U is not. W jumps by the part of Δ outside of the tangent
         space, which grows with k and the learning rate.
 
-        It happens by itself where `step_count` is a multiple of k, and before a step in which other factors have
-        gradients than in the last one. All processes must call it at the same step. How often it is called changes the
-        training, for k > 1. Between the projections a layer's `bound` is inf, and so it is in a checkpoint that
-        `save_pretrained` writes there.
+        Steps call it where `step_count` is a multiple of k, and where other factors have gradients than before. All
+        processes must call it at the same step; for k > 1 each call changes the training. Between projections a
+        layer's `bound` is inf, also in a checkpoint.
 
         Raises:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
@@ -243,12 +240,9 @@ class ManifoldStep:
                 clear_non_finite_state(optimizer, [factors[name] for name in held])
         if held and not self._warned:
             self._warned = True
-            logger.warning(
-                "gradients or updates that are not finite, or far too large, at step %d: %s kept their values. This "
-                "warning comes once; lower the learning rate if the loss does not recover.",
-                min(held.values()),
-                listed(list(held)),
-            )
+            message = "gradients or updates that are not finite, or far too large, at step %d: %s kept their values. "
+            remedy = "This warning comes once; lower the learning rate if the loss does not recover."
+            logger.warning(message + remedy, min(held.values()), listed(list(held)))
         require(
             not vanished,
             "a core S must not vanish: it would have no condition number",
