@@ -36,6 +36,7 @@ from hf_condlr import (
     CondLRTrainingArguments,
     DatasetArguments,
     ModelArguments,
+    RobustAccuracy,
     ScriptParser,
     checkpoint_to_resume,
     find_column,
@@ -160,20 +161,25 @@ class Augmentation:
     """
 
     flip, padding = False, 0
-    drawn = (-1, 0)  # step, and how many batches it has had
+    position = (-1, 0)  # step, and how many batches it has had
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         step = self.state.global_step
-        self.drawn = (step, self.drawn[1] + 1 if self.drawn[0] == step else 0)
-        generator = torch.Generator().manual_seed(hash((self.args.seed, *self.drawn, self.accelerator.process_index)))
+        self.position = (step, self.position[1] + 1 if self.position[0] == step else 0)
+        generator = torch.Generator().manual_seed(
+            hash((self.args.seed, *self.position, self.accelerator.process_index))
+        )
         inputs["pixel_values"] = augment(inputs["pixel_values"], generator, self.flip, self.padding)
         return super().training_step(model, inputs, *args, **kwargs)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of correct classes; `evaluate.load("accuracy")` would need the network."""
-    scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}  # scores: (N, classes)
+    scores = prediction.predictions  # (N, classes)
+    scores = scores[0] if isinstance(scores, tuple) else scores
+    metric = RobustAccuracy(keep_in_memory=True)  # a metric of `evaluate`; without an attack it is the accuracy
+    found = metric.compute(predictions=scores.argmax(-1), references=prediction.label_ids)
+    return {"accuracy": found["robust_accuracy"]}
 
 
 def main(
@@ -183,7 +189,7 @@ def main(
     training_args: CondLRTrainingArguments,
 ) -> None:
     """Train, save, evaluate, attack."""
-    attack_args.make_attacks("pixels")
+    attack_args.make_attacks("pixels")  # wrong options are refused before the data are read
     training_args.remove_unused_columns = False  # the transforms read the column of images
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 

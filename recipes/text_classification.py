@@ -33,6 +33,7 @@ from hf_condlr import (
     CondLRTrainingArguments,
     DatasetArguments,
     ModelArguments,
+    RobustAccuracy,
     ScriptParser,
     checkpoint_to_resume,
     find_column,
@@ -185,7 +186,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of correct classes; `evaluate.load("accuracy")` would need the network."""
     scores = prediction.predictions  # (N, classes); BART and T5 give hidden states after it
     scores = scores[0] if isinstance(scores, tuple) else scores
-    return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}
+    metric = RobustAccuracy(keep_in_memory=True)  # a metric of `evaluate`; without an attack it is the accuracy
+    found = metric.compute(predictions=scores.argmax(-1), references=prediction.label_ids)
+    return {"accuracy": found["robust_accuracy"]}
 
 
 def main(
