@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from tests.checkpoints.hub_server import Hub
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.processes
+
 CLIENT = """
 import importlib, json, sys, time
 from pathlib import Path

@@ -203,6 +203,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 def test_plain_transformers_says_what_to_install(tmp_path):
     factored_vit().save_pretrained(tmp_path / "one")
     factored_vit().save_pretrained(tmp_path / "shards", max_shard_size="5KB")

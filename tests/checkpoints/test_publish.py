@@ -16,6 +16,7 @@ from tests.checkpoints.checkpoint_models import constrained, convert, factored_v
 from tests.paths import ROOT
 
 
+@pytest.mark.processes
 def test_a_killed_process_and_a_full_disk_leave_a_checkpoint(tmp_path):
     """SIGKILL at 8 random points while two models, of one file and of many, are saved in turn to one folder."""
     command = [sys.executable, "-m", "tests.checkpoints.kill_while_saving", str(tmp_path / "out")]

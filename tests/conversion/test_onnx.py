@@ -16,6 +16,8 @@ from hf_condlr import CondLRConfig, export_onnx, fold_model, get_robust_lowrank_
 from hf_condlr.errors import ConversionError, MissingExtraError
 from tests.models import MODELS, bert, logits, tokens, yolos
 
+pytestmark = pytest.mark.export
+
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 

@@ -18,6 +18,8 @@ from tests.distributed.distributed_processes import BATCH, RESUMED_AT, STEPS
 from tests.manifold.nets import make_model
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.processes
+
 TOLERANCE = 1e-10  # float64, six AdamW steps; measured beside each use
 
 

@@ -20,6 +20,8 @@ from hf_condlr.errors import OptimizerError
 from hf_condlr.training.engines import check_engine
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.processes
+
 SIZES = (2, 3)
 
 

@@ -268,6 +268,7 @@ def test_the_model_is_saved_before_it_is_evaluated(recipe, call, monkeypatch, tm
 # ------------------------------------------------------------------------------------------------ accelerate launch
 
 
+@pytest.mark.processes
 def test_two_processes_under_autocast_killed_started_again_and_pushed(place, tmp_path):
     """The true number of samples is evaluated, and the main process speaks for both."""
     out, script = tmp_path / "out", shutil.copy(RECIPES / "image_classification.py", tmp_path)

@@ -59,6 +59,7 @@ def test_value(case, make):
     assert metric.compute(**{key: torch.tensor(values) for key, values in inputs.items()})[name] == expected
 
 
+@pytest.mark.processes
 def test_two_processes_agree_with_one(tmp_path):
     """Real processes, with shares of different sizes; only process 0 has the results."""
     cases = [(cls.__name__, config_name, inputs) for (cls, config_name), inputs, _ in CASES.values()]

@@ -156,6 +156,7 @@ def test_resume_equals_no_interruption(case, tmp_path, processor):
     assert_equal_weights(*models)
 
 
+@pytest.mark.processes
 def test_two_processes_train_as_one_and_start_at_random_apart(tmp_path, processor):
     """FGSM on 2 × 8 against 16, three steps in float64, to 1e-9 (measured: 2e-15), and evaluated; PGD's seeds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

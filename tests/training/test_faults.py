@@ -195,6 +195,7 @@ def test_the_state_file_waits_for_every_process(tmp_path, monkeypatch):
     assert any("rng_state.pth" in names and "trainer_state.json" not in names for names in found)
 
 
+@pytest.mark.processes
 def test_killed_trainings_end_as_if_they_had_not_been(tmp_path):
     """A kill of one process, and of one of two: the other one ends with an error, at once."""
     sizes = ["--kills", "1", "--rank_kills", "1", "--steps", "8"]

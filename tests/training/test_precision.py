@@ -78,8 +78,8 @@ def test_a_half_precision_model_trains_with_float32_factors():
         attach_manifold_step(optimizer, model)
     for layer in layers_of(model).values():
         layer.float()
-    handle = attach_manifold_step(torch.optim.AdamW(model.parameters(), lr=0.01), model)
-    optimizer = handle.optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handle = attach_manifold_step(optimizer, model)
     for x, y in batches(5):
         with torch.autocast("cpu", torch.bfloat16):
             loss = nn.functional.cross_entropy(model(x), y)

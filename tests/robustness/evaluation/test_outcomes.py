@@ -102,6 +102,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.processes
 def test_two_processes_give_what_one_gives(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
