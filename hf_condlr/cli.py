@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--steps", type=int, metavar="N", help="gradient steps")
     option("--restarts", type=int, metavar="N", help="random starts, the worst counts")
     option("--checks", choices=_CHECKS, default="full", help="further attacks that look for signs of a false result")
-    option("--output_dir", metavar="FOLDER", help="write report.json; go on there after an interruption")
+    option("--output_dir", metavar="FOLDER", help="write report.json; resume there after an interruption")
     option("--save_examples", action="store_true", help="write adversarial examples there, as parquet")
     option("--json", action="store_true", help="print JSON instead of the table")
     option("--plot", metavar="FILE", help="draw accuracy over ε; pip install 'hf_condlr[plot]'")
@@ -134,7 +134,7 @@ def _nonempty(value: str) -> str:
 
 
 def _load(args: argparse.Namespace, *, compressed: bool = False) -> PreTrainedModel:
-    """The saved model with its head, by the class that its config names; `compressed` refuses a dense one."""
+    """Load the model and its head with the class that its config names; `compressed` refuses a dense one."""
     rule, found = "MODEL must be a folder, or a name on the Hub", f"{args.model}, which is not a folder"
     exists = Path(args.model).is_dir() or is_hub_id(args.model)
     require(exists, rule, received=found, remedy="Check the path.", error=ConfigError)
@@ -159,7 +159,7 @@ def _processor(args: argparse.Namespace) -> Any:
 
 
 def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    """The model, with the tokenizer or image processor of the one it was made from."""
+    """Save the model, with the tokenizer or image processor of the one it was made from."""
     model.save_pretrained(args.out)
     if not compressed_layers(model):
         remove_leftovers(Path(args.out))  # factors of an earlier checkpoint

@@ -58,7 +58,7 @@ class CondLRConfig(PeftConfig):
     target_modules: list[str] | str = _option(
         ALL_LINEAR,
         "Modules to convert, by PEFT's rules: 'all-linear' (every nn.Linear and Conv1D but the head), a list of name "
-        "suffixes, or a regex for the whole name. Conv2d layers are converted when named.",
+        "suffixes, or a regex for the full name. Conv2d layers are converted when named.",
     )
     exclude_modules: list[str] | str | None = _option(None, "Modules to leave alone: a list of suffixes, or a regex.")
     layers_to_transform: list[int] | int | None = _option(

@@ -69,5 +69,5 @@ def require(
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are, for a message."""
+    """List the first five names, and how many more there are, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

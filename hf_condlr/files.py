@@ -20,7 +20,7 @@ __all__ = ["alone_in", "digest", "flush", "link_or_copy", "replacing", "sync_fol
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to be written; it takes its place at the end, unless an error was raised."""
+    """A temporary path next to `path`, to be written; it replaces `path` at the end, unless an error was raised."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -35,7 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other process or thread writes into `folder` under this lock; it ends with the process.
 
-    Where the system or the file system has no such locks, nobody waits.
+    If the system or the file system has no such locks, there is no waiting.
     """
     if fcntl is None:
         yield

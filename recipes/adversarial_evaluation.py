@@ -50,7 +50,7 @@ class EvaluationArguments:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """The classifier that the config names."""
+    """Load the classifier that the config names."""
     return getattr(transformers, AutoConfig.from_pretrained(name).architectures[0]).from_pretrained(name)
 
 

@@ -84,7 +84,7 @@ def write_digits(folder: str | Path) -> DatasetDict:
 
 
 def normalized(images: Dataset, processor: Any) -> Dataset:
-    """Rows as the model takes them."""
+    """Rows as inputs of the model."""
     return images.with_transform(lambda rows: processor(rows["image"], return_tensors="pt") | {"labels": rows["label"]})
 
 
@@ -125,7 +125,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def compare(args: Arguments, data: DatasetDict, seed: int) -> dict[str, dict[str, Any]]:
-    """All methods from one pretrained dense ViT; {method: result}."""
+    """Train all methods from one pretrained dense ViT; {method: result}."""
     folder = Path(args.output_dir) / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.stack([np.asarray(image) / 255 for image in data["train"]["image"]])

@@ -78,7 +78,7 @@ def load_data(args: ImageArguments, processes: int) -> DatasetDict:
 
 
 def unreadable(row: dict[str, Any]) -> str | None:
-    """What is wrong with the image of a row, and its file; None where it can be read."""
+    """The fault of a row's image, and its file; None if the image can be read."""
     if row["image"] is None:
         return "no image"
     try:
@@ -89,7 +89,7 @@ def unreadable(row: dict[str, Any]) -> str | None:
 
 
 def read_image(cell: dict[str, Any]) -> PIL.Image.Image:
-    """The image, upright as `datasets` decodes it."""
+    """Read the image, upright as `datasets` decodes it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
@@ -101,7 +101,7 @@ def read_image(cell: dict[str, Any]) -> PIL.Image.Image:
 
 
 class Transform:
-    """Rows into what the model takes: grey or colour as its config says, resized and normalised by its processor."""
+    """Turn rows into inputs of the model: grey or colour as in its config, resized and normalised by its processor."""
 
     def __init__(self, processor: Any, config: Any) -> None:
         channels = getattr(config, "num_channels", 3)
@@ -116,7 +116,7 @@ class Transform:
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator, flip: bool, padding: int) -> torch.Tensor:
-    """Images (N, c, h, w), each mirrored with probability ½ and shifted by up to `padding` pixels."""
+    """Augment images (N, c, h, w): each is mirrored with probability ½ and shifted by up to `padding` pixels."""
     if flip:
         mirrored = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5
         pixels = torch.where(mirrored.to(pixels.device), pixels.flip(-1), pixels)
@@ -129,7 +129,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator, flip: bool, paddin
 
 
 def build_processor(args: ModelArguments, train: Dataset) -> Any:
-    """The model's; for random weights one that resizes to its image size and normalises by training images."""
+    """The model's processor; for random weights one that resizes to its size and normalises by training images."""
     if args.model_name_or_path is not None:
         return AutoImageProcessor.from_pretrained(args.model_name_or_path)
     config = args.config()
@@ -143,7 +143,7 @@ def build_processor(args: ModelArguments, train: Dataset) -> Any:
 
 
 def build_teacher(name: str | None, model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The dense model to distil from, of the same classes in the same order."""
+    """The dense model to distil from, which must have the same classes in the same order."""
     if name is None:
         return {}
     teacher = AutoModelForImageClassification.from_pretrained(name)
@@ -154,9 +154,9 @@ def build_teacher(name: str | None, model: PreTrainedModel) -> dict[str, PreTrai
 
 
 class Augmentation:
-    """Augments each training batch on its device; put it before a Trainer class.
+    """Augment each training batch on its device; put this class before a Trainer class.
 
-    What is drawn depends on the seed, the step, the part of its accumulated batch and the process, so that a training
+    The draws depend on the seed, the step, the part of its accumulated batch and the process, so that a training
     that was killed and resumed draws what an uninterrupted one would have drawn.
     """
 

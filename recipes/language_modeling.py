@@ -115,7 +115,7 @@ def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
 
 
 def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
-    """The model's own; for random weights one of byte pairs, trained on the training texts."""
+    """The model's own tokenizer; for random weights one of byte pairs, trained on the training texts."""
     if args.model_name_or_path is not None:
         return AutoTokenizer.from_pretrained(args.model_name_or_path)
     backend = Tokenizer(models.BPE())
@@ -141,7 +141,7 @@ def load_model(args: ModelArguments, tokenizer: Any) -> PreTrainedModel:
 
 
 def choose_block_size(asked: int | None, model: PreTrainedModel) -> int:
-    """What is asked for, or what the model takes, up to BLOCK_SIZE."""
+    """The block size that is asked for, or else the model's limit, up to BLOCK_SIZE."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is not None and not 2 <= asked <= (most or asked):
         raise ValueError(f"block_size must lie in [2, {most}], the model's positions; received {asked}")
@@ -149,7 +149,7 @@ def choose_block_size(asked: int | None, model: PreTrainedModel) -> int:
 
 
 def build_teacher(name: str | None, tokenizer: Any) -> dict[str, PreTrainedModel]:
-    """The dense model to distil from, of the same tokens."""
+    """The dense model to distil from, which must have the same tokens."""
     if name is None:
         return {}
     own = AutoTokenizer.from_pretrained(name)

@@ -88,7 +88,7 @@ def load_data(args: TextArguments) -> DatasetDict:
 
 
 def unreadable(row: dict[str, Any]) -> str | None:
-    """What is wrong with a row: csv reads an empty cell, NA and null as no text."""
+    """The fault of a row, or None: csv reads an empty cell, NA and null as no text."""
     return "no text" if row["text"] is None or row.get("text_pair", "") is None else None
 
 
@@ -112,7 +112,7 @@ def encode(rows: Dataset, tokenizer: Any, split: str) -> Dataset:
 
 
 def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
-    """The model's own; for random weights one of byte pairs, trained on the training texts: `<s> text </s>`."""
+    """The model's own tokenizer; for random weights one of byte pairs, trained on the texts: `<s> text </s>`."""
     if args.model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders have none
@@ -138,7 +138,7 @@ def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
 
 
 def config_changes(args: ModelArguments, tokenizer: Any, names: list[str]) -> dict[str, Any]:
-    """What the config says of the classes and, for random weights, of the tokenizer."""
+    """Fields of the config for the classes and, for random weights, for the tokenizer."""
     changes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if args.model_type is not None:
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
@@ -170,7 +170,7 @@ def fit(tokenizer: Any, model: PreTrainedModel, max_length: int | None, pairs: b
 
 
 def build_teacher(name: str | None, model: PreTrainedModel, tokenizer: Any) -> dict[str, PreTrainedModel]:
-    """The dense model to distil from, of the same classes in the same order and the same tokens."""
+    """The dense model to distil from, which must have the same classes in the same order and the same tokens."""
     if name is None:
         return {}
     teacher, own = AutoModelForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)

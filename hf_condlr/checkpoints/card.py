@@ -47,18 +47,18 @@ def write_model_card(
     model_id: str | None = None,
     tags: Iterable[str] = (),
 ) -> Path:
-    """Write `README.md` into `folder`, and `condition.png` beside it where matplotlib is installed.
+    """Write `README.md` into `folder`, and `condition.png` next to it where matplotlib is installed.
 
     An existing card keeps its text outside the section's markers, and every header field that is set, except for
     results that this function wrote and tags, which are united. Comments in the YAML header are lost.
 
     Args:
         model: A model with factored layers.
-        folder: Where the model is saved, or will be.
+        folder: Folder where the model is saved, or will be.
         base_model: Hub id of the model that this one was made from; by default that which it was loaded from.
-        robustness: For each attack its name (`attack`), the `accuracy` in [0, 1] that it left, and its parameters under
-            names of their own, such as `epsilon`, `steps`, `restarts`, `samples`.
-        metrics: What was measured without an attack, {name of the metric: value}; a value of None is left out.
+        robustness: For each attack its name (`attack`), the `accuracy` in [0, 1] under it, and its parameters under
+            their own names, such as `epsilon`, `steps`, `restarts`, `samples`.
+        metrics: Metrics without an attack, {name of the metric: value}; a value of None is left out.
         dataset: Hub id, or name, of the data that the model was trained on and measured with.
         split: Name of the split of the data that it was measured with.
         plot: Whether to draw the picture of the spectra.
@@ -173,5 +173,5 @@ def _around(path: Path, text: str) -> tuple[str, str]:
 
 
 def _cell(value: object) -> str:
-    """On one line, without what would end a cell of a table, or the section."""
+    """Text on one line, without characters that would end a cell of a table, or the section."""
     return " ".join(shown(value).split()).replace("|", "\\|").replace("<!--", "&lt;!--")

@@ -1,4 +1,4 @@
-"""What the YAML header of a model card states: base model, task, and measurements as a model index."""
+"""The YAML header of a model card: base model, task, and measurements as a model index."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def base_model_of(model: nn.Module, model_id: str | None) -> str | None:
 
 
 def pipeline_tag(model: nn.Module) -> str | None:
-    """The Hub's name for what the model's class does; None for a class with several tasks, or none."""
+    """The Hub's name for the task of the model's class; None for a class with several tasks, or none."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = []
     for task, classes in TASK_MAPPING.items():
@@ -112,7 +112,7 @@ def shown(value: object) -> str:
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without None, and as a safe YAML loader can read it: no scalars of NumPy or torch, no tuples, no infinities."""
+    """Drop None and convert to values for a safe YAML loader: no scalars of NumPy or torch, tuples or infinities."""
     plain = {}
     for name, value in values.items():
         value = value.tolist() if hasattr(value, "tolist") else value

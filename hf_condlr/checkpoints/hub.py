@@ -37,21 +37,21 @@ def push_to_hub(
     tags: list[str] | None = None,
     **options: Any,
 ) -> Any:
-    """As `PreTrainedModel.push_to_hub`, in one commit with a card of method, compression, κ and what was measured.
+    """Push like `PreTrainedModel.push_to_hub`, in one commit with a card of method, compression, κ and measurements.
 
     Args:
         model: A model with factored or folded layers.
         repo_id: "user/name"; created where it does not exist.
         base_model: For the card of a factored model, as the next three and `tags`; see `write_model_card`.
-        robustness: For each attack its parameters and the accuracy that it left.
-        metrics: What was measured without an attack.
+        robustness: For each attack its parameters and the accuracy under it.
+        metrics: Metrics without an attack, {name: value}.
         dataset: The data of the measurements.
         card: File of the card to complete; by default the one on the Hub.
         private: Whether a new repository is private.
         token: Access token for the Hub; the stored one by default.
         revision: Branch; created where it does not exist.
         max_shard_size: Largest weight file.
-        tags: For the card.
+        tags: Further tags of the card.
         options: `create_pr`, `commit_message` and `commit_description`, as in `PreTrainedModel.push_to_hub`.
 
     Returns:

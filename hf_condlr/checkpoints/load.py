@@ -50,7 +50,7 @@ from hf_condlr.layers.model import loaded_factors
 _SAVED_CONFIG = f"Load it with the {CONFIG_NAME} it was saved with."
 
 for _registered in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-    _registered.pop(METHOD, None)  # importlib.reload registers anew
+    _registered.pop(METHOD, None)  # importlib.reload registers again
 
 
 @register_quantization_config(METHOD)
@@ -106,7 +106,7 @@ class FactoredCheckpointLoader(HfQuantizer):
             rule = "a stored layer must have the shape of the layer it stands for"
             found = f"{_shapes(stored_name, stored, tensors)} for {name} of {tuple(weight_matrix(dense).shape)}"
             require(name in head_names(model), rule, received=found, remedy=_SAVED_CONFIG, error=CheckpointError)
-            self._new_heads.append(name)  # for other labels: left dense and drawn anew, as transformers reports
+            self._new_heads.append(name)  # for other labels: dense and newly initialised, as transformers reports
         replace_modules(model, replacements)
         _check_kinds(model, tensors)
         if _is_saved_class(model):
@@ -182,7 +182,7 @@ def _fits(layer: nn.Module, stored_name: str, tensors: Header) -> bool:
 
 
 def _check_factors_stated(manifest: Manifest, tensors: Header) -> None:
-    """The files must hold the factors of each layer with the rank that the manifest states, and no others."""
+    """Check that the files hold the factors of each layer with the rank that the manifest states, and no others."""
     wrong = []
     for name, stored in manifest.layers.items():
         keys = [f"{name}.{part}" for part in PARTS[stored.form]]
@@ -203,7 +203,7 @@ def _check_factors_stated(manifest: Manifest, tensors: Header) -> None:
 
 
 def _check_kinds(model: nn.Module, tensors: Header) -> None:
-    """Real weights for real ones, integers for integers: a cast would drop imaginary parts with a mere warning."""
+    """Check that floating-point weights load from floating-point ones: a cast drops imaginary parts with a warning."""
     wrong = [
         f"{name} in {tensors[name][1]}"
         for name, p in model.state_dict().items()

@@ -32,7 +32,7 @@ MANIFEST = "quantization_config"  # where transformers looks for what builds a m
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 PARTS = {"factored": ("U", "S", "V"), "folded": ("down.weight", "up.weight")}
 UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
-"""What reading values of the wrong type or size raises."""
+"""Exceptions that reading values of the wrong type or size raises."""
 
 _FILE_NAME = re.compile(rf"{STEM}[\w.-]*{re.escape(SUFFIX)}(\.index\.json)?")
 _LAYER_NAME = re.compile(r"(?!__)\w+(\.(?!__)\w+)*")
@@ -41,7 +41,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """What a checkpoint states of one layer."""
+    """Description of one layer in a checkpoint."""
 
     r: int
     form: Literal["factored", "folded"] = "factored"
@@ -54,7 +54,7 @@ class StoredLayer:
 
     @classmethod
     def of(cls, layer: LowRankLayer | FoldedLayer, factors: Factors | None = None) -> StoredLayer:
-        """As the layer is, or would be with other factors."""
+        """Describe the layer as it is, or as it would be with other factors."""
         if isinstance(layer, FoldedLayer):
             return cls(r=layer.up.weight.shape[1], form="folded")
         factors = (layer.U, layer.S, layer.V) if factors is None else factors
@@ -65,7 +65,7 @@ class StoredLayer:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StoredLayer:
-        """From JSON values; ValueError, or another of `UNREADABLE`, where they contradict the format."""
+        """Read from JSON values; raises ValueError, or another of `UNREADABLE`, if they contradict the format."""
         numbers = {name: float(value) for name, value in values.items() if name in ("tau", "bound")}
         return cls(**values | numbers)
 
@@ -89,14 +89,14 @@ class StoredLayer:
 
 @dataclass
 class Manifest:
-    """What `config.json` states of the weight files."""
+    """Description of the weight files in `config.json`."""
 
     weights: str
     """Name of the weight file, or of the index of its shards."""
     layers: dict[str, StoredLayer]
-    """By the names in the files."""
+    """Layers by their names in the files."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of each weight file and the index."""
+    """SHA-256 of each weight file and of the index."""
     config: CondLRConfig | None = None
     """The config that the model was converted with."""
     format: int = FORMAT
@@ -111,10 +111,10 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
-        """Read and check it.
+        """Read and check a manifest.
 
         Raises:
-            CheckpointError: It is from a later version, or contradicts the format.
+            CheckpointError: The manifest is from a later version, or contradicts the format.
         """
         version = values.get("format") if isinstance(values, dict) else None
         rule = f"this version of hf_condlr reads format {FORMAT} of factored checkpoints"
@@ -142,11 +142,11 @@ class Manifest:
 
 
 def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, StoredLayer]:
-    """What a checkpoint of the model states, by the layers' names.
+    """Descriptions of the model's layers for a checkpoint, by the layers' names.
 
     Args:
         model: The model.
-        state_dict: The tensors that are written instead of its own, such as an average of the weights.
+        state_dict: The tensors that are written instead of the model's, such as an average of the weights.
 
     Raises:
         CheckpointError: `state_dict` lacks a factor, or has one of another shape.
@@ -156,7 +156,7 @@ def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
     given = own if state_dict is None else {name: tensor.shape for name, tensor in state_dict.items()}
     wrong = [name for name, shape in own.items() if given.get(name) != shape]
     rule, found = "a state_dict must hold the tensors of this model", f"none of the right shape for {listed(wrong)}"
-    remedy = "Pass the state_dict of a model converted alike, or none. Nothing was written."
+    remedy = "Pass the state_dict of a model converted with the same config, or none. Nothing was written."
     require(not wrong, rule, received=found, remedy=remedy, error=CheckpointError)
     stated = {}
     for name, layer in layers.items():

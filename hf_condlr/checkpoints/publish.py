@@ -1,4 +1,4 @@
-"""Writing a checkpoint's files in one step: staged beside their place, flushed, renamed."""
+"""Writing a checkpoint's files in one step: staged next to their place, flushed, renamed."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _FACTORED, _ANY = (
 
 
 def publish(staging: Path, folder: Path, manifest: Manifest, config: dict[str, Any]) -> None:
-    """Move what transformers wrote into `staging` to `folder`, `config.json` last.
+    """Move the files that transformers wrote into `staging` to `folder`, `config.json` last.
 
     Args:
         staging: A folder inside `folder`.
-        folder: A checkpoint that lies there stays complete until `config.json` is replaced.
-        manifest: What is stated of the layers; the files are added.
-        config: Fields of `config.json` beside or in place of transformers' own.
+        folder: The checkpoint's folder; a checkpoint in it stays complete until `config.json` is replaced.
+        manifest: Description of the layers; the files are added.
+        config: Fields of `config.json` in addition to or instead of transformers' own.
     """
     shards = sorted(staging.glob(f"*{SUFFIX}"))
     config = _read(staging / CONFIG_NAME) | {"transformers_weights": NOTICE} | config
     index_path = staging / SAFE_WEIGHTS_INDEX_NAME
     index = _read(index_path) if index_path.is_file() else None
     for path in shards:
-        flush(path)  # before its digest: what config.json states is on the disk then
+        flush(path)  # before its digest: the file that config.json names is on the disk then
     digests = {path: digest(path) for path in shards}
     for path in set(staging.iterdir()) - {*shards, index_path, staging / CONFIG_NAME}:
         flush(path)

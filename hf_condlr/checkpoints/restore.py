@@ -81,7 +81,7 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def _storage(p: Tensor) -> int:
-    """What tied parameters have in common; shards without rows have no storage."""
+    """Identity of the storage, which tied parameters share; shards without rows have no storage."""
     return id(p) if isinstance(p, DTensor) else p.data_ptr()
 
 
@@ -114,18 +114,18 @@ def _read_json(path: Path, field: str | None = None) -> dict[str, Any]:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints, that of the most steps first; a copy under another name is the user's."""
+    """The Trainer's checkpoints, most steps first; a copy under another name belongs to the user."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def complete_checkpoints(folder: Path) -> Iterator[Path]:
-    """Those of `checkpoints_in` whose writing was not interrupted: the Trainer's state is written last."""
+    """Checkpoints of `checkpoints_in` whose writing was not interrupted: the Trainer's state is written last."""
     for path in checkpoints_in(folder):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s is incomplete and is passed over", path)
+            logger.warning("%s is incomplete and is skipped", path)
         else:
             yield path
 
@@ -134,6 +134,6 @@ def last_complete_checkpoint(folder: str) -> str:
     """The first of `complete_checkpoints`; `CheckpointError` where there is none."""
     found = next(complete_checkpoints(Path(folder)), None)
     rule = "resume_from_checkpoint=True needs a checkpoint in output_dir"
-    remedy = "Start anew, or name a checkpoint's folder."
+    remedy = "Start from the beginning, or name a checkpoint's folder."
     require(found, rule, received=f"none in {folder} that is complete", remedy=remedy, error=CheckpointError)
     return str(found)

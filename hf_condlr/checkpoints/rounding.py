@@ -1,4 +1,4 @@
-"""What rounding to a file's dtype can have done to factors that obeyed their bound."""
+"""How far rounding to a file's dtype can move factors that obeyed their bound."""
 
 from __future__ import annotations
 

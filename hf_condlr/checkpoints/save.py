@@ -1,6 +1,6 @@
-"""`save_pretrained` of a factored model: the factors alone, and at every moment a complete checkpoint on the disk.
+"""`save_pretrained` of a factored model: only the factors, and at any time a complete checkpoint on the disk.
 
-Everything is written beside the old checkpoint first. The weights come in under a name that is free; then the new
+Everything is written next to the old checkpoint first. The weights get an unused name; then the new
 `config.json`, which names them, replaces the old one in one step; only then are the old weights removed. A process
 killed anywhere in between leaves the old or the new checkpoint. Writers into one folder wait for one another.
 """
@@ -40,9 +40,9 @@ _HARMLESS |= {"safe_serialization": [True, None], "save_peft_format": [True, Fal
 
 
 def attach_saving(model: Any) -> None:
-    """Let `save_pretrained`, and what calls it (the Trainer), and `push_to_hub` write factored checkpoints.
+    """Let `save_pretrained`, its callers (the Trainer) and `push_to_hub` write factored checkpoints.
 
-    They become attributes of the model, and of every transformers model inside it that has factors of its own
+    They become attributes of the model, and of every transformers model inside it that has its own factors
     (`model.bert`); no class is changed. Copies and pickles of the model keep them.
     """
     for module in model.modules():
@@ -79,19 +79,19 @@ def save_pretrained(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> None:
-    """As `PreTrainedModel.save_pretrained`, for a model with factored or folded layers.
+    """Save like `PreTrainedModel.save_pretrained`, for a model with factored or folded layers.
 
     For a model that `fully_shard` sharded every process must call it; the first one gathers the weights and writes.
 
     Args:
         model: The model.
-        save_directory: Folder; what else lies in it stays.
-        is_main_process: Others write nothing.
+        save_directory: Folder to write into; its other files are kept.
+        is_main_process: False on processes that write nothing.
         state_dict: Tensors to write instead of the model's own.
         push_to_hub: Upload afterwards by `model.push_to_hub`, with the folder's own model card where it has one.
         max_shard_size: Largest weight file.
         token: Access token for the Hub.
-        kwargs: For the upload.
+        kwargs: Options of the upload.
 
     Raises:
         CheckpointError: The files could not be written, or an option that factored checkpoints do not have was given.
@@ -162,7 +162,7 @@ def _tying(model: PreTrainedModel) -> dict[str, Any]:
 
 @contextmanager
 def _gathered_already(model: PreTrainedModel) -> Iterator[None]:
-    """Where transformers itself sharded the model it would gather again, and wait for the other processes."""
+    """Hide that transformers sharded the model itself: it would gather again, and wait for the other processes."""
     config: Any = model.config
     distributed = getattr(config, "distributed_config", None)
     try:

@@ -55,7 +55,7 @@ def save_sharded(
     """Write a checkpoint to resume from. Every process must call it, on a shared file system, and writes its own rows.
 
     Args:
-        folder: It appears when everything is written; an earlier one of this name is replaced.
+        folder: Folder that appears when everything is written; an earlier one of this name is replaced.
         model: Sharded by `fully_shard`.
         optimizer: The model's optimizer.
         manifold_step: The handle of `attach_manifold_step`; the model must be settled.
@@ -107,10 +107,10 @@ def load_sharded(
     optimizer: torch.optim.Optimizer | None = None,
     manifold_step: ManifoldStep | None = None,
 ) -> None:
-    """Resume from what `save_sharded` wrote. Every process must call it, and reads its own rows.
+    """Resume from a checkpoint of `save_sharded`. Every process must call it, and reads its own rows.
 
     Args:
-        folder: What it wrote. Where a save was killed while it replaced this folder, the replaced one is read.
+        folder: Folder of the checkpoint. If a save was killed while it replaced this folder, the replaced one is read.
         model: Sharded by `fully_shard`, not necessarily over as many processes.
         optimizer: The model's optimizer; where the checkpoint has its state.
         manifold_step: The handle; where the checkpoint has its state.
@@ -130,7 +130,7 @@ def load_sharded(
     wrong = [f"another {name}" for name in sorted(stated | found) if stated.get(name) != found.get(name)]
     wrong += [f"no {name}" for name, value in wanted.items() if value is not None and state.get(name) is None]
     wrong += [f"factors of {name} there or here only" for name in sorted(own.keys() ^ layers.keys())]
-    rule = "a sharded checkpoint must hold the files that were saved, and what is to be loaded"
+    rule = "a sharded checkpoint must hold the files that were saved, and the tensors to load"
     remedy = f"Build the model with the config it was saved with. Changed files are damaged: {FETCH}"
     require(not wrong, rule, received=f"{listed(wrong)} in {target}", remedy=remedy, error=CheckpointError)
     reshard(model)
@@ -151,7 +151,7 @@ def load_sharded(
 
 
 def _places(folder: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
-    """The checkpoint's folder, where it is written, and where an earlier one lies while it is replaced."""
+    """The folder of a checkpoint, the one it is written into, and that of an earlier one while it is replaced."""
     target = Path(folder)
     return target, target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.replaced")
 
@@ -172,7 +172,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _on_first(work: Callable[[], None]) -> None:
-    """Let the first process do it while the others wait; where it fails, all raise its error."""
+    """Run `work` on the first process while the others wait; if it fails, all raise its error."""
     failure: list[OSError | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -185,7 +185,7 @@ def _on_first(work: Callable[[], None]) -> None:
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What safetensors can hold, and what JSON can."""
+    """Split values into tensors, for safetensors, and the rest, for JSON."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in values.items() if name not in tensors}
 
@@ -205,5 +205,5 @@ def _reported(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             "a sharded checkpoint must be written and read completely",
             received=f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}",
-            remedy="Save it with save_sharded of a model converted alike; use an earlier one if it is damaged.",
+            remedy="Save it with save_sharded of a model converted with the same config, or use an earlier one.",
         ) from error

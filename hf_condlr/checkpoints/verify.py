@@ -29,12 +29,12 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
 
     Args:
         name: The layer's name, for the message.
-        factors: As loaded. Sharded ones are checked by all processes together.
-        stored: What `config.json` states of them.
-        dtype: Of the file; that of the factors may round once more.
+        factors: The loaded U, S, V. Sharded ones are checked by all processes together.
+        stored: Description of the layer in `config.json`.
+        dtype: Dtype of the file; that of the factors may round once more.
 
     Raises:
-        CheckpointError: They contradict what is stated.
+        CheckpointError: The factors contradict the description.
     """
     if not all([is_finite(factor) for factor in factors]):  # all of them: each may be a sum over processes
         raise _changed(name, "U, S and V must be finite", "a value that is not")
@@ -66,11 +66,11 @@ def verify_files(files: Iterable[Path], manifest: Manifest) -> None:
     """Compare weight files and index with the digests that `config.json` states.
 
     Args:
-        files: The files that are about to be loaded; the index lies beside them.
-        manifest: Of `config.json`.
+        files: The files that are about to be loaded; the index lies next to them.
+        manifest: The manifest in `config.json`.
 
     Raises:
-        CheckpointError: One is missing, is not the one that was saved, or would not be loaded.
+        CheckpointError: A file is missing, is not the one that was saved, or would not be loaded.
     """
     found = {path.name: path for path in files}
     if found and manifest.weights in manifest.sha256:

@@ -1,4 +1,4 @@
-"""From dense to W = U S Vᵀ and back: targets, ranks, starts, the conversion; folding, multiplying out, ONNX."""
+"""Conversion from dense to W = U S Vᵀ and back: targets, ranks, starts; folding, multiplying out, ONNX export."""
 
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model

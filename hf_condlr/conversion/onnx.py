@@ -29,7 +29,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, inputs: Mapping[str
     Args:
         model: Factored, folded or dense.
         path: File to write, replaced in one step.
-        inputs: Example of what `forward` gets, with two samples; made up for models of `pixel_values` or `input_ids`.
+        inputs: Example inputs of `forward`, with two samples; made up for models of `pixel_values` or `input_ids`.
 
     Raises:
         ConversionError: No example was given and none can be made up.

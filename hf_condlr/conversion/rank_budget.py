@@ -98,7 +98,7 @@ def allocate_by_energy(
 def _options(
     shape: tuple[int, int], energy: Tensor, multiple: int, leave_dense: bool
 ) -> tuple[list[int | None], Tensor, Tensor]:
-    """What a layer can become: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
+    """Choices for a layer: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
     m, n = shape
     ranks: list[int | None] = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
     if leave_dense or not ranks:

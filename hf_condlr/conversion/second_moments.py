@@ -20,7 +20,7 @@ from hf_condlr.linalg.precision import at_least_float32
 
 
 class SecondMoments(NamedTuple):
-    """Of a layer's inputs and of the gradients at its outputs; None if not measured."""
+    """Second moments of a layer's inputs and of the gradients at its outputs; None if not measured."""
 
     C: Tensor | None = None  # E[x xᵀ] (n, n)
     F: Tensor | None = None  # E[Σ g gᵀ] (m, m)

@@ -1,4 +1,4 @@
-"""Which layers of a model a config means: PEFT's rules for names, the head, and what cannot be factored."""
+"""The layers of a model that a config selects: PEFT's rules for names, the head, layers that cannot be factored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward, nn.Conv2d: nn.
 
 @dataclass
 class Targets:
-    """What `resolve_targets` finds."""
+    """Result of `resolve_targets`."""
 
     heads: set[str]
     names: list[str] = field(default_factory=list)  # the layers to convert
@@ -113,7 +113,7 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    """Whether it has a `weight`, or the packed `qweight` of a quantized layer, of two dimensions or more."""
+    """Whether a module has a `weight`, or the packed `qweight` of a quantized layer, of two dimensions or more."""
     tensors = module._parameters | module._buffers
     return any((X := tensors.get(name)) is not None and X.dim() > 1 for name in ("weight", "qweight"))
 

@@ -1,7 +1,7 @@
-"""Sums over processes of what each of them computes from its own rows.
+"""Sums over processes of terms that each of them computes from its own rows.
 
-A computation that needs such sums is written as a generator, `Work`. It yields a list of its own terms and receives the
-list of their sums over all processes:
+A computation that needs such sums is written as a generator, `Work`. It yields a list of this process's terms and
+receives the list of their sums over all processes:
 
     gram, flags = yield [X.mT @ X, flags]
 

@@ -2,7 +2,7 @@
 
 Every process gets the same gradients and takes the same step with its copy. Nothing brings copies together again once
 they differ (through a seed, a callback on one process, other library versions, faulty memory): from then on every
-process trains a model of its own, with an average gradient that belongs to none of them.
+process trains a different model, with an average gradient that belongs to none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_condlr.errors import DriftError, listed
 
 
 def several_processes() -> bool:
-    """Whether this is one of several processes of torch.distributed, whatever they hold."""
+    """Whether this is one of several processes of torch.distributed, in any layout of the parameters."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

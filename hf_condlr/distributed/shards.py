@@ -90,7 +90,7 @@ def rows_of(p: Tensor) -> Rows:  # (m, r)
 
 
 def layout(p: Tensor) -> Any:
-    """Mesh and placements of a sharded parameter, None for an ordinary one. Equal layouts divide rows alike."""
+    """Mesh and placements of a sharded parameter, else None. Equal layouts divide rows in the same way."""
     return (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
 
 

@@ -35,7 +35,7 @@ Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m,
 
 
 class LowRankLayer(nn.Module):
-    """A layer with weight W = U S Vᵀ: parameters U, S, V and bias, and the constraint that they are to obey.
+    """A layer with weight W = U S Vᵀ: parameters U, S, V and bias, and the constraint that they must obey.
 
     Attributes:
         tau: Conditioning tolerance, κ(S) ≤ 1 + tau; may be `math.inf`.

@@ -36,7 +36,7 @@ class LayerRecord:
 
 @dataclass
 class ConditionReport:
-    """What `condition_report` returns; `str()` is a table."""
+    """Result of `condition_report`; `str()` is a table."""
 
     layers: list[LayerRecord]
     parameters: int  # of the full model

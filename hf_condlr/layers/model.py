@@ -38,7 +38,7 @@ def loaded_factors(model: nn.Module, name: str) -> Factors:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules wherever the old ones stand: a module may be used in several places."""
+    """Put the new modules in all places of the old ones: a module may be used in several places."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:

@@ -1,4 +1,4 @@
-"""What a model records of its conversion, in `model.condlr`: the config, and what became of each layer."""
+"""Record of a model's conversion, in `model.condlr`: the config, and the result for each layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def factored_size(m: int, n: int, r: int) -> int:
 
 @dataclass
 class LayerConversion:
-    """What became of one layer."""
+    """Result of the conversion for one layer."""
 
     r: int
     shape: tuple[int, int]  # (m, n)

@@ -1,4 +1,4 @@
-"""What a factored layer returns as its `.weight`: the facts of a tensor, without values."""
+"""The `.weight` of a factored layer: shape, dtype and device of a tensor, without values."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class WeightStandIn(Tensor):
 
 
 def stand_in(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of this shape with the dtype and device of `like`, without values and without memory of its own."""
+    """A tensor of this shape with the dtype and device of `like`, without values and without its own memory."""
     if torch.compiler.is_compiling():  # tracing does not support the subclass
         return torch.ops.hf_condlr.weight_stand_in(like.detach(), list(shape))
     return _stand_in(like.detach(), shape)
 
 
 def _stand_in(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """One NaN, expanded."""
+    """A tensor of one NaN, expanded to `shape`: it takes no memory."""
     return like.new_full((), math.nan).expand(shape).as_subclass(WeightStandIn)
 
 
-# In a traced graph an operator takes the place of the stand-in. Where the graph only read facts of the weight, nothing
+# In a traced graph an operator takes the place of the stand-in. If the graph reads only properties of it, nothing
 # uses the operator's result. Otherwise it raises an error: the result is a stand-in, with strides that compiled code
 # does not accept.
 _traced = torch.library.custom_op(

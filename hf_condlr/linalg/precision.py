@@ -1,4 +1,4 @@
-"""At least float32, and products in true float32 whatever precision is set outside."""
+"""At least float32, and products in true float32 under any autocast or TF32 setting."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def per_matrix(x: Tensor) -> Tensor:  # (*,) -> (*, 1, 1)
-    """One number for each matrix of a stack, shaped to multiply or mask the matrices."""
+    """Reshape one number per matrix of a stack so that it multiplies or masks the matrices."""
     return x.unsqueeze(-1).unsqueeze(-1)
 
 
 def at_least_float32(X: Tensor) -> Tensor:
-    """Half precision widened: LAPACK has no half kernels, and a Gram matrix in bfloat16 has two digits."""
+    """Widen half precision: LAPACK has no half kernels, and a Gram matrix in bfloat16 has two digits."""
     return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
@@ -38,7 +38,7 @@ def largest_entry(S: Tensor) -> Tensor:  # (*, m, n) -> (*, 1, 1)
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute products in true float32 whatever autocast or TF32 settings hold outside; less breaks the guarantee."""
+    """Compute products in true float32 under any autocast or TF32 setting; less would break the guarantee."""
     settings = _settings()
     previous = [_previous(backend, name) for backend, name, _ in settings]
     with ExitStack() as stack:

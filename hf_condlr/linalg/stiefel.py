@@ -56,7 +56,7 @@ def retract_cholesky(
     """X L⁻ᵀ with XᵀX = LLᵀ (Cholesky-QR): the same Q as `retract_qr`, from matrix products alone.
 
     The error in orthonormality grows like eps κ(X)². κ(X)² ≤ ‖XᵀX‖_∞ ‖L⁻¹‖_1 ‖L⁻¹‖_∞ bounds it from small matrices;
-    where that exceeds 32, or Cholesky breaks down, the result is not to be used. For X = U + Δ with UᵀU = I and
+    where that exceeds 32, or Cholesky breaks down, the result must not be used. For X = U + Δ with UᵀU = I and
     horizontal Δ, XᵀX = I + ΔᵀΔ: only a step of several times the size of U makes that so ill-conditioned.
 
     Args:

@@ -67,7 +67,7 @@ class BasisStack(Stack):
             as_number(moved(displacement), displacement),
             as_number(finite_here.logical_not(), displacement),
         ]
-        # Momentum, adaptive scaling and weight decay leave the tangent space, whatever the gradient was.
+        # Momentum, adaptive scaling and weight decay leave the tangent space, even for a tangent gradient.
         X = self._tangent_part(displacement, product).add_(self.start)
         (gram,) = yield [X.mT @ X]
         retracted, accurate = retract_cholesky(X, gram)

@@ -57,7 +57,7 @@ class CoreStack(Stack):
         self.by_products = masks.runs_ahead(self.held_at) and max(final for _, final in endpoints) <= LARGEST_BOUND
 
     def begin_step(self, values: Tensor | None = None) -> None:
-        """As `Stack.begin_step`."""
+        """See `Stack.begin_step`."""
         super().begin_step(values)
         self.vanished_at = self.vanished_at.to(self.held_at.device)
         self.endpoints = self.endpoints.to(wide_device(self.held_at))
@@ -99,7 +99,7 @@ class CoreStack(Stack):
         return found
 
     def _own_cores(self, X: Tensor) -> Tensor:  # (L, *) -> (l, *)
-        """Those of L matrices or numbers whose cores this process conditions."""
+        """Select those of L matrices or numbers whose cores this process conditions."""
         return X if self.rows.group is None else X[self._turn :: self.rows.size]
 
     def _among_all(self, part: Tensor) -> Tensor:  # (l, *) -> (L, *)
@@ -117,7 +117,7 @@ class CoreStack(Stack):
         if not len(S):
             return S, S.new_zeros(0), S.new_zeros(0)
         conditionable, start_is_usable = is_conditionable(S), is_conditionable(start)
-        # A start that is zero or not finite was written by others: there is no value to go back to.
+        # A start that is zero or not finite was written by other code: there is no value to return to.
         given_start, identity = start, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         start = select(start_is_usable, start, identity)
         followed = conditionable
@@ -135,5 +135,5 @@ class CoreStack(Stack):
 
 
 def _obey(S: Tensor, bounds: Tensor) -> bool:  # (L, r, r), (L,)
-    """Whether all cores obey their bounds. Decided by values, so that a resumed training decides alike; waits."""
+    """Whether all cores obey their bounds. Decided by values, so that a resumed training decides the same; waits."""
     return bool((condition_number(S) <= bounds * (1 + KAPPA_TOLERANCE)).all())

@@ -20,9 +20,9 @@ from hf_condlr.manifold.stack import Stack
 
 
 class FactorStacks:
-    """All factors, stacked, from one projection to the next: those that the optimizer is to move, and the others.
+    """All factors, stacked, from one projection to the next: those that the optimizer moves, and the others.
 
-    What others write is decided by values: each stack keeps a checksum of its factors from one step to the next.
+    Writes of other code are found by values: each stack keeps a checksum of its factors from one step to the next.
 
     Args:
         layers: The factored layers.
@@ -39,7 +39,7 @@ class FactorStacks:
         self.reset(0)
 
     def reset(self, step: int) -> None:
-        """After weights or a state of this step were loaded: drop all stacks; the next step looks at every factor."""
+        """Drop all stacks after weights or a state of this step were loaded; the next step looks at every factor."""
         self._bases: list[BasisStack] = []
         self._cores: list[CoreStack] = []
         self._others: list[Stack] = []
@@ -51,7 +51,7 @@ class FactorStacks:
         self._written_later: Callable[[], bool] = lambda: False
 
     def is_repeated(self) -> bool:
-        """Whether this step is inside of another one, or is tried again: its gradients are those projected last."""
+        """Whether this step is inside another one, or is repeated: its gradients are those projected last."""
         if not self.stepping or not self._gradients:
             return False
         pairs = zip(_gradients(self.layers), self._gradients, strict=True)
@@ -105,7 +105,7 @@ class FactorStacks:
         return bool(flag)
 
     def start_anew(self, step: int) -> None:
-        """Begin an interval at the present values: bases are made orthonormal, and W stays what others made it."""
+        """Begin an interval at the present values: bases are made orthonormal, W keeps the value from other code."""
         orthonormalize_bases(self.layers)
         self.stepping = self.unsettled = False
         self._forget()
@@ -143,7 +143,7 @@ class FactorStacks:
         self._settled(step)
 
     def restore(self, step: int) -> None:
-        """Bring every factor back to the constraint from where others left it, W as near as the bound allows."""
+        """Bring every factor back to the constraint from the values of other code, W as near as the bound allows."""
         orthonormalize_bases(self.layers)
         progress = self.schedule.progress(step)
         cores = core_stacks(self.layers, self.schedule.endpoints(), all_cores=True)
@@ -158,12 +158,12 @@ class FactorStacks:
         self._settled(step)
 
     def written(self) -> bool:
-        """Whether others have written factors since the last step. Waits; all processes must call it."""
+        """Whether other code wrote factors since the last step. Waits; all processes must call it."""
         self.names_written()
         return self._all_known() and bool(_any_written(self._all()))
 
     def names_written(self) -> list[str]:
-        """The factors of which others have written this process's rows since the last step. Waits for the device."""
+        """The factors of which other code wrote this process's rows since the last step. Waits for the device."""
         if not self._all_known():
             return []
         for stack in self._all():
@@ -208,11 +208,11 @@ class FactorStacks:
             stack.checksums = None
 
     def _cores_must_follow(self, step: int) -> bool:
-        """Whether frozen cores take part: while bounds tighten, they have to follow."""
+        """Whether frozen cores are conditioned, too: while bounds tighten, they must follow."""
         return step <= self.schedule.warmup_steps or self._tolerances != tolerances(self.layers)
 
     def _written_meanwhile(self) -> bool:
-        """Whether a factor that was not to move has moved: in this step, or before it where the host runs ahead."""
+        """Whether a factor that must not move has moved: in this step, or before it where the host runs ahead."""
         if self.run_ahead() and not self._careful:
             self._careful = self._written_later()
             return self._careful

@@ -12,12 +12,12 @@ from hf_condlr.manifold.cores import CoreStack
 from hf_condlr.manifold.stack import Stack, has_gradient
 
 STACK_LIMIT = {"cpu": 2**18, "others": 2**22}
-"""Most entries of one stack: four temporaries of its size are alive at once, beside one copy of all factors. A GPU is
+"""Most entries of one stack: four temporaries of its size exist at once, besides one copy of all factors. A GPU is
 fastest with few launches, a CPU with stacks that fit its cache."""
 
 
 def grouping_key(layers: dict[str, LowRankLayer], *, all_cores: bool) -> tuple:
-    """What stacks depend on, to be compared: the factors, which of them have a gradient or train, the tolerances."""
+    """Key of all values that stacks depend on: the factors, which of them have a gradient or train, the tolerances."""
     return tuple(
         (
             *((id(p), p.dtype, p.device, has_gradient(p)) for p in (x.U, x.S, x.V)),
@@ -66,7 +66,7 @@ def core_stacks(
 
 
 def other_stacks(layers: dict[str, LowRankLayer], stacks: list[Stack]) -> list[Stack]:
-    """The factors that are in none of these stacks: they are not to move, which is looked after."""
+    """Stack the factors that are in none of `stacks`: they must not move, which is checked."""
     taken = {id(p) for stack in stacks for p in stack.parameters}
     rows = (
         (f"{name}.{kind}", p, None)

@@ -1,4 +1,4 @@
-"""What the manifold step requires of an optimizer and of the factors, so that no guarantee breaks silently."""
+"""Requirements of the manifold step on optimizer and factors, so that no guarantee breaks silently."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def check_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse `optimizer.step(closure)`. torch's hooks get the whole argument tuple, the optimizer itself first."""
+    """Refuse `optimizer.step(closure)`. torch's hooks get the full argument tuple, the optimizer itself first."""
     require(
         all(argument is None for argument in (*args[1:], kwargs.get("closure"))),
         "optimizer.step must be called without a closure: it makes gradients after they could be projected",
@@ -55,7 +55,7 @@ def with_inner(optimizer: Any) -> list[torch.optim.Optimizer]:
     """An optimizer and those inside it, as SAM has one, which can be stepped instead of it.
 
     Raises:
-        OptimizerError: It is not one of torch's optimizers, or its `step` runs no hooks.
+        OptimizerError: The optimizer is not one of torch's, or its `step` runs no hooks.
     """
     require(
         isinstance(optimizer, torch.optim.Optimizer) and getattr(type(optimizer).step, "hooked", False),
@@ -66,7 +66,7 @@ def with_inner(optimizer: Any) -> list[torch.optim.Optimizer]:
         error=OptimizerError,
     )
     found = [optimizer]
-    for outer in found:  # grows meanwhile
+    for outer in found:  # grows during the loop
         found += [x for x in vars(outer).values() if isinstance(x, torch.optim.Optimizer) and x not in found]
     return found
 
@@ -136,7 +136,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, layers: 
 
 
 def check_layers(model: nn.Module, layers: dict[str, LowRankLayer]) -> None:
-    """Refuse layers that are not the model's, and factors that are not matrices of full precision of their own."""
+    """Refuse layers that are not the model's, and factors that are not separate matrices of full precision."""
     present = factored_layers(model)
     if set(present.values()) != set(layers.values()):
         others = {**{x: name for name, x in layers.items()}, **{x: name for name, x in present.items()}}

@@ -79,7 +79,7 @@ class BoundSchedule:
         return {"warmup_steps": self.warmup_steps, "initial_condition": dict(self.initial_condition)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the schedule of a handle's `state_dict`. Nothing changes if it is refused.
+        """Continue with the schedule of a handle's `state_dict`. Nothing changes if it is refused.
 
         Raises:
             OptimizerError: The state is of other layers, or its numbers are out of range.

@@ -23,7 +23,7 @@ class Stack:
         old: Values before the optimizer's step, (L, m, r).
         checksums: (L,) int64: checksums of the values after the last step, or None where they are not known.
         written: (L,) bool: the values before this step are not those after the last one.
-        usable: (L,) bool: gradient and update are finite, on all processes, and nobody else has written the factor.
+        usable: (L,) bool: gradient and update are finite, on all processes, and no other code has written the factor.
             Other factors keep their old values.
         held_at: (L,) int64: the first step since the last `held` at which a factor was not usable; 0 if none.
     """
@@ -40,19 +40,19 @@ class Stack:
         self.checksums: Tensor | None = None
 
     def begin_interval(self) -> None:
-        """Before the first step after a projection: keep the values as `start`."""
+        """Keep the values as `start`; called before the first step after a projection."""
         self.start = self._values()
         self.begin_step(self.start)
 
     def begin_step(self, values: Tensor | None = None) -> None:
-        """Before each step: keep the values as `old`. Copies follow factors whose device or dtype was changed."""
+        """Keep the values as `old`, before each step. Copies follow factors whose device or dtype was changed."""
         self.old = self._values() if values is None else values
         self.start, self.held_at = self.start.to(self.old), self.held_at.to(self.old.device)
         self.look(self.old)
         self.usable = self.written.logical_not()
 
     def look(self, values: Tensor | None = None) -> None:
-        """Find out which factors others have `written`; none where no checksums are known."""
+        """Find out which factors other code has `written`; none if no checksums are known."""
         found = checksums(self._values() if values is None else values)
         self.written = found != (found if self.checksums is None else self.checksums.to(found.device))
 
@@ -72,7 +72,7 @@ class Stack:
         self.start = self.old = self.held_at.new_zeros(0)
 
     def task(self, work: Work[None]) -> Task:
-        """Work of this stack, to be run together with that of others."""
+        """Work of this stack, to be run together with that of other stacks."""
         return Task(self.rows, work, len(self.parameters) * self.parameters[0].shape[-1] ** 2)
 
     def held(self) -> dict[str, int]:
@@ -92,7 +92,7 @@ class Stack:
         if not surely_all(self.usable):
             new = torch.where(per_matrix(self.usable), new, self.old)
             self._write(new)
-        self.old = self.start  # no copy of its own is kept over forward and backward
+        self.old = self.start  # no separate copy is kept over forward and backward
         return new
 
     def _record(self, step: int) -> None:
@@ -101,9 +101,9 @@ class Stack:
         self.held_at = torch.where(held & (self.held_at == 0), step, self.held_at)
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients, and 1 for each that is not finite or too large, or whose factor others have written.
+        """The gradients, and 1 for each that is not finite or too large, or whose factor other code wrote.
 
-        Those are zero here: NaN or inf would stay in the optimizer's state for ever.
+        These gradients become zero: NaN or inf would stay in the optimizer's state permanently.
         """
         G = torch.stack([local_gradient(p) for p in self.parameters])
         sound = squarable(G) & self.usable

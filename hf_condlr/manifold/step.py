@@ -72,13 +72,13 @@ def attach_manifold_step(
         warmup_steps: T_w ≥ 0, in optimizer steps. The bound falls geometrically from each layer's own κ_0 to 1 + τ:
             1 + τ(t) = κ_0^{1−p} (1+τ)^p with p = min(1, t/T_w). With 0 the first step conditions to 1 + τ.
         metric_scaling: Divide the gradients of U and V by c² = ‖S‖_F²/r, as the flow does. None: on for SGD, off for
-            others, which rescale gradients themselves.
+            other optimizers, which rescale gradients themselves.
         projection_interval: k ≥ 1. Retract and condition after every k-th step only, which is most of the cost. In
             between the constraint does **not** hold: call `settle()` of the handle, on every process, before you
             evaluate, save or load weights, and at the end. See `ManifoldStep.settle`.
         drift_check_interval: Where several processes hold copies of the factors, compare the copies bit for bit after
             the first step and after every k-th one, with the same k on every process. 0 never compares, for processes
-            that train models of their own; each warm-up then starts from the process's own κ_0 instead of process 0's.
+            that train different models; each warm-up then starts from the process's own κ_0 instead of process 0's.
 
     Returns:
         A handle: `step_count`, `bounds()`, `settle()`, `check()`, `state_dict()`, `load_state_dict()`, `remove()`.
@@ -133,7 +133,7 @@ class ManifoldStep:
 
     # --------------------------------------------- hooks; numbers refer to the list at the beginning of this file
 
-    @torch.compiler.disable  # where optimizer.step is compiled: it counts steps, and each number would be traced anew
+    @torch.compiler.disable  # if optimizer.step is compiled: it counts steps, and each number would be traced again
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         check_closure(args, kwargs)
@@ -150,7 +150,7 @@ class ManifoldStep:
             self.settle()
             self._stacks.regroup(self.step_count)
         if self._stacks.keep_values():  # 1
-            self._report()  # the stacks will be made anew
+            self._report()  # the stacks will be made again
             self._stacks.start_anew(self.step_count)
         self._stacks.project_gradients(self.metric_scaling)  # 2 to 4
         self._outermost = optimizer
@@ -216,7 +216,7 @@ class ManifoldStep:
         On a CPU every step ends with it. A GPU would have to be waited for: there the flags of a step stay on the
         device until `check`, `settle`, `state_dict` or `remove` is called, and the Trainer does where it logs.
 
-        Warn, too, of factors that others wrote after the last step: no bound is in force there until the next one.
+        Warn, too, of factors that other code wrote after the last step: no bound is in force there until the next one.
 
         Raises:
             ConditioningError: An update would have made a core zero. The core has its last conditioned value.
@@ -268,7 +268,7 @@ class ManifoldStep:
         return {"step_count": self.step_count, **self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was called. Load the weights first.
+        """Resume from the state of `state_dict`. Load the weights first.
 
         Raises:
             OptimizerError: The state is not one of a manifold step, is of other layers, or is out of range.
@@ -280,7 +280,7 @@ class ManifoldStep:
         orthonormalize_bases(self.layers)
         if self.step_count:
             self._stacks.publish_bounds(self.step_count)
-            for layer in self.layers.values():  # the weights may be of another moment
+            for layer in self.layers.values():  # the weights may be from another step
                 if not obeys_bound(kappa_of(layer), layer.bound):
                     layer.bound = math.inf
 

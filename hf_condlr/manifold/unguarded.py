@@ -17,7 +17,7 @@ _global_hooks: list[Any] = []
 
 
 def guard(handle: Any) -> None:
-    """From now on refuse steps of other optimizers that would move the factors of this handle."""
+    """Refuse, from now on, steps of other optimizers that would move the factors of this handle."""
     if not _global_hooks:
         _global_hooks.append(register_optimizer_step_pre_hook(_refuse_unguarded))
     _handles.add(handle)
@@ -26,14 +26,14 @@ def guard(handle: Any) -> None:
 
 
 def forget(handle: Any) -> None:
-    """The handle was removed: its factors may be moved."""
+    """Forget a removed handle: its factors may be moved."""
     _handles.discard(handle)
     for optimizer in handle.optimizers:
         optimizer.defaults.pop(_MARK, None)
 
 
 def _refuse_unguarded(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Before the step of any optimizer."""
+    """Hook before the step of any optimizer: refuse a step that moves factors unguarded."""
     if any(owner in _handles for owner in hook_owners(optimizer)):
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}

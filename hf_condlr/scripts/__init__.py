@@ -1,1 +1,1 @@
-"""What training scripts share: options, data, restarts, and what is saved."""
+"""Code that training scripts share: options, data, resuming and saving."""

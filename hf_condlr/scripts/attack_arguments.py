@@ -38,7 +38,7 @@ class AttackArguments:
         """Each attack with each budget.
 
         Args:
-            takes: What may be attacked: "pixels", or "tokens" and "texts"; by default anything.
+            takes: Inputs that may be attacked: "pixels", or "tokens" and "texts"; by default anything.
 
         Raises:
             ConfigError: An attack is for other data.
@@ -50,7 +50,7 @@ class AttackArguments:
         return attacks
 
     def require_unsharded(self, trainer: Trainer) -> None:
-        """Raise a ConfigError if FSDP shards a model that is to be attacked, at the end or in training."""
+        """Raise a ConfigError if FSDP shards a model that will be attacked, at the end or in training."""
         asked = {*self.attacks, getattr(trainer.args, "adversarial_attack", "none")} - {"none"}
         rule = "attacks need the full model on every process, and FSDP shards it"
         remedy = "Leave the attacks out, attack the saved model, or use DDP."
@@ -60,7 +60,7 @@ class AttackArguments:
         """Attack the trained model; batches that are done are kept in `output_dir/attacks` for a restart.
 
         Args:
-            trainer: Its model is attacked, on what its `processing_class` makes of the data.
+            trainer: Trainer whose model is attacked; its `processing_class` prepares the data.
             dataset: Images or texts and labels, as `evaluate_robustness` takes them.
             split: Name of the data in the metrics.
 

@@ -46,7 +46,7 @@ class DatasetArguments:
         Text files are read by paragraphs, which blank lines separate.
 
         Raises:
-            EvaluationError: They cannot be read, one of them is empty, or there is none to train on.
+            EvaluationError: The splits cannot be read, one of them is empty, or there is none to train on.
         """
         path = Path(self.dataset_name)
         by_paragraph = {"sample_by": "paragraph"}
@@ -74,7 +74,7 @@ class DatasetArguments:
         return splits
 
     def hold_out(self, data: DatasetDict, label: str | None = None) -> DatasetDict:
-        """With a validation split, and at most as many rows as asked for; neither depends on the training's seed.
+        """Add a validation split, keep at most as many rows as asked for; neither depends on the training's seed.
 
         Args:
             data: Data set that `load` returned.
@@ -98,7 +98,7 @@ def require_readable(data: DatasetDict, problem: Callable[[Any], str | None], *,
 
     Args:
         data: Splits with the column `source_row`.
-        problem: What is wrong with a row, and in which file, or None; its results are cached.
+        problem: Returns the fault of a row, and its file, or None; its results are cached.
         processes: Number of processes that check; 0 and 1: this one alone.
 
     Raises:

@@ -20,7 +20,7 @@ def find_column(
         columns: {name: feature} of a data set.
         option: Name of the option, for messages.
         given: Value of the option.
-        matches: Whether a name and its feature are of the kind that is looked for.
+        matches: Whether a name and its feature are of the wanted kind.
         kind: Name of that kind, for messages.
 
     Raises:

@@ -61,7 +61,7 @@ class ModelArguments:
             self.config()
 
     def condlr_config(self) -> CondLRConfig:
-        """How layers are factored."""
+        """The config of the conversion."""
         return CondLRConfig(**{name: getattr(self, name) for name in CONVERSION})
 
     def config(self) -> PreTrainedConfig:
@@ -102,7 +102,7 @@ class ModelArguments:
         """Whether the layers of this model are still to be factored.
 
         Raises:
-            ConfigError: It is factored already, and the method is dense.
+            ConfigError: The model is factored already, and the method is dense.
         """
         if not factored_layers(model):
             return self.method != "dense"

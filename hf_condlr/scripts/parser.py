@@ -117,7 +117,7 @@ def require_one_group(processes: int) -> None:
 
 
 def _words_of_file(path: Path) -> list[str]:
-    """The options of a file as words of a command line, whose types decide: YAML takes 1e-3 for text."""
+    """The options of a file as words of a command line, whose types decide: YAML reads 1e-3 as text."""
     options = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     rule, remedy = f"{path} must hold options and their values", "Write `name: value`, one option a line."
     check(isinstance(options, dict), rule, repr(options), remedy)

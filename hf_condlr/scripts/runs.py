@@ -1,4 +1,4 @@
-"""What every training script does with its Trainer: choose it, train and save the model at once, write the results."""
+"""Steps of every training script with its Trainer: choose it, train and save the model at once, write results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ON_CARD = ("accuracy", "loss", "perplexity")
 
 
 class DenseTrainer(FactoredTrainer):
-    """For dense models, on the same adversarial samples as the other methods."""
+    """Trainer of dense models, on the same adversarial samples as the other methods."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
         """Load with `from_pretrained`: Trainer skips weights whose names on disk are not the model's own (ViT's)."""

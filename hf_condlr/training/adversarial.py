@@ -26,10 +26,10 @@ from hf_condlr.training.perturbed_inputs import class_labels, perturbed_inputs
 
 @dataclass
 class AdversarialBatch:
-    """What the model is trained on instead of a batch."""
+    """Inputs and labels that the model is trained on instead of a batch."""
 
     inputs: dict[str, Any]
-    """For `model(**inputs)`: the perturbed samples, or with TRADES the clean ones."""
+    """Inputs for `model(**inputs)`: the perturbed samples, or with TRADES the clean ones."""
     epsilon: float
     rows: Tensor
     """Numbers of the perturbed samples (k,)."""

@@ -22,7 +22,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class AdversarialArguments:
-    """How `AdversarialTraining` perturbs the batches of a training, in the Trainer or in a loop of your own."""
+    """How `AdversarialTraining` perturbs the batches of a training, in the Trainer or in your own loop."""
 
     adversarial_attack: str = _option(
         "none", "none, fgsm or pgd: on pixels, or for texts on the embeddings, where fgsm is FGM."
@@ -86,13 +86,13 @@ class AdversarialArguments:
 
 @dataclass
 class CondLRArguments(AdversarialArguments):
-    """What robust low-rank training adds to `TrainingArguments`."""
+    """Options that robust low-rank training adds to `TrainingArguments`."""
 
     conditioning_warmup_ratio: float = _option(
         0.3, "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."
     )
     metric_scaling: bool | None = _option(
-        None, "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for others."
+        None, "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for other optimizers."
     )
     projection_interval: int = _option(
         1,

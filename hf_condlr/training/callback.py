@@ -49,7 +49,7 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
     - stops the training if factors move in an optimizer step that did not run the manifold step;
     - settles the model (`ManifoldStep.settle`) before evaluations and checkpoints;
     - adds κ, its bound, the orthonormality error and the compression to the logs of training and evaluation;
-    - keeps models of the warm-up, and others whose κ is above 1 + τ, from becoming the best model;
+    - keeps models of the warm-up, and all whose κ is above 1 + τ, from becoming the best model;
     - stores the conditioning schedule in `trainer_state.json`, and continues from there when training is resumed.
 
     A setting that is None has the value in the Trainer's arguments, or the default if they are no `CondLRArguments`.
@@ -163,11 +163,11 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
         self._attached = False
 
     def state(self) -> dict[str, Any]:
-        """What transformers writes into `trainer_state.json`."""
+        """State that transformers writes into `trainer_state.json`."""
         self._veto.lift()
         try:
             schedule = None if self.handle is None else self.handle.state_dict()
-        except CondLRError:  # between two projections; `on_save` says so
+        except CondLRError:  # between two projections; `on_save` warns of it
             schedule = None
         args = dict(self.settings)
         return {

@@ -1,4 +1,4 @@
-"""Which engines of accelerate the manifold step can train under."""
+"""The engines of accelerate that the manifold step can train under."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Trainer needs for the checkpoints and the model cards of factored models."""
+"""Additions to a Trainer for the checkpoints and the model cards of factored models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FactoredTrainerMixin:
         super().__init__(*args, **kwargs)
         if not any(isinstance(callback, FactoredPushCallback) for callback in self.callback_handler.callbacks):
             self.callback_handler.add_callback(FactoredPushCallback())
-        reference = getattr(self, "ref_model", None)  # of TRL's DPOTrainer, and others
+        reference = getattr(self, "ref_model", None)  # of TRL's DPOTrainer, for example
         if isinstance(reference, nn.Module) and factored_layers(self.model) and not factored_layers(reference):
             logger.warning(
                 "the reference model is dense, and the trained one is factored: without ref_model it is loaded from "
@@ -55,7 +55,7 @@ class FactoredTrainerMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """No further batch after `max_steps`: a training that is resumed from its last step is over."""
+        """Return no further batch after `max_steps`: a training that is resumed from its last step is over."""
         if self.state.global_step >= self.state.max_steps > 0:
             return [], None
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]

@@ -27,7 +27,7 @@ class CombinedLoss:
 
     Args:
         trainer: The Trainer, after its construction.
-        arguments: Its arguments, or the defaults.
+        arguments: Arguments of the Trainer, or the defaults.
         teacher: A dense model, if `distillation_weight` > 0.
 
     Raises:
@@ -119,7 +119,7 @@ class CombinedLoss:
         return loss, outputs
 
     def _share(self, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
-        """What a mean over the labels of this batch counts in the mean over the accumulated one.
+        """Weight of a mean over the labels of this batch in the mean over the accumulated one.
 
         1 where Trainer counts no items: it divides the loss by the number of parts.
         """

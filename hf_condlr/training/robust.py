@@ -1,4 +1,4 @@
-"""What a Trainer needs for distillation, adversarial training, and attacks in its evaluations."""
+"""Additions to a Trainer for distillation, adversarial training, and attacks in its evaluations."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def last_evaluation(trainer: Any) -> dict[str, Any]:
 
 
 def card_metrics(evaluation: dict[str, Any], robustness: RobustnessArguments | None) -> dict[str, Any]:
-    """The metrics of an evaluation for the model card, without those of attacks, which have entries of their own."""
+    """The metrics of an evaluation for the model card, without those of attacks, which have their own entries."""
     attacks = robustness.build() if robustness is not None else []
     hidden = {"robust_accuracy", "robust_samples", *map(_key, attacks)} if attacks else set()
     return {k: value for k, value in evaluation.items() if k not in hidden and not _NOT_MEASURED.search(k)}

@@ -2,12 +2,12 @@
 
 How to add an attack:
 
-1. Write a frozen dataclass of its parameters in a file of its own, derived from `Attack`, or from `BallAttack` (ℓ∞ and
+1. Write a frozen dataclass of its parameters in its own file, derived from `Attack`, or from `BallAttack` (ℓ∞ and
    ℓ2 balls), `EmbeddingAttack` (embeddings of tokens) or `GradientAscent` (several steps and restarts).
 2. Implement `name`, `threat`, `__call__` and, where it can be measured, `distance`.
 3. Run the model inside `attacked(model)`, and check parameters and inputs with `require`.
 4. Name it in `registry.ATTACKS`, and export it here.
-5. Add it to `tests/robustness/attacks/test_contract.py`, which tests what every attack must keep.
+5. Add it to `tests/robustness/attacks/test_contract.py`, which tests the contract of every attack.
 """
 
 from hf_condlr.robustness.attacks.autoattack import AutoAttack

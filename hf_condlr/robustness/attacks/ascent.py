@@ -26,8 +26,8 @@ class GradientAscent(Attack):
         restarts: Independent runs; the worst counts.
         loss: `ce`, `margin` or `dlr`, see `losses`.
         seed: Seed of the random starts.
-        early_stop: Stop with a sample once it is misclassified, which saves passes. False goes on: an example that is
-            to fool another model, or to train one, should be far on the wrong side.
+        early_stop: Stop with a sample once it is misclassified, which saves passes. With False the attack
+            continues: an example for another model, or for training, should be far on the wrong side.
     """
 
     steps: int = 10
@@ -95,7 +95,7 @@ def score_and_gradient(
     """
     x = x.detach().requires_grad_(True)
     logits = logits_of(model(x))
-    if not logits.requires_grad:  # an argmax, say, cuts the path back to the inputs: the gradient is zero
+    if not logits.requires_grad:  # for example an argmax cuts the path to the inputs: the gradient is zero
         return scores(logits, labels, loss), torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(losses(logits, labels, loss).sum(), x, materialize_grads=True)
     return scores(logits.detach(), labels, loss), gradient.nan_to_num(0.0, 0.0, 0.0)

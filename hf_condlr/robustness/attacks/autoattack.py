@@ -36,7 +36,7 @@ class AutoAttack(BallAttack):
     Args:
         epsilon: Radius, in pixels of [0, 1].
         norm: `linf` or `l2`.
-        attacks: Those to run, in order, among `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t` and `square`; None for
+        attacks: Attacks to run, in order, among `apgd-ce`, `apgd-dlr`, `apgd-t`, `fab`, `fab-t` and `square`; None for
             the standard ones. Accuracy under any other choice must not be called AutoAttack's.
         seed: Seed of its random numbers.
     """

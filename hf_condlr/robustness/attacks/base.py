@@ -34,7 +34,7 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         finite = 0 <= self.epsilon < float("inf")
-        require(finite, "epsilon must be finite and ≥ 0", self.epsilon, "For pixels, 8/255, say.")
+        require(finite, "epsilon must be finite and ≥ 0", self.epsilon, "For example 8/255 for pixels.")
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class Attack(ABC):
     @property
     @abstractmethod
     def threat(self) -> str:
-        """What the adversary may change: `linf`, `l2`, `embedding`, ... Worst cases are taken within one of these."""
+        """Threat model: `linf`, `l2`, `embedding`, ... Worst cases are taken within one of these."""
 
     @abstractmethod
     def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> Inputs:

@@ -1,6 +1,6 @@
 """`Corruption`: common, not adversarial, changes of an image in five severities, with torch and Pillow only.
 
-A subset of the kinds of Hendrycks and Dietterich (2019, arXiv 1903.12261), with code and strengths of its own:
+A subset of the kinds of Hendrycks and Dietterich (2019, arXiv 1903.12261), with its own code and strengths:
 accuracies under them are *not* those on CIFAR-10-C or ImageNet-C. Strengths are similar to those of the two sets, or
 lie between them. The radii of blurs are in pixels for images whose shorter side is at most 32, and grow in proportion
 above; all other strengths are the same at every size.
@@ -25,7 +25,7 @@ from hf_condlr.robustness.attacks.base import Attack, at_least_float32, require,
 
 @dataclass(frozen=True)
 class Corruption(Attack):
-    """One kind of corruption of images (B, C, H, W) in [0, 1] with one or three channels.
+    """A corruption of images (B, C, H, W) in [0, 1] with one or three channels.
 
     It is not an adversary: it ignores model and labels, and changes every sample, including misclassified ones, which
     it may correct. Its accuracy is that on all corrupted images, as is usual.

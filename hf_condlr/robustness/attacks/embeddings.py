@@ -46,7 +46,7 @@ class TokenBall:
         return self.model({**tokens, "perturbation": delta})
 
     def zero(self) -> Tensor:  # (B, T, d)
-        """No perturbation."""
+        """The zero perturbation."""
         return torch.zeros_like(self.embedded)
 
     def uniform(self, generator: torch.Generator) -> Tensor:  # (B, T, d)
@@ -177,7 +177,7 @@ class EmbeddingSearch(EmbeddingAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.queries >= 1, "queries must be ≥ 1", self.queries, "100, say.")
+        require(self.queries >= 1, "queries must be ≥ 1", self.queries, "For example 100.")
 
     @torch.no_grad()
     def _perturbation(self, ball: TokenBall, labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class FGSM(BallAttack):
     Args:
         epsilon: Radius, in pixels of [0, 1].
         clip: False leaves [0, 1], as the published experiments of CondLR did on CIFAR (arXiv 2306.01485). The
-            result is not an image any more, so this is a threat of its own.
+            result is not an image any more, so this is a separate threat model.
         norm: `linf` or `l2`.
     """
 
@@ -91,7 +91,7 @@ class PGD(GradientAscent, BallAttack):
         return self._project(x0, x0 + self.epsilon * noise.to(x0.device))
 
     def _project(self, x0: Tensor, x: Tensor) -> Tensor:
-        """On the ball, then on [0, 1]: x0 lies in [0, 1], so clipping does not leave the ball."""
+        """Project on the ball, then on [0, 1]: x0 lies in [0, 1], so clipping does not leave the ball."""
         delta = x - x0
         delta = delta.clamp(-self.epsilon, self.epsilon) if self.norm == "linf" else into_ball(delta, self.epsilon)
         return (x0 + delta).clamp(0, 1)

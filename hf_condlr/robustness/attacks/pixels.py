@@ -36,7 +36,7 @@ class PixelModel(nn.Module):
         """A `PixelModel` with the mean and the standard deviation of an image processor of transformers.
 
         Raises:
-            AttackError: It is not an image processor, or it does not scale 8-bit pixels to [0, 1] and normalise them
+            AttackError: The processor is not for images, or it does not scale 8-bit pixels to [0, 1] and normalise them
                 once, so that ε would have no unit.
         """
         rule, kind = "an image processor must say how pixels are normalised", type(processor).__name__

@@ -62,7 +62,7 @@ def make_attacks(names: Iterable[str], epsilons: Iterable[float | str], **option
     """Every attack at every budget; each is given the options that it has.
 
     Raises:
-        AttackError: As for `make_attack`; or there is an option that none of the attacks has.
+        AttackError: See `make_attack`; or there is an option that none of the attacks has.
     """
     names = list(names)
     given = {option for option, value in options.items() if value is not None}
@@ -71,7 +71,7 @@ def make_attacks(names: Iterable[str], epsilons: Iterable[float | str], **option
     ignored = sorted(given - set().union(*taken.values()))
     require(not ignored, f"one of {', '.join(names)} must have each option", ", ".join(ignored), "Drop it.")
     budgets = [parse_epsilon(epsilon) for epsilon in epsilons]
-    require(budgets, "at least one epsilon must be given", "none", "4/255 or 0.05, say.")
+    require(budgets, "at least one epsilon must be given", "none", "For example 4/255 or 0.05.")
     return [make_attack(n, e, **{option: options[option] for option in taken[n]}) for n in names for e in budgets]
 
 
@@ -86,11 +86,11 @@ def parse_epsilon(value: float | str) -> float:
     """The value of a number, or of a fraction such as "8/255".
 
     Raises:
-        AttackError: It is neither.
+        AttackError: The value is neither.
     """
     above, slash, below = str(value).partition("/")
     try:
         return float(above) / (float(below) if slash else 1.0)
     except (ValueError, ZeroDivisionError):
-        require(False, "epsilon must be a number or a fraction", repr(value), "0.03 or 8/255, say.")
+        require(False, "epsilon must be a number or a fraction", repr(value), "For example 0.03 or 8/255.")
         raise  # never reached

@@ -29,7 +29,7 @@ from hf_condlr.robustness.attacks.pixels import PixelModel
 class NormalizedAttack(Attack):
     """An attack with ε in normalised units, which leaves [0, 1], as published.
 
-    The ℓ∞ ball in these units is a box with sides proportional to each channel's std: a threat of its own.
+    The ℓ∞ ball in these units is a box with sides proportional to each channel's std: a separate threat model.
     """
 
     threat = "normalised-linf-unclipped"
@@ -91,7 +91,7 @@ class Jitter(NormalizedAttack):
         super().__post_init__()
         valid = self.steps >= 1 and self.scale > 0 and self.noise >= 0
         received = f"steps={self.steps}, scale={self.scale}, noise={self.noise}"
-        require(valid, "steps must be ≥ 1, scale > 0 and noise ≥ 0", received, "5, 10 and 0.1, say.")
+        require(valid, "steps must be ≥ 1, scale > 0 and noise ≥ 0", received, "For example 5, 10 and 0.1.")
 
     def __call__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Adversarial inputs (B, C, H, W), in at least float32."""

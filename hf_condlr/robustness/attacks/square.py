@@ -40,8 +40,8 @@ class Square(BallAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.queries >= 1, "queries must be ≥ 1", self.queries, "5000, say.")
-        require(0 < self.p_init <= 1, "p_init must be a share in (0, 1]", self.p_init, "0.8, say.")
+        require(self.queries >= 1, "queries must be ≥ 1", self.queries, "For example 5000.")
+        require(0 < self.p_init <= 1, "p_init must be a share in (0, 1]", self.p_init, "For example 0.8.")
 
     @property
     def name(self) -> str:

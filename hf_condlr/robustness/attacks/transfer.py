@@ -71,6 +71,6 @@ class Transfer(Attack):
 
 
 def name_of(model: nn.Module) -> str:
-    """Where a transformers model was loaded from, also inside a wrapper such as `PixelModel`; else its class."""
+    """Name or path that a transformers model was loaded from, also inside a `PixelModel`; else its class's name."""
     inner = getattr(model, "model", model)
     return getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__

@@ -31,7 +31,7 @@ Place = tuple[int, int]  # of a piece: the part of a pair, 0 or 1, and the numbe
 def typos(word: str, number: int, random: Random) -> list[str]:
     """At most `number` different words, one typing error away from `word`, of all kinds in turn.
 
-    Two neighbouring letters swapped, a letter deleted (never the last one), inserted beside another, or substituted.
+    Two neighbouring letters swapped, a letter deleted (never the last one), inserted next to another, or substituted.
     Other characters stay, and no space is inserted, so that a word stays one word.
     """
     letters = [i for i, character in enumerate(word) if character.isalpha()]

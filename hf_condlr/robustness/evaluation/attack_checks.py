@@ -106,7 +106,7 @@ def attack_checks(c: CheckedCase, *, quick: bool = False) -> Iterator[Check]:
     suspicion = f"{2 * steps} steps and 3 restarts find more: raise both until nothing changes."
     yield robust_to(make_attack(gradient, epsilon, steps=2 * steps, restarts=3, seed=1), "converged", 0.02, suspicion)
     attack = make_attack(gradient, epsilon, steps=steps, loss="margin", seed=2)
-    suspicion = "Large logits saturate the cross entropy: attack with the margin loss beside it."
+    suspicion = "Large logits saturate the cross entropy: attack with the margin loss, too."
     yield robust_to(attack, "margin loss finds no more", 0.02, suspicion)
     attack = make_attack(black_box, epsilon, queries=QUERIES)
     suspicion = "A search without gradients beats the attack that has them: gradients are masked."

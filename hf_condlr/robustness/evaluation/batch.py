@@ -1,4 +1,4 @@
-"""One batch under every attack."""
+"""Attacks on one batch."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def predict(model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, T
     """Which samples are classified correctly, and the class predicted for each."""
     with attacked(model), torch.no_grad():
         logits = model(inputs)
-    shape, remedy = tuple(logits.shape), "Only classifiers of whole samples are attacked."
+    shape, remedy = tuple(logits.shape), "Only models that give one class per sample are attacked."
     rule = "the model must yield logits (batch, classes) of at least two classes"
     require(len(shape) == 2 and shape[1] >= 2, rule, f"the shape {shape}", remedy)
     rule, remedy = f"labels must be classes of the model, 0 to {shape[1] - 1}", "Evaluate on data of these classes."

@@ -68,7 +68,7 @@ def evaluate_robustness(
         label_column: Column of labels, where it is not `labels`, `label` or `label_ids`.
         batch_size: Samples attacked together, in each process.
         max_samples: Number of samples, drawn with `seed`, the same for every model; None for all.
-        seed: Seed of that choice. Attacks have seeds of their own.
+        seed: Seed of that choice. Attacks have their own seeds.
         checks: Whether to look for signs that the numbers are too good, by further attacks on a few samples; "quick"
             leaves out the attacks of more than one step, which may take longer than the evaluation itself.
         check_samples: Number of samples that are attacked again.
@@ -103,7 +103,7 @@ def evaluate_robustness(
     [key] = broadcast_object_list([evaluation_key(settings, chosen, save_examples)])
     outcomes = Outcomes(folder and folder / f"outcomes-{key}")
     examples = folder / f"examples-{key}" if folder is not None and save_examples else None
-    accelerator.wait_for_everyone()  # nobody writes before all have read what is there
+    accelerator.wait_for_everyone()  # no process writes before all have read the old files
     positions = [range(i, min(i + batch_size, len(samples))) for i in range(0, len(samples), batch_size)]
     mine = range(len(positions))[accelerator.process_index :: accelerator.num_processes]
     show = progress and accelerator.is_local_main_process

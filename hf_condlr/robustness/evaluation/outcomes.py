@@ -18,7 +18,7 @@ from hf_condlr.robustness.attacks.base import Inputs
 
 @dataclass
 class AttackOutcome:
-    """One attack on one batch."""
+    """Outcome of one attack on one batch."""
 
     survived: list[bool]
     """For each sample: classified correctly without the attack and under it."""
@@ -46,7 +46,7 @@ class Outcomes:
     """{number of the batch: outcome}, and the folder that keeps them.
 
     Args:
-        folder: Where each batch's outcome is written as soon as it is known; None for nowhere. Outcomes of an
+        folder: Folder for each batch's outcome, written as soon as it is known; None for no folder. Outcomes of an
             interrupted evaluation are read from it. Processes must see the same folder to share it.
     """
 

@@ -16,7 +16,7 @@ class Progress:
     """A bar in a terminal. Elsewhere lines at the start, after the first seconds, every half minute, and at the end.
 
     Args:
-        title: What runs.
+        title: Name of the task that is shown.
         total: Amount of work.
         show: False shows nothing.
     """

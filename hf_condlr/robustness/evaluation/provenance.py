@@ -1,4 +1,4 @@
-"""What may change the numbers of an evaluation, and a key that identifies the evaluation."""
+"""Everything that may change the numbers of an evaluation, and a key that identifies the evaluation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluation_key(settings: dict[str, Any], attacks: Sequence[Attack], examples
 
 
 def describe(samples: Samples, batch_size: int) -> dict[str, Any]:
-    """What an evaluation states about its model and data, as JSON values."""
+    """Describe an evaluation's model and data, as JSON values."""
     normalisation = {key: getattr(samples.model, key, None) for key in ("mean", "std")}
     return {
         "model_digest": parameters_digest(samples.model),

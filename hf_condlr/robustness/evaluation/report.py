@@ -21,7 +21,7 @@ class Check:
     passed: bool | None
     found: str
     suspicion: str
-    """What a failure means."""
+    """Meaning of a failure."""
 
     def __str__(self) -> str:
         state = {True: "passed", False: "FAILED", None: "not applicable"}[self.passed]
@@ -30,11 +30,11 @@ class Check:
 
 @dataclass
 class AttackResult:
-    """One attack with one budget; or, as worst case, all attacks of one threat and budget together."""
+    """Result of one attack with one budget; or, as worst case, of all attacks of one threat and budget together."""
 
     name: str
     threat: str
-    """What the adversary may change: `linf`, `l2`, `embedding`, `characters`, ..."""
+    """Threat model: `linf`, `l2`, `embedding`, `characters`, ..."""
     epsilon: float
     survived: list[bool]
     """For each sample: classified correctly under the attack, and without it unless it is a corruption."""
@@ -63,7 +63,7 @@ class AttackResult:
 
 @dataclass
 class RobustnessReport:
-    """What `evaluate_robustness` returns; `str()` is a table."""
+    """Result of `evaluate_robustness`; `str()` is a table."""
 
     model: str
     labels: list[int]
@@ -229,7 +229,7 @@ def columns(rows: Sequence[tuple[str, ...]], texts: int) -> list[str]:
 
 
 def bits(values: list[bool]) -> str:
-    """One character for each sample, which keeps files small."""
+    """Encode each sample's flag as one character, to keep files small."""
     return "".join("1" if value else "0" for value in values)
 
 

@@ -126,7 +126,7 @@ def class_numbers(rows: Sequence[Any], column: Any) -> Tensor:  # -> (B,), int64
         labels.dim() == 1 and not labels.is_floating_point(),
         "labels must be one class number a sample",
         f"values such as {str(values[0])[:50]}",
-        "Only classifiers of whole samples are attacked; class_encode_column makes numbers of names.",
+        "Only models that give one class per sample are attacked; class_encode_column makes numbers of names.",
     )
     least, remedy = labels.min().item(), "Evaluate a split whose labels are known, without rows that have none."
     require(least >= 0, "labels must be class numbers from 0", f"{least} in the column {column!r}", remedy)

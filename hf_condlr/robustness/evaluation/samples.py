@@ -46,7 +46,7 @@ class Samples:
         model: The attacked model: `PixelModel` for images, `TextModel` for texts.
         indices: Numbers of the samples in the data set, ascending.
         classes: The model's class number for each of the data set's; None where they agree.
-        kind: What the rows hold: `tensors`, `pixel_values`, `images`, `input_ids` or `texts`.
+        kind: Kind of the rows: `tensors`, `pixel_values`, `images`, `input_ids` or `texts`.
     """
 
     def __init__(
