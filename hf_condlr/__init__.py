@@ -12,7 +12,7 @@ from hf_condlr.manifold.step import attach_manifold_step
 from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
 from hf_condlr.robustness.metrics import AttackSuccessRate, RobustAccuracy
 from hf_condlr.scripts.attack_arguments import AttackArguments
-from hf_condlr.scripts.dataset_arguments import DatasetArguments, require_readable
+from hf_condlr.scripts.dataset_arguments import DatasetArguments, readable_rows
 from hf_condlr.scripts.dataset_columns import find_column, labelled
 from hf_condlr.scripts.model_arguments import ModelArguments
 from hf_condlr.scripts.parser import ScriptParser, require_one_group
@@ -67,8 +67,8 @@ __all__ = [
     "labelled",
     "load_sharded",
     "load_split",
+    "readable_rows",
     "require_one_group",
-    "require_readable",
     "save_sharded",
     "to_dense_model",
     "train_and_save",

@@ -42,7 +42,7 @@ from hf_condlr import (
     find_column,
     get_robust_lowrank_model,
     labelled,
-    require_readable,
+    readable_rows,
     train_and_save,
     trainer_class,
     write_results,
@@ -73,8 +73,7 @@ def load_data(args: ImageArguments, processes: int) -> DatasetDict:
     )
     data = args.hold_out(labelled(data, label, {image: "image"}), "labels")
     data = data.cast_column("image", Image(decode=False))
-    require_readable(data, unreadable, processes=processes)
-    return data
+    return readable_rows(data, unreadable, skip=args.skip_unreadable, processes=processes)
 
 
 def unreadable(row: dict[str, Any]) -> str | None:
@@ -189,7 +188,9 @@ def main(
     training_args: CondLRTrainingArguments,
 ) -> None:
     """Train, save, evaluate, attack."""
-    attack_args.make_attacks("pixels")  # wrong options are refused before the data are read
+    # Wrong options are refused before the data are read.
+    attack_args.make_attacks("pixels")
+    model_args.require_task(AutoModelForImageClassification)
     training_args.remove_unused_columns = False  # the transforms read the column of images
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 

@@ -40,7 +40,7 @@ from hf_condlr import (
     checkpoint_to_resume,
     find_column,
     get_robust_lowrank_model,
-    require_readable,
+    readable_rows,
     train_and_save,
     trainer_class,
     write_results,
@@ -75,7 +75,7 @@ def load_data(args: TextArguments) -> DatasetDict:
     data = data.select_columns([name, "source_row"])
     if name != "text":
         data = data.rename_column(name, "text")
-    require_readable(data, lambda row: "no text" if row["text"] is None else None)
+    data = readable_rows(data, lambda row: "no text" if row["text"] is None else None, skip=args.skip_unreadable)
     data = data.filter(lambda row: bool(row["text"].strip()))
     empty = [split for split, rows in data.items() if not len(rows)]
     if empty:
@@ -179,6 +179,7 @@ def at_start(trainer: Trainer) -> dict[str, float]:
 
 def main(model_args: ModelArguments, data_args: TextArguments, training_args: CondLRTrainingArguments) -> None:
     """Evaluate, train, save, evaluate."""
+    model_args.require_task(AutoModelForCausalLM)
     if training_args.adversarial_attack != "none":
         raise ValueError(f"only classifiers are trained on attacks; received {training_args.adversarial_attack}")
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()

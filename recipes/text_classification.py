@@ -39,7 +39,7 @@ from hf_condlr import (
     find_column,
     get_robust_lowrank_model,
     labelled,
-    require_readable,
+    readable_rows,
     train_and_save,
     trainer_class,
     write_results,
@@ -83,8 +83,7 @@ def load_data(args: TextArguments) -> DatasetDict:
         raise ValueError(f"text_columns must be one or two of {', '.join(columns)} that hold text; received {texts}")
     names = dict(zip(texts, ("text", "text_pair"), strict=False))
     data = args.hold_out(labelled(data, label, names), "labels")
-    require_readable(data, unreadable)
-    return data
+    return readable_rows(data, unreadable, skip=args.skip_unreadable)
 
 
 def unreadable(row: dict[str, Any]) -> str | None:
@@ -199,6 +198,7 @@ def main(
 ) -> None:
     """Train, save, evaluate, attack."""
     attack_args.make_attacks("tokens", "texts")
+    model_args.require_task(AutoModelForSequenceClassification)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
 
     with training_args.main_process_first():  # the others find the data in the cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets.exceptions import DatasetsError
 from hf_condlr.errors import EvaluationError, listed
 from hf_condlr.scripts.options import check, check_data, option
 
+logger = logging.getLogger(__name__)
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
@@ -27,6 +29,7 @@ class DatasetArguments:
     validation_fraction: float = option(0.15, "Share of the training split to hold out where there is no validation.")
     max_train_samples: int | None = option(None, "Train on this many, for a try.")
     max_eval_samples: int | None = option(None, "Validate and test on this many, for a try.")
+    skip_unreadable: bool = option(False, "Leave out rows that cannot be read, and count them, instead of stopping.")
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples"):
@@ -93,26 +96,35 @@ class DatasetArguments:
         return data
 
 
-def require_readable(data: DatasetDict, problem: Callable[[Any], str | None], *, processes: int = 0) -> None:
-    """Check every row before anything is trained.
+def readable_rows(
+    data: DatasetDict, problem: Callable[[Any], str | None], *, skip: bool = False, processes: int = 0
+) -> DatasetDict:
+    """Check every row before anything is trained, and return the rows that can be used.
 
     Args:
         data: Splits with the column `source_row`.
         problem: Returns the fault of a row, and its file, or None; its results are cached.
+        skip: Leave out and count the rows that are wrong.
         processes: Number of processes that check; 0 and 1: this one alone.
 
     Raises:
-        EvaluationError: Rows are wrong; the message lists the first five.
+        EvaluationError: Rows are wrong, without `skip`; the message lists the first five.
     """
     wrong = []
-    for rows in data.values():
+    for split, rows in data.items():
         workers = processes if 1 < processes <= len(rows) else None
         checked = rows.map(
             lambda row: {"problem": problem(row) or ""}, remove_columns=rows.column_names, num_proc=workers
         )
-        found = zip(checked["problem"], rows["source_row"], strict=True)
-        wrong += [f"{text} in {place}" for text, place in found if text]
-    check_data(not wrong, "every row must be readable", listed(wrong), "Repair or remove them.")
+        problems = checked["problem"]
+        faults = [f"{text} in {place}" for text, place in zip(problems, rows["source_row"], strict=True) if text]
+        if faults and skip:
+            logger.warning("%d rows of the %s split are left out: %s", len(faults), split, listed(faults))
+            data[split] = rows.select([i for i, text in enumerate(problems) if not text])
+        wrong += faults
+    remedy = "Repair or remove them, or leave them out with --skip_unreadable."
+    check_data(skip or not wrong, "every row must be readable", listed(wrong), remedy)
+    return data
 
 
 def _holds_only_text(folder: Path) -> bool:

@@ -64,6 +64,12 @@ class ModelArguments:
         """The config of the conversion."""
         return CondLRConfig(**{name: getattr(self, name) for name in CONVERSION})
 
+    def require_task(self, auto_class: Any) -> None:
+        """Refuse, before any data are read, a model that `auto_class`, such as `AutoModelForCausalLM`, lacks."""
+        config, task = self.config(), auto_class.__name__.removeprefix("AutoModelFor")
+        known = type(config) in auto_class._model_mapping
+        check(known, f"the model must be one for {task}", repr(config.model_type), "Choose another model or script.")
+
     def config(self) -> PreTrainedConfig:
         """The model's config, from its checkpoint or from `model_type` and `config_overrides`.
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from hf_condlr import DatasetArguments, find_column, labelled, require_readable
+from hf_condlr import DatasetArguments, find_column, labelled, readable_rows
 
 FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "fair", "good"])})
 
@@ -150,16 +150,19 @@ def problem(row):
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_unreadable_rows_are_listed(processes):
+def test_unreadable_rows_are_listed_or_left_out(processes, caplog):
     texts = ["a", None, "b", "c", None, "d"]
     data = DatasetDict(
         train=Dataset.from_dict({"text": texts, "source_row": places(6)}),
         test=Dataset.from_dict({"text": ["a"], "source_row": places(1)}),
     )
-    require_readable(DatasetDict(test=data["test"]), problem, processes=processes)
+    assert len(readable_rows(DatasetDict(test=data["test"]), problem, processes=processes)["test"]) == 1
     first, second = (rf"no text \(a.csv\) in row {i} of the train split" for i in (1, 4))
     with pytest.raises(ValueError, match=f"every row must be readable; received {first}, {second}. Repair"):
-        require_readable(data, problem, processes=processes)
+        readable_rows(data, problem, processes=processes)
+    kept = readable_rows(data, problem, skip=True, processes=processes)
+    assert kept["train"]["text"] == ["a", "b", "c", "d"] and kept["test"]["text"] == ["a"]
+    assert "2 rows of the train split are left out" in caplog.text
 
 
 def test_the_column_that_is_meant():
