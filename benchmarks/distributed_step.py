@@ -26,8 +26,9 @@ from torch import distributed as dist
 
 from benchmarks import manifold_step
 from benchmarks.timing import in_turn
+from hf_condlr.config import option
 from hf_condlr.tables import markdown_table
-from studies.record import environment, option, parse, set_up, write_record
+from studies.record import environment, parse, set_up, write_record
 
 IO = Path("/proc/self/io")
 STEP, CHECKED, REDUCE = "step", "step and drift check", "all-reduce"

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_cases
 from benchmarks.fuzz_cases import CORES, GRADIENTS, INF, OPTIMIZERS, Case, Do, Layer, Step
-from studies.record import option, parse, set_up, write_record
+from hf_condlr.config import option
+from studies.record import parse, set_up, write_record
 
 TAUS = (0.0, 1e-7, 1e-3, 0.1, 1.0, 30.0, 1e5, INF)
 RATES = (1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e4, 1e10, 1e20, 1e30)

@@ -25,8 +25,8 @@ from benchmarks import projection_interval
 from benchmarks.models import worst_errors
 from benchmarks.timing import CommonOptions, run
 from hf_condlr import attach_manifold_step
+from hf_condlr.config import option
 from hf_condlr.tables import markdown_table
-from studies.record import option
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 32, 3e-3, 0.01
 NOISE = 0.3  # standard deviation, on pixels in [0, 1]

@@ -31,9 +31,10 @@ from torch.utils._pytree import tree_iter
 
 from benchmarks.timing import CommonOptions, in_turn, ratios, run, seconds
 from hf_condlr import LowRankLinear, attach_manifold_step
+from hf_condlr.config import option
 from hf_condlr.linalg import clamp_singular_values, clip_core_by_products, project_horizontal
 from hf_condlr.tables import markdown_table
-from studies.record import any_device, option
+from studies.record import any_device
 
 # (m, n) of the linear layers of one block, and the number of blocks
 SHAPES = {

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from studies.record import option, parse, set_up, write_record
+from hf_condlr.config import option
+from studies.record import parse, set_up, write_record
 
 
 @dataclass

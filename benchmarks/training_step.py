@@ -33,8 +33,9 @@ from transformers import set_seed
 from benchmarks.models import CONFIGS, DTYPES, autocast, batch_for, build, factor, linear_names, tokens_of
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
+from hf_condlr.config import option
 from hf_condlr.tables import markdown_table
-from studies.record import any_device, option, set_up
+from studies.record import any_device, set_up
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
 LORA_RANK = 16

@@ -38,9 +38,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _option(default: Any, description: str) -> Any:
-    default_or_factory = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**default_or_factory, metadata={"help": description})
+def option(default: Any, description: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options: its default, what `--help` says, and more metadata such as `choices`."""
+    metadata |= {"help": description}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -55,60 +58,60 @@ class CondLRConfig(PeftConfig):
         >>> config = CondLRConfig(target_modules=["query", "value"], r=16, tau_pattern={"value": "inf"})
     """
 
-    target_modules: list[str] | str = _option(
+    target_modules: list[str] | str = option(
         ALL_LINEAR,
         "Modules to convert, by PEFT's rules: 'all-linear' (every nn.Linear and Conv1D but the head), a list of name "
         "suffixes, or a regex for the full name. Conv2d layers are converted when named.",
     )
-    exclude_modules: list[str] | str | None = _option(None, "Modules to leave alone: a list of suffixes, or a regex.")
-    layers_to_transform: list[int] | int | None = _option(
+    exclude_modules: list[str] | str | None = option(None, "Modules to leave alone: a list of suffixes, or a regex.")
+    layers_to_transform: list[int] | int | None = option(
         None, "Only layers of these indices; needs a list of target_modules."
     )
-    layers_pattern: list[str] | str | None = _option(None, "Name of the ModuleList that layers_to_transform counts in.")
-    modules_to_save: list[str] | None = _option(None, "Modules that stay dense and always train.")
-    head: Head = _option(
+    layers_pattern: list[str] | str | None = option(None, "Name of the ModuleList that layers_to_transform counts in.")
+    modules_to_save: list[str] | None = option(None, "Modules that stay dense and always train.")
+    head: Head = option(
         "dense",
         "Output embeddings and classifier: left alone, unless target_modules names them; factored at full rank and "
         "conditioned (the last layer in the paper); or like any other layer.",
     )
-    r: int | None = _option(None, "Rank of every layer, at most its min(in, out).")
-    rank_ratio: float | None = _option(None, "Rank as a share of min(in, out), rounded, at least 1; in (0, 1].")
-    compression_ratio: float | None = _option(
+    r: int | None = option(None, "Rank of every layer, at most its min(in, out).")
+    rank_ratio: float | None = option(None, "Rank as a share of min(in, out), rounded, at least 1; in (0, 1].")
+    compression_ratio: float | None = option(
         None, "Share of the converted layers' weights to remove, counted in the training form; in (0, 1)."
     )
-    rank_allocation: RankAllocation = _option(
+    rank_allocation: RankAllocation = option(
         "uniform",
         "How compression_ratio is spread over the layers: one rank ratio for all; the ranks that minimise the summed "
         "squared truncation error; or those that change the predictions of a fine-tuned model least, measured on "
         "calibration data.",
     )
-    rank_multiple: int = _option(
+    rank_multiple: int = option(
         1,
         "Ranks that follow from a ratio are rounded down to multiples of this, except smaller ones and the full rank. "
         "Hardware multiplies matrices faster whose sizes are multiples of 8.",
     )
-    rank_pattern: dict[str, int | float] = _option(
+    rank_pattern: dict[str, int | float] = option(
         {}, "{name or regex: int rank or float rank_ratio}; the first match wins over the defaults."
     )
-    tau: float = _option(0.1, "Conditioning tolerance: κ(S) ≤ 1 + tau. 'inf' leaves S unconstrained.")
-    tau_pattern: dict[str, float] = _option({}, "{name or regex: tau}; the first match wins over `tau`.")
-    center: Center = _option(
+    tau: float = option(0.1, "Conditioning tolerance: κ(S) ≤ 1 + tau. 'inf' leaves S unconstrained.")
+    tau_pattern: dict[str, float] = option({}, "{name or regex: tau}; the first match wins over `tau`.")
+    center: Center = option(
         "nearest", "Interval that singular values are clipped to: nearest to S, or around their rms or mean."
     )
-    init_weights: Start = _option(
+    init_weights: Start = option(
         "svd",
         "Start: truncated SVD; its randomized version for large layers; the SVD weighted by each layer's inputs over "
         "calibration data, or for a fine-tuned model by its gradients too; or random orthonormal factors (training "
         "from scratch).",
     )
-    conditioned_start: bool = _option(
+    conditioned_start: bool = option(
         False, "Start from the best factors with κ ≤ 1 + tau, instead of letting a warm-up bring κ down."
     )
-    trainable: Trainable = _option(
+    trainable: Trainable = option(
         "all",
         "Leave requires_grad as it is, or train only U, S, V, the converted layers' biases and modules_to_save.",
     )
-    peft_type: str = _option(PEFT_TYPE, "Always CONDLR.")
+    peft_type: str = option(PEFT_TYPE, "Always CONDLR.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

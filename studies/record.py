@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,6 @@ import hf_condlr
 from hf_condlr.files import replacing
 
 logger = logging.getLogger("studies")
-
-
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of options: its default, what `--help` says, and more metadata such as `choices`."""
-    metadata |= {"help": text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def parse(*dataclasses: type) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_condlr import RobustnessReport
+from hf_condlr.config import option
 from hf_condlr.robustness.attacks import (
     FGSM,
     PGD,
@@ -40,7 +41,7 @@ from hf_condlr.tables import markdown_table
 from studies import vit_small
 from studies.data import data_folder, load_images, pixel_model
 from studies.paper.study import load_trained
-from studies.record import mean_and_spread, option, parse, set_up, write_record
+from studies.record import mean_and_spread, parse, set_up, write_record
 from studies.report import summary_table
 from studies.rows import attacked
 from studies.text_training import MAX_LENGTH

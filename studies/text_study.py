@@ -16,7 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from studies.record import option, parse, set_up, write_record
+from hf_condlr.config import option
+from studies.record import parse, set_up, write_record
 from studies.report import groups, tables
 from studies.rows import sweep
 from studies.text_training import ATTACKS, Experiment, Setting, TrainingOptions

@@ -28,10 +28,10 @@ from hf_condlr import (
     FactoredTrainer,
     get_robust_lowrank_model,
 )
+from hf_condlr.config import option
 from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
 from studies.data import data_folder
 from studies.paper.methods import condition_numbers
-from studies.record import option
 from studies.rows import Rows, attacked
 
 ENCODER = r".*encoder\.layer\..*"

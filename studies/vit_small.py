@@ -26,11 +26,12 @@ from transformers import (
 )
 
 from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
+from hf_condlr.config import option
 from hf_condlr.robustness.attacks import PixelModel
 from studies.data import Split, hold_out, load_images, pixel_model
 from studies.paper.methods import Method
 from studies.paper.training import fit
-from studies.record import option, parse, set_up, write_record
+from studies.record import parse, set_up, write_record
 from studies.report import tables
 from studies.rows import Rows, sweep
 

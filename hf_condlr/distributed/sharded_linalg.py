@@ -25,12 +25,6 @@ def orthonormality_error(U: Tensor) -> Tensor:  # (m, r) -> ()
     return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
-def gram_times(U: Tensor, Z: Tensor) -> Tensor:  # (m, r), (r, k) -> (r, k)
-    """UᵀU Z."""
-    own = local(U).to(Z.dtype)
-    return sum_over_processes(rows_of(U), own.mT @ (own @ Z))[0]
-
-
 def is_finite(p: Tensor) -> bool:  # (m, r)
     """Whether every entry is finite."""
     return not sum_over_processes(rows_of(p), torch.isfinite(local(p)).logical_not().sum())[0].item()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any, overload
+
+from torch import Tensor
 
 ORTHONORMALITY_TOLERANCE = 1e-5
 """‖UᵀU − I‖_F ≤ this · √r in float32, likewise V."""
@@ -11,8 +14,12 @@ KAPPA_TOLERANCE = 1e-4
 """κ(S) ≤ (1 + τ)(1 + this) in float32."""
 
 
-def obeys_bound(kappa: float, bound: float) -> bool:
-    """Whether κ(S) ≤ `bound` up to rounding; False for NaN."""
+@overload
+def obeys_bound(kappa: float, bound: float) -> bool: ...
+@overload
+def obeys_bound(kappa: Tensor, bound: Tensor) -> Tensor: ...
+def obeys_bound(kappa: Any, bound: Any) -> Any:
+    """Whether κ(S) ≤ `bound` up to rounding, of numbers or of tensors entry by entry; False for NaN."""
     return kappa <= bound * (1 + KAPPA_TOLERANCE)
 
 

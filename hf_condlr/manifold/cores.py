@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from hf_condlr.distributed.collectives import Work
 from hf_condlr.linalg import (
-    KAPPA_TOLERANCE,
     LARGEST_BOUND,
     Center,
     clamp_singular_values,
     clip_core_by_products,
     condition_number,
     is_conditionable,
+    obeys_bound,
     wide_device,
 )
 from hf_condlr.manifold import masks
@@ -136,4 +136,4 @@ class CoreStack(Stack):
 
 def _obey(S: Tensor, bounds: Tensor) -> bool:  # (L, r, r), (L,)
     """Whether all cores obey their bounds. Decided by values, so that a resumed training decides the same; waits."""
-    return bool((condition_number(S) <= bounds * (1 + KAPPA_TOLERANCE)).all())
+    return bool(obeys_bound(condition_number(S), bounds).all())

@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_condlr.config import option
 from hf_condlr.robustness.attacks import Attack, make_attacks
 from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
-from hf_condlr.scripts.options import check, option
+from hf_condlr.scripts.checks import check
 
 
 @dataclass

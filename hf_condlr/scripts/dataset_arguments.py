@@ -11,8 +11,9 @@ from typing import Any
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
+from hf_condlr.config import option
 from hf_condlr.errors import EvaluationError, listed
-from hf_condlr.scripts.options import check, check_data, option
+from hf_condlr.scripts.checks import check, check_data
 
 logger = logging.getLogger(__name__)
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import ClassLabel, DatasetDict
 
 from hf_condlr.errors import listed
-from hf_condlr.scripts.options import check_data
+from hf_condlr.scripts.checks import check_data
 
 
 def find_column(

@@ -10,9 +10,9 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_condlr.config import CondLRConfig
+from hf_condlr.config import CondLRConfig, option
 from hf_condlr.layers import factored_layers
-from hf_condlr.scripts.options import check, option
+from hf_condlr.scripts.checks import check
 
 logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_condlr.scripts.options import check
+from hf_condlr.scripts.checks import check
 
 HELP = (
     "A YAML or JSON file of options may come first; the command line wins. Every option of transformers' "

@@ -3,49 +3,43 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_condlr.config import option
 from hf_condlr.errors import ConfigError, require
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.attacks.registry import make_attacks, parse_epsilon
-
-
-def _option(default: Any, text: str) -> Any:
-    """A field of a dataclass of arguments, with its text for `--help`."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class AdversarialArguments:
     """How `AdversarialTraining` perturbs the batches of a training, in the Trainer or in your own loop."""
 
-    adversarial_attack: str = _option(
+    adversarial_attack: str = option(
         "none", "none, fgsm or pgd: on pixels, or for texts on the embeddings, where fgsm is FGM."
     )
-    adversarial_epsilon: float | str | None = _option(
+    adversarial_epsilon: float | str | None = option(
         None,
         "Radius at its largest, a number or a fraction such as 8/255: in pixels of [0, 1]; for texts a "
         "share of each token's embedding norm.",
     )
-    adversarial_norm: str | None = _option(None, "linf (for pixels the default) or l2; texts have no choice.")
-    adversarial_steps: int | None = _option(None, "Gradient steps of pgd; by default 7.")
-    adversarial_share: float = _option(1.0, "Share of each batch that is replaced by adversarial samples, in (0, 1].")
-    adversarial_schedule: str = _option(
+    adversarial_norm: str | None = option(None, "linf (for pixels the default) or l2; texts have no choice.")
+    adversarial_steps: int | None = option(None, "Gradient steps of pgd; by default 7.")
+    adversarial_share: float = option(1.0, "Share of each batch that is replaced by adversarial samples, in (0, 1].")
+    adversarial_schedule: str = option(
         "ramp",
         "ramp: epsilon is 0 for the first quarter of the training and rises linearly until three quarters; constant.",
     )
-    trades_beta: float = _option(
+    trades_beta: float = option(
         0.0, "β of TRADES, loss(x) + β KL(p(x) ‖ p(x')); 0 trains on the loss of x'. Needs pgd."
     )
-    adversarial_image_mean: list[float] | None = _option(
+    adversarial_image_mean: list[float] | None = option(
         None, "Mean that images are normalised with, if there is no image processor."
     )
-    adversarial_image_std: list[float] | None = _option(
+    adversarial_image_std: list[float] | None = option(
         None, "Standard deviation that images are normalised with; goes with the mean."
     )
 
@@ -88,26 +82,26 @@ class AdversarialArguments:
 class CondLRArguments(AdversarialArguments):
     """Options that robust low-rank training adds to `TrainingArguments`."""
 
-    conditioning_warmup_ratio: float = _option(
+    conditioning_warmup_ratio: float = option(
         0.3, "Share of the training over which the bound on κ falls to 1 + tau; 0 conditions at once."
     )
-    metric_scaling: bool | None = _option(
+    metric_scaling: bool | None = option(
         None, "Divide the gradients of U and V by ‖S‖²_F/r; by default on for SGD, off for other optimizers."
     )
-    projection_interval: int = _option(
+    projection_interval: int = option(
         1,
         "Retract U and V and condition S after every k-th optimizer step, and before each evaluation, "
         "saving and the end of the training; between these κ is not bounded.",
     )
-    drift_check_interval: int = _option(
+    drift_check_interval: int = option(
         100,
         "Of several processes, compare the factors after the first optimizer step and after every k-th, "
         "bit for bit, and stop all of them where they differ; 0 never.",
     )
-    distillation_weight: float = _option(
+    distillation_weight: float = option(
         0.0, "Weight λ of the teacher in (1 − λ) loss + λ distillation loss, in [0, 1]; needs a teacher."
     )
-    distillation_temperature: float = _option(
+    distillation_temperature: float = option(
         2.0, "Temperature T that divides both logits in the distillation loss, except for regression."
     )
 
@@ -147,16 +141,16 @@ class CondLRSeq2SeqTrainingArguments(CondLRArguments, Seq2SeqTrainingArguments):
 class RobustnessArguments:
     """Attacks that each `evaluate()` of `CondLRTrainer(..., robustness=RobustnessArguments(...))` ends with."""
 
-    attacks: list[str] = _option(
+    attacks: list[str] = option(
         ["pgd-linf"], "Names of attacks in hf_condlr.robustness.attacks.ATTACKS: pgd-linf, pgd-embedding, ..."
     )
-    epsilons: list[str] = _option(
+    epsilons: list[str] = option(
         ["8/255"], "Budgets of each attack, numbers or fractions: for example 8/255 for pixels, 0.1 for embeddings."
     )
-    steps: int | None = _option(None, "Gradient steps, of the attacks that have them.")
-    restarts: int | None = _option(None, "Restarts, of the attacks that have them.")
-    max_samples: int | None = _option(256, "Number of samples that are attacked, always the same ones.")
-    batch_size: int | None = _option(
+    steps: int | None = option(None, "Gradient steps, of the attacks that have them.")
+    restarts: int | None = option(None, "Restarts, of the attacks that have them.")
+    max_samples: int | None = option(256, "Number of samples that are attacked, always the same ones.")
+    batch_size: int | None = option(
         None, "Samples that are attacked at once; by default the batch size of the evaluation."
     )
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.lr_scheduler import MultiStepLR
 
+from hf_condlr.config import option
 from studies.data import Split, hold_out, load_images, pixel_model
 from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import Method, build_model, make_optimizer, prune
 from studies.paper.training import accuracy, fit, measure
-from studies.record import any_device, option
+from studies.record import any_device
 from studies.rows import Rows, attacked
 
 MILESTONES = (70 / 120, 100 / 120)  # of the training; as published

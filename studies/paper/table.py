@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_condlr.config import option
 from hf_condlr.files import replacing
 from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import NAMES, Method
 from studies.paper.picture import draw
 from studies.paper.study import Entry, Study, TrainingOptions
-from studies.record import option, parse, set_up, write_record
+from studies.record import parse, set_up, write_record
 from studies.report import tables
 from studies.rows import sweep
 

@@ -25,7 +25,7 @@ def test_a_command_of_the_documentation(module, options):
     words = shlex.split(options.replace("\\\n", " ").rstrip(")."))
     if required and not words:  # the name alone, in running text
         return
-    parser.parse_args_into_dataclasses(words)
+    assert len(parser.parse_args_into_dataclasses(words)) == len(classes)  # unknown options end the program
 
 
 def test_every_program_is_in_the_documentation():

@@ -1,16 +1,8 @@
-"""Fields of a dataclass of options, and checks whose errors are one line for a user of a script."""
+"""Checks whose errors are one line for a user of a script."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any
-
 from hf_condlr.errors import ConfigError, EvaluationError, require
-
-
-def option(default: Any, description: str) -> Any:
-    """A field with its text for `--help`."""
-    return field(default=default, metadata={"help": description})
 
 
 def check(valid: bool, rule: str, received: object, remedy: str) -> None:
