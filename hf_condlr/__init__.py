@@ -1,5 +1,6 @@
 """Robust low-rank training for Hugging Face models: W = U S Vᵀ with orthonormal U, V and κ(S) ≤ 1 + τ."""
 
+from hf_condlr.adapters import CondLRAdapterConfig, start_from_gradient, to_lora
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.checkpoints.load import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
 from hf_condlr.checkpoints.sharded import load_sharded, save_sharded
@@ -37,6 +38,7 @@ __all__ = [
     "AdversarialTraining",
     "AttackArguments",
     "AttackSuccessRate",
+    "CondLRAdapterConfig",
     "CondLRArguments",
     "CondLRCallback",
     "CondLRConfig",
@@ -70,7 +72,9 @@ __all__ = [
     "readable_rows",
     "require_one_group",
     "save_sharded",
+    "start_from_gradient",
     "to_dense_model",
+    "to_lora",
     "train_and_save",
     "trainer_class",
     "write_model_card",

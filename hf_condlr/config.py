@@ -116,7 +116,7 @@ class CondLRConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-            setattr(self, name, _as_list(getattr(self, name)))
+            setattr(self, name, as_list(getattr(self, name)))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
         _validate_choices(self)
@@ -124,8 +124,8 @@ class CondLRConfig(PeftConfig):
         _validate_patterns(self)
         _validate_ranks(self)
         self.rank_ratio = None if self.rank_ratio is None else float(self.rank_ratio)
-        self.tau = _as_tau("tau", self.tau)
-        self.tau_pattern = {key: _as_tau(f"tau_pattern[{key!r}]", value) for key, value in self.tau_pattern.items()}
+        self.tau = as_tau("tau", self.tau)
+        self.tau_pattern = {key: as_tau(f"tau_pattern[{key!r}]", value) for key, value in self.tau_pattern.items()}
 
     @property
     def needs_calibration_data(self) -> bool:
@@ -135,15 +135,19 @@ class CondLRConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as strict JSON values; an infinite τ is the string "inf"."""
         values = super().to_dict()
-        values["tau"] = _as_json(self.tau)
-        values["tau_pattern"] = {key: _as_json(value) for key, value in self.tau_pattern.items()}
+        values["tau"] = as_json(self.tau)
+        values["tau_pattern"] = {key: as_json(value) for key, value in self.tau_pattern.items()}
         return values
 
     @property
     def is_prompt_learning(self) -> bool:
         """Raise ConfigError: only `peft.get_peft_model` asks for this, and it cannot use this config."""
-        rule, remedy = "a CondLRConfig makes no PEFT adapter", "Call hf_condlr.get_robust_lowrank_model(model, config)."
-        raise ConfigError(rule, received="a call of get_peft_model", remedy=remedy)
+        raise ConfigError(
+            "a CondLRConfig compresses a model and makes no PEFT adapter",
+            received="a call of get_peft_model",
+            remedy="To compress, call hf_condlr.get_robust_lowrank_model(model, config). To adapt, give get_peft_model "
+            "a hf_condlr.CondLRAdapterConfig.",
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `condlr_config.json`. Patterns keep their order, in which the first match wins."""
@@ -260,7 +264,8 @@ def _is(kind: type, value: object) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool)
 
 
-def _as_tau(name: str, value: object) -> float:
+def as_tau(name: str, value: object) -> float:
+    """τ as a number; "inf", as which strict JSON holds an infinite one, is a number too."""
     value = math.inf if value == "inf" else value
     valid = _is(float, value) and value >= 0  # type: ignore[operator]  # NaN fails the comparison
     rule, remedy = f"{name} must be a number ≥ 0 or 'inf'", "tau = 0.1 bounds κ by 1.1."
@@ -268,12 +273,13 @@ def _as_tau(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """Sets in a fixed order, tuples and ranges as the lists that JSON gives back."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, (tuple, range)) else value
 
 
-def _as_json(tau: float) -> float | str:
+def as_json(tau: float) -> float | str:
+    """τ as a value of strict JSON, which has no infinity."""
     return "inf" if math.isinf(tau) else tau

@@ -25,7 +25,7 @@ FLOORS = (
     {"layers"},
     {"manifold", "robustness"},
     {"checkpoints"},
-    {"conversion"},
+    {"conversion", "adapters"},
     {"training"},
     {"scripts"},
     {"cli"},

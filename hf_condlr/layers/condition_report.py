@@ -14,7 +14,7 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.model import factored_layers, loaded_factors
+from hf_condlr.layers.model import converted_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
@@ -40,7 +40,7 @@ class ConditionReport:
 
     layers: list[LayerRecord]
     parameters: int  # of the full model
-    dense_parameters: int  # the same if its factored layers were dense
+    dense_parameters: int  # the same if its factored layers were dense, and its adapters merged
 
     @property
     def max_condition_number(self) -> float:
@@ -59,7 +59,7 @@ class ConditionReport:
 
     @property
     def compression(self) -> float:
-        """Share of the full model's parameters that factoring removed."""
+        """Share of the full model's parameters that factoring removed; below 0 is the share that adapters add."""
         return 1 - self.parameters / self.dense_parameters
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,10 +78,11 @@ class ConditionReport:
             f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
             for layer in self.layers
         ]
+        change = f"{abs(self.compression):.1%} {'removed' if self.compression >= 0 else 'added'}"
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {self.compression:.1%} removed"
+            f"parameters, {change}"
         )
         return "\n".join([header, rule, *rows, rule, totals])
 
@@ -124,7 +125,7 @@ class ConditionReport:
 
 @torch.no_grad()
 def condition_report(model: nn.Module) -> ConditionReport:
-    """Measure every factored layer of `model`, in float64.
+    """Measure every factored layer of `model`, adapters included, in float64.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
     step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Every process of a sharded
@@ -137,8 +138,9 @@ def condition_report(model: nn.Module) -> ConditionReport:
     records = [_record(name, layer, loaded_factors(model, name)) for name, layer in factored_layers(model).items()]
     remedy = "Call get_robust_lowrank_model(model, config) first."
     require(records, "the model must have factored layers", received="none, or folded ones only", remedy=remedy)
-    parameters = sum(p.numel() for p in model.parameters())
-    dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
+    parameters, converted = sum(p.numel() for p in model.parameters()), converted_layers(model)
+    dense = parameters - sum(record.parameters for record in records)
+    dense += sum(record.dense_parameters for record in records if record.name in converted)
     return ConditionReport(records, parameters, dense)
 
 

@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_condlr.config import CondLRConfig, option
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import converted_layers
 from hf_condlr.scripts.checks import check
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class ModelArguments:
         Raises:
             ConfigError: The model is factored already, and the method is dense.
         """
-        if not factored_layers(model):
+        if not converted_layers(model):
             return self.method != "dense"
         remedy = "Choose lowrank or condlr, or make it dense: condlr densify."
         check(self.method != "dense", "method dense needs a dense model", self.model_name_or_path, remedy)
