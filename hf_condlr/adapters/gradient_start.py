@@ -43,7 +43,7 @@ def start_from_gradient(
     sketches: dict[str, _Sketch] = {}
     hooks = []
     for name, layer in adapted_layers(model, adapter_name).items():
-        sketches[name] = _Sketch(layer.condlr_adapter_factors[adapter_name])  # type: ignore[arg-type]
+        sketches[name] = _Sketch(layer.condlr_factors[adapter_name])  # type: ignore[arg-type]
         hooks.append(layer.register_forward_hook(sketches[name]))
     try:
         with torch.enable_grad():

@@ -23,14 +23,14 @@ class CondLRLinear(nn.Module, BaseTunerLayer):
         backend: PEFT's `QuantizationBackend` of it; None for a dense layer.
     """
 
-    adapter_layer_names = ("condlr_adapter_factors",)
+    adapter_layer_names = ("condlr_factors",)
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, backend: Any = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = backend
-        self.condlr_adapter_factors = nn.ModuleDict({})
+        self.condlr_factors = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = []
@@ -41,7 +41,7 @@ class CondLRLinear(nn.Module, BaseTunerLayer):
         options: dict[str, Any] = {"tau": tau, "scale": scale, "device": weight.device}
         options["dtype"] = torch.float64 if weight.dtype == torch.float64 else torch.float32
         m, n = self.shape
-        self.condlr_adapter_factors[adapter_name] = LowRankUpdate(n, m, r, **options)
+        self.condlr_factors[adapter_name] = LowRankUpdate(n, m, r, **options)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,14 +60,14 @@ class CondLRLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
-            if name in self.condlr_adapter_factors:
-                update: Any = self.condlr_adapter_factors[name]
+            if name in self.condlr_factors:
+                update: Any = self.condlr_factors[name]
                 result = result + update(self._cast_input_dtype(x, update.S.dtype))
         return result.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Multiply out ΔW = s U S Vᵀ of an adapter, in the layout of the layer's weight."""
-        update: Any = self.condlr_adapter_factors[adapter]
+        update: Any = self.condlr_factors[adapter]
         delta = update.matrix()  # (m, n)
         return delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta
 
@@ -79,7 +79,7 @@ class CondLRLinear(nn.Module, BaseTunerLayer):
             ConversionError: With `safe_merge`, a result that is not finite; the weight is unchanged.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.condlr_adapter_factors:
+            if name in self.condlr_factors:
                 self._add(name, 1, must_be_finite=safe_merge)
                 self.merged_adapters.append(name)
 
@@ -109,8 +109,8 @@ class CondLRLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter's update to the device of the layer; unlike PEFT's method this keeps its dtype."""
-        if adapter_name in self.condlr_adapter_factors and not self.condlr_adapter_factors[adapter_name].U.is_meta:
-            self.condlr_adapter_factors[adapter_name].to(self.weight.device if device is None else device)
+        if adapter_name in self.condlr_factors and not self.condlr_factors[adapter_name].U.is_meta:
+            self.condlr_factors[adapter_name].to(self.weight.device if device is None else device)
 
     def __repr__(self) -> str:
         return "condlr." + super().__repr__()
@@ -119,4 +119,4 @@ class CondLRLinear(nn.Module, BaseTunerLayer):
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, CondLRLinear]:
     """{name: layer} of the layers that have an update of this adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CondLRLinear)}
-    return {name: layer for name, layer in layers.items() if adapter in layer.condlr_adapter_factors}
+    return {name: layer for name, layer in layers.items() if adapter in layer.condlr_factors}

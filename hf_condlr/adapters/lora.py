@@ -51,9 +51,9 @@ def to_lora(model: Any, adapter_name: str = "default") -> Any:
     require(not merged, rule, received=f"merged ones in {listed(merged)}", remedy=remedy, error=ConversionError)
 
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    state = {name: p.detach().clone() for name, p in state.items() if ".condlr_adapter_factors." not in name}
+    state = {name: p.detach().clone() for name, p in state.items() if ".condlr_factors." not in name}
     for name, layer in layers.items():
-        state |= _lora_matrices(name, layer.condlr_adapter_factors[adapter_name])  # type: ignore[arg-type]
+        state |= _lora_matrices(name, layer.condlr_factors[adapter_name])  # type: ignore[arg-type]
     lora_config = _lora_config(model, config, adapter_name, layers)
     name_or_path, revision = config.base_model_name_or_path, config.revision
     lora = get_peft_model(model.unload(), lora_config, adapter_name=adapter_name)
@@ -73,7 +73,7 @@ def _lora_config(
 ) -> LoraConfig:
     """The config whose layers, ranks and scale 1 are those of the adapter."""
     ranks = {
-        name.removeprefix(_PEFT_PREFIX): layer.condlr_adapter_factors[adapter_name].r for name, layer in layers.items()
+        name.removeprefix(_PEFT_PREFIX): layer.condlr_factors[adapter_name].r for name, layer in layers.items()
     }
     others = {name: r for name, r in ranks.items() if r != config.r}
     return LoraConfig(

@@ -17,7 +17,7 @@ from hf_condlr.adapters.layer import CondLRLinear
 from hf_condlr.adapters.verify import check_adapter, warn_of_broken_bounds
 from hf_condlr.errors import ConversionError, require
 
-PREFIX = "condlr_adapter_"
+PREFIX = "condlr_"
 
 
 class CondLRAdapterModel(BaseTuner):

@@ -23,7 +23,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def updates(model: nn.Module, adapter: str) -> dict[str, LowRankUpdate]:
     """{name of the module: update} of one adapter."""
     layers: dict[str, Any] = dict(adapted_layers(model, adapter))
-    return {f"{n}.condlr_adapter_factors.{adapter}": x.condlr_adapter_factors[adapter] for n, x in layers.items()}
+    return {f"{n}.condlr_factors.{adapter}": x.condlr_factors[adapter] for n, x in layers.items()}
 
 
 def check_adapter(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
