@@ -27,7 +27,7 @@ def start_from_gradient(
     r a growing S follows the gradient best. LoRA-GA (arXiv 2407.05000) starts LoRA from the same singular vectors.
 
     W₀ needs no gradient of its own, and may be quantized: ∇L(W₀) = Σ (∂L/∂y) xᵀ over inputs x and outputs y. It exists
-    for one layer at a time; over several backward passes the 2r leading directions of the sum are carried on.
+    for one layer at a time; over several backward passes the 2r + 8 leading directions of the sum are carried on.
 
     Args:
         model: A `PeftModel` before training, on every process.
@@ -74,7 +74,7 @@ class _Sketch:
 
     def __init__(self, update: LowRankUpdate) -> None:
         self.update = update
-        self.rank = min(2 * update.r, update.out_features, update.in_features)
+        self.rank = min(2 * update.r + 8, update.out_features, update.in_features)
         self.squares = 0.0  # ‖∇L‖_F² of the last sum
         self.svd: tuple[Tensor, Tensor, Tensor] | None = None  # P (m, k), σ (k,), Q (n, k)
 

@@ -72,9 +72,7 @@ def _lora_config(
     model: PeftModel, config: CondLRAdapterConfig, adapter_name: str, layers: dict[str, CondLRLinear]
 ) -> LoraConfig:
     """The config whose layers, ranks and scale 1 are those of the adapter."""
-    ranks = {
-        name.removeprefix(_PEFT_PREFIX): layer.condlr_factors[adapter_name].r for name, layer in layers.items()
-    }
+    ranks = {name.removeprefix(_PEFT_PREFIX): layer.condlr_factors[adapter_name].r for name, layer in layers.items()}
     others = {name: r for name, r in ranks.items() if r != config.r}
     return LoraConfig(
         task_type=config.task_type,

@@ -160,7 +160,9 @@ class TestSeveralAdapters:
 class TestOptions:
     def test_ranks(self):
         model = adapted(r=3, rank_pattern={"v_proj": 1, r"layers\.0\.mlp\.up_proj": 5})
-        ranks = {layer.name.split("model.")[-1].split(".condlr")[0]: layer.r for layer in condition_report(model).layers}
+        ranks = {
+            layer.name.split("model.")[-1].split(".condlr")[0]: layer.r for layer in condition_report(model).layers
+        }
         assert ranks["layers.0.self_attn.v_proj"] == ranks["layers.1.self_attn.v_proj"] == 1
         assert ranks["layers.0.mlp.up_proj"] == 5
         assert ranks["layers.1.mlp.up_proj"] == ranks["layers.0.self_attn.q_proj"] == 3
