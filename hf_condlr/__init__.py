@@ -1,6 +1,9 @@
 """Robust low-rank training for Hugging Face models: W = U S Vᵀ with orthonormal U, V and κ(S) ≤ 1 + τ."""
 
-from hf_condlr.adapters import CondLRAdapterConfig, start_from_gradient, to_lora
+from hf_condlr.adapters.config import CondLRAdapterConfig
+from hf_condlr.adapters.gradient_start import start_from_gradient
+from hf_condlr.adapters.lora import to_lora
+from hf_condlr.adapters.registration import register
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.checkpoints.load import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
 from hf_condlr.checkpoints.sharded import load_sharded, save_sharded
@@ -80,4 +83,5 @@ __all__ = [
     "write_model_card",
     "write_results",
 ]
+register()
 __version__ = "0.1.0.dev0"

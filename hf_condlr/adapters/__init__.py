@@ -1,13 +1,6 @@
 """Adapters: a method of PEFT in which the low-rank update of a frozen model obeys the constraint.
 
-Importing it registers the method with PEFT.
+To read in this order: `config`, `layer` (a linear layer and its updates), `tuner` (how PEFT puts them into a model),
+`verify` (loaded factors against τ), `gradient_start`, `lora` (the way out). `registration` makes PEFT know the method
+when `hf_condlr` is imported.
 """
-
-from hf_condlr.adapters.config import CondLRAdapterConfig
-from hf_condlr.adapters.gradient_start import start_from_gradient
-from hf_condlr.adapters.lora import to_lora
-from hf_condlr.adapters.registration import register
-
-__all__ = ["CondLRAdapterConfig", "start_from_gradient", "to_lora"]
-
-register()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
+from hf_condlr.adapters.registration import PEFT_TYPE
 from hf_condlr.config import ALL_LINEAR, as_json, as_list, as_tau, option
 from hf_condlr.errors import ConfigError, require
-
-PEFT_TYPE = "CONDLR_ADAPTER"
 
 _BOUND = "κ(S) would say nothing about the update"
 REFUSED = {
@@ -68,8 +67,6 @@ class CondLRAdapterConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        from peft import PeftType  # with the member that `adapters.registration` adds
-
         super().__post_init__()
         rule = f"peft_type must be {PEFT_TYPE}"
         remedy = "Load adapters of other methods by peft.PeftConfig."

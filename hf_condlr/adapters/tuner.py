@@ -9,15 +9,15 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.adapters.layer import CondLRLinear
+from hf_condlr.adapters.registration import PREFIX
 from hf_condlr.adapters.verify import check_adapter, warn_of_broken_bounds
 from hf_condlr.errors import ConversionError, require
-
-PREFIX = "condlr_"
 
 
 class CondLRAdapterModel(BaseTuner):
@@ -57,8 +57,8 @@ class CondLRAdapterModel(BaseTuner):
         """A layer around `target`, which must be linear and called by its model."""
         try:
             backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
-        except ValueError:  # torchao's quantize_ in memory: nobody knows how to quantize a merged weight
-            backend = None
+        except ValueError:  # torchao's quantize_ in memory: PEFT does not know how to quantize a merged weight
+            backend = ForwardOnlyQuantizationBackend("torchao, without TorchAoConfig,")
         is_linear = isinstance(target, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")
         if not is_linear or isinstance(target, NonDynamicallyQuantizableLinear):
             raise ConversionError(

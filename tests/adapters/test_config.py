@@ -11,9 +11,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from hf_condlr import CondLRAdapterConfig, CondLRConfig
 from hf_condlr.adapters.config import REFUSED
+from hf_condlr.adapters.layer import CondLRLinear
 from hf_condlr.adapters.registration import register
 from hf_condlr.errors import ConfigError
-from tests.adapters.tiny import base
+from tests.adapters.tiny import adapted, base, trained
 from tests.paths import ROOT
 
 
@@ -81,9 +82,30 @@ def test_registered_once():
     assert kind == "CONDLR_ADAPTER"
     assert kind in members
     assert hash(kind) == hash("CONDLR_ADAPTER")
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["CONDLR_ADAPTER"] is CondLRAdapterConfig
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["CONDLR_ADAPTER"] == "condlr_"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["CONDLR_ADAPTER"](r=3) == CondLRAdapterConfig(r=3)
+    assert PEFT_TYPE_TO_TUNER_MAPPING["CONDLR_ADAPTER"].tuner_layer_cls is CondLRLinear
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("first", ["import hf_condlr, peft", "import peft, hf_condlr"])
+def test_peft_loads_an_adapter_after_the_import_of_this_package(first, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = adapted(type(base()).from_pretrained(tmp_path / "base"))
+    trained(model).save_pretrained(tmp_path / "adapter")
+    code = (
+        f"import sys, {first.removeprefix('import ')}\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base')\n"
+        "model = peft.PeftModel.from_pretrained(model, sys.argv[1] + '/adapter')\n"
+        "print(type(model.base_model).__name__, hf_condlr.is_factored(model))\n"
+        "print(*[finder for finder in sys.meta_path if type(finder).__module__.startswith('hf_condlr')])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split() == ["CondLRAdapterModel", "True"], done.stderr
+
+
+@pytest.mark.processes
 def test_other_methods_are_not_disturbed():
     """What PEFT knows, in a process without this package, is known as it was."""
     code = (
@@ -97,10 +119,10 @@ def test_other_methods_are_not_disturbed():
     assert members == [x.value for x in PeftType if x != "CONDLR_ADAPTER"]
 
     def others(table):
-        return {k.value: v for k, v in table.items() if k != "CONDLR_ADAPTER"}
+        return {k.value: getattr(v, "__name__", v) for k, v in table.items() if k != "CONDLR_ADAPTER"}
 
     assert prefixes == others(PEFT_TYPE_TO_PREFIX_MAPPING)
-    assert configs == {k: v.__name__ for k, v in others(PEFT_TYPE_TO_CONFIG_MAPPING).items()}
-    assert tuners == {k: v.__name__ for k, v in others(PEFT_TYPE_TO_TUNER_MAPPING).items()}
-    assert mixed == {k.value: v.__name__ for k, v in peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING.items()}
+    assert configs == others(PEFT_TYPE_TO_CONFIG_MAPPING)
+    assert tuners == others(PEFT_TYPE_TO_TUNER_MAPPING)
+    assert mixed == others(peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
     assert LoraConfig(target_modules=["q_proj"]).peft_type is PeftType.LORA

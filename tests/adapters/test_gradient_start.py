@@ -96,7 +96,7 @@ def test_a_step_without_backward_is_refused():
 
 def test_a_gradient_that_is_not_finite_is_refused():
     model = adapted()
-    with pytest.raises(ConversionError, match="received NaN or inf in .*q_proj"):
+    with pytest.raises(ConversionError, match=r"received NaN or inf in .*q_proj"):
         start_from_gradient(model, lambda: (float("nan") * loss_of(model, MODELS["llama"].inputs())).backward())
 
 

@@ -190,7 +190,7 @@ class TestOptions:
         assert (outputs(model.merge_and_unload(), "bert") - outputs(loaded, "bert")).abs().max() < TOLERANCE
 
     def test_a_layer_that_is_not_linear_is_refused_by_name(self):
-        with pytest.raises(ConversionError, match="received model.embed_tokens, a Embedding"):
+        with pytest.raises(ConversionError, match=r"received model\.embed_tokens, a Embedding"):
             adapted(target_modules=["embed_tokens"])
 
     def test_a_layer_whose_weight_its_model_reads_is_refused_by_name(self):

@@ -103,7 +103,7 @@ def test_an_unconstrained_training_is_named_when_it_is_saved(tmp_path, caplog):
         model.save_pretrained(tmp_path)
     assert "the adapter default does not obey its bound" in caplog.text
     assert "Train with CondLRCallback" in caplog.text
-    with pytest.raises(CheckpointError, match='set "tau": "inf" in its adapter_config.json'):
+    with pytest.raises(CheckpointError, match=r'set "tau": "inf" in its adapter_config\.json'):
         PeftModel.from_pretrained(base(), tmp_path)
 
 
