@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -78,7 +77,7 @@ def calibration_batch(model: nn.Module, batch: Any) -> CalibrationBatch:
         raise ConversionError(
             "calibration_data must hold batches of tensors that the model's forward accepts",
             received=_described(batch),
-            remedy="Pass a DataLoader with the collator that training uses, or processing_class for texts or a Dataset.",
+            remedy="Pass a DataLoader with the collator that training uses, or processing_class with texts.",
         )
     if arguments.kwargs and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         _add_decoder_inputs(model, arguments, takes_labels="labels" in accepted)

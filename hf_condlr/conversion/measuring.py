@@ -84,10 +84,10 @@ def measure(
         except _NotShared as found:
             apart |= found.names
             continue
-        what_of_inputs, what_of_gradients = "the calibration data", "the gradient of the predictions"
-        _require_values(watch.inputs if inputs else {}, what_of_inputs)
-        _require_values(watch.gradients if gradients else {}, what_of_gradients)
-        return watch.inputs, watch.gradients
+        found = watch.inputs if inputs else {}, watch.gradients if gradients else {}
+        for grams, quantity in zip(found, ("the calibration data", "the gradient of the predictions"), strict=True):
+            _require_values(grams, quantity)
+        return found
 
 
 class _NotShared(BaseException):  # no model's `except Exception` catches it

@@ -1,4 +1,4 @@
-"""What ranks and starts of one conversion read: second moments C and F of each layer, and its spectrum in their metric."""
+"""What the ranks and the start of a conversion read: second moments of each layer, and its spectrum in their metric."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ def whiten(W, C):
 def fisher_root(F):
     """F̃^{1/2}, F̃ = F + (tr F/m) I, or I for F = 0."""
     F = F.double()
-    damping = F.trace() / len(F)
-    values, Q = torch.linalg.eigh(F + damping * torch.eye(len(F)) if damping > 0 else torch.eye(len(F)).double())
+    damping, identity = F.trace() / len(F), torch.eye(len(F), dtype=torch.float64)
+    values, Q = torch.linalg.eigh(F + damping * identity if damping > 0 else identity)
     return (Q * values.sqrt()) @ Q.mT
 
 
