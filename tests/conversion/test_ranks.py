@@ -87,6 +87,25 @@ def test_no_warning_where_all_layers_get_smaller(caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("form", ["training", "folded"])
+def test_the_ratio_counts_the_form_that_is_asked_for(form):
+    """Square layers of 60: 0.8 · 3600 weights are r = 20 in training (20·120 + 400) and r = 24 folded (24·120)."""
+    model = nn.Sequential(*(nn.Linear(60, 60) for _ in range(3)))
+    report = convert(model, compression_ratio=0.2, compression_form=form).condlr.report
+    assert {layer.r for layer in report.converted.values()} == {20 if form == "training" else 24}
+    sizes = [(layer.parameters, layer.folded_parameters) for layer in report.converted.values()]
+    r = sizes[0][1] // 120
+    assert sizes == [(120 * r + r * r, 120 * r)] * 3
+    assert str(report).startswith(
+        f"3 layers converted, 10,800 weights became {3 * sizes[0][0]:,}, {3 * 120 * r:,} once f"
+    )
+
+
+def test_a_form_without_a_ratio_is_refused():
+    with pytest.raises(ConfigError, match="compression_form must be training without a compression_ratio"):
+        CondLRConfig(r=2, compression_form="folded")
+
+
 def test_ranks_from_a_ratio_are_multiples():
     """Of rank_multiple, rounded down; smaller ones, the full one and integers stay."""
     model = nn.ModuleDict({name: nn.Linear(60, 60) for name in ("a", "b", "c", "d")})
