@@ -17,12 +17,12 @@ PEFT_TYPE = "CONDLR_ADAPTER"
 PREFIX = "condlr_"
 
 
-def register() -> None:
+def register_adapter() -> None:
     """Make PEFT know the adapter, now or when it is imported; called again it does nothing."""
-    after_import("peft", _add)
+    after_import("peft", _add_method)
 
 
-def _add(peft: ModuleType) -> None:
+def _add_method(peft: ModuleType) -> None:
     kind = peft.PeftType
     if PEFT_TYPE not in kind.__members__:
         _add_member(kind, PEFT_TYPE)

@@ -31,6 +31,7 @@ class LayerRecord:
     orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
     singular_values: list[float]  # the r of W, descending
     parameters: int  # r(m + n) + r², and the bias
+    folded_parameters: int  # r(m + n), and the bias: once folded for inference
     dense_parameters: int  # mn, and the bias
 
 
@@ -40,6 +41,7 @@ class ConditionReport:
 
     layers: list[LayerRecord]
     parameters: int  # of the full model
+    folded_parameters: int  # the same once folded for inference
     dense_parameters: int  # the same if its factored layers were dense, and its adapters merged
 
     @property
@@ -62,6 +64,11 @@ class ConditionReport:
         """Share of the full model's parameters that factoring removed; below 0 is the share that adapters add."""
         return 1 - self.parameters / self.dense_parameters
 
+    @property
+    def folded_compression(self) -> float:
+        """Share of the full model's parameters that is removed once the model is folded."""
+        return 1 - self.folded_parameters / self.dense_parameters
+
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite or undefined number is None."""
         names = ("max_condition_number", "mean_condition_number", "max_orthonormality_error")
@@ -78,11 +85,14 @@ class ConditionReport:
             f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
             for layer in self.layers
         ]
+        folded = f"; folded for inference: {self.folded_parameters:,}, {self.folded_compression:.1%} removed"
+        if self.folded_parameters == self.parameters:  # only adapters, which are merged
+            folded = ""
         change = f"{abs(self.compression):.1%} {'removed' if self.compression >= 0 else 'added'}"
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {change}"
+            f"parameters, {change}{folded}"
         )
         return "\n".join([header, rule, *rows, rule, totals])
 
@@ -141,7 +151,8 @@ def condition_report(model: nn.Module) -> ConditionReport:
     parameters, converted = sum(p.numel() for p in model.parameters()), converted_layers(model)
     dense = parameters - sum(record.parameters for record in records)
     dense += sum(record.dense_parameters for record in records if record.name in converted)
-    return ConditionReport(records, parameters, dense)
+    folded = parameters - sum(x.parameters - x.folded_parameters for x in records if x.name in converted)
+    return ConditionReport(records, parameters, folded, dense)
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
@@ -164,6 +175,7 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=factored_size(m, n, layer.r) + bias,
+        folded_parameters=factored_size(m, n, layer.r, "folded") + bias,
         dense_parameters=m * n + bias,
     )
 

@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from hf_condlr import CondLRAdapterConfig, CondLRConfig
 from hf_condlr.adapters.config import REFUSED
 from hf_condlr.adapters.layer import CondLRLinear
-from hf_condlr.adapters.registration import register
+from hf_condlr.adapters.registration import register_adapter
 from hf_condlr.errors import ConfigError
 from tests.adapters.tiny import adapted, base, trained
 from tests.paths import ROOT
@@ -75,7 +75,7 @@ def test_the_config_of_compression_names_both_ways():
 
 def test_registered_once():
     members = list(PeftType)
-    register()
+    register_adapter()
     assert list(PeftType) == members
     kind = PeftType("CONDLR_ADAPTER")
     assert kind is PeftType.CONDLR_ADAPTER is PeftType["CONDLR_ADAPTER"]
