@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_condlr.adapters.layer import adapted_layers
-from hf_condlr.checkpoints.rounding import measure
+from hf_condlr.checkpoints.rounding import can_be_orthonormal, least_condition_number
 from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import LowRankUpdate
 from hf_condlr.linalg import obeys_bound
@@ -65,9 +65,9 @@ def _problem(factors: list[Tensor | None], update: LowRankUpdate) -> str:
         return f"dtype {S.dtype}"
     if not all(torch.isfinite(X).all() for X in (U, S, V)):
         return "NaN or inf"
-    orthonormal, kappa = measure((U, S, V), S.dtype)
-    if not orthonormal:
+    if not all(can_be_orthonormal(basis, basis.dtype) for basis in (U, V)):
         return "bases that are not orthonormal"
+    kappa = least_condition_number(S, S.dtype)
     return "" if obeys_bound(kappa, 1 + update.tau) else f"κ = {kappa:.4g} for {1 + update.tau:.4g}"
 
 
