@@ -3,6 +3,7 @@
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.checkpoints.load import FactoredCheckpointLoader  # noqa: F401  # registers itself with transformers
 from hf_condlr.checkpoints.sharded import load_sharded, save_sharded
+from hf_condlr.compression import CompressionArguments, CompressionReport, compress
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
@@ -37,6 +38,8 @@ __all__ = [
     "AdversarialTraining",
     "AttackArguments",
     "AttackSuccessRate",
+    "CompressionArguments",
+    "CompressionReport",
     "CondLRArguments",
     "CondLRCallback",
     "CondLRConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "attach_manifold_step",
     "checkpoint_to_resume",
     "compare",
+    "compress",
     "condition_report",
     "evaluate_robustness",
     "export_onnx",

@@ -28,6 +28,7 @@ FLOORS = (
     {"conversion"},
     {"training"},
     {"scripts"},
+    {"compression"},
     {"cli"},
     {PACKAGE},
 )

@@ -130,13 +130,23 @@ def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[floa
         left -= cost
 
 
+def largest_compression(shapes: Shapes) -> float:
+    """The largest compression_ratio: rank 1 in every layer where that is smaller than the weight."""
+    return 1 - _least(shapes) / sum(m * n for m, n in shapes.values())
+
+
+def _least(shapes: Shapes) -> int:
+    return sum(min(m * n, m + n + 1) for m, n in shapes.values())
+
+
 def _budget(shapes: Shapes, compression_ratio: float) -> int:
     total = sum(m * n for m, n in shapes.values())
     budget = math.floor((1 - compression_ratio) * total)
-    least = sum(min(m * n, m + n + 1) for m, n in shapes.values())
-    rule = f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}"
+    rule = (
+        f"compression_ratio must leave at least rank 1 in every layer, here at most {largest_compression(shapes):.4f}"
+    )
     remedy = "Lower it, or leave small layers out with exclude_modules."
-    require(least <= budget, rule, received=compression_ratio, remedy=remedy, error=ConfigError)
+    require(_least(shapes) <= budget, rule, received=compression_ratio, remedy=remedy, error=ConfigError)
     return budget
 
 
