@@ -42,7 +42,9 @@ class CompressionArguments(InputArguments):
     """How a model is compressed, and how that is measured. Every field is validated on construction."""
 
     output_dir: str = field(metadata={"help": "Folder to write; an interrupted run resumes there."})
-    ratio: float | None = option(None, "Share of the converted layers' weights to remove, in (0, 1).")
+    ratio: float | None = option(
+        None, "Share of the converted layers' weights to remove, in (0, 1), counted in the form that is saved."
+    )
     max_drop: float | None = option(
         None,
         "Instead of a ratio: remove as much as costs at most so many points of validation accuracy (of a language "
@@ -97,4 +99,5 @@ class CompressionArguments(InputArguments):
         """The config of a conversion that removes this share; `rank_multiple` holds where none was given."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _CONVERSION}
         values |= {"rank_multiple": self.rank_multiple or rank_multiple, "conditioned_start": True}
+        values["compression_form"] = "folded" if self.fold else "training"
         return CondLRConfig(compression_ratio=ratio, **values)

@@ -35,6 +35,7 @@ from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.conversion.rank_budget import largest_compression
+from hf_condlr.conversion.second_moments import Calibration
 from hf_condlr.conversion.targets import resolve_targets
 from hf_condlr.layers import compressed_layers, condition_report, weight_matrix
 from hf_condlr.robustness.attacks.base import Attack
@@ -77,6 +78,7 @@ class Run:
         self.stages = Stages(args.output_dir, {k: v for k, v in settings.items() if k != "output_dir"})
         self.splits: Splits = split(rows, choose_ratio=args.max_drop is not None, seed=args.seed)
         self.dense = copy.deepcopy(model).to(accelerator.device).eval()
+        self.calibration: Calibration | None = None
         self.seconds: dict[str, float] = {}
 
     def finished(self) -> Compressed | None:
@@ -139,13 +141,14 @@ class Run:
 
     def _largest_ratio(self) -> float:
         shapes = {name: tuple(weight_matrix(self.dense.get_submodule(name)).shape) for name in self.names}
-        return largest_compression({name: (m, n) for name, (m, n) in shapes.items()})
+        return largest_compression({k: (m, n) for k, (m, n) in shapes.items()}, self.config.compression_form)
 
     def _converted(self, ratio: float) -> Any:
         """A compressed copy of the dense model."""
         config: CondLRConfig = self.args.condlr_config(ratio, self.task.rank_multiple)
-        loader = self.task.calibration_data(self.splits.train) if config.needs_calibration_data else None
-        return get_robust_lowrank_model(copy.deepcopy(self.dense), config, calibration_data=loader)
+        if config.needs_calibration_data and self.calibration is None:
+            self.calibration = Calibration(self.task.calibration_data(self.splits.train))  # remembers, for all ratios
+        return get_robust_lowrank_model(copy.deepcopy(self.dense), config, calibration_data=self.calibration)
 
     def _factor(self, ratio: float) -> dict[str, Any]:
         model = self._converted(ratio)
