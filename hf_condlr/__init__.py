@@ -17,6 +17,7 @@ from hf_condlr.scripts.attack_arguments import AttackArguments
 from hf_condlr.scripts.dataset_arguments import DatasetArguments, readable_rows
 from hf_condlr.scripts.dataset_columns import find_column, labelled
 from hf_condlr.scripts.model_arguments import ModelArguments
+from hf_condlr.scripts.packing import pack_texts
 from hf_condlr.scripts.parser import ScriptParser, require_one_group
 from hf_condlr.scripts.resuming import checkpoint_to_resume
 from hf_condlr.scripts.runs import train_and_save, trainer_class, write_results
@@ -73,6 +74,7 @@ __all__ = [
     "labelled",
     "load_sharded",
     "load_split",
+    "pack_texts",
     "readable_rows",
     "require_one_group",
     "save_sharded",

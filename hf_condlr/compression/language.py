@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from hf_condlr.compression.task import TextTask
 from hf_condlr.scripts.checks import check, check_data
+from hf_condlr.scripts.packing import pack_texts
 
 BLOCK_SIZE = 512  # tokens of a sample, at most, where the model takes more
 
@@ -24,8 +25,6 @@ class LanguageModeling(TextTask):
     def _prepare(self, model: PreTrainedModel) -> None:
         super()._prepare(model)
         check(self.args.label_column is None, "a language model has no labels", self.args.label_column, "Leave it out.")
-        end = self.processor.eos_token_id
-        check(end is not None, "documents end with the tokenizer's end-of-text token", end, "Set eos_token.")
         self.block_size = self.args.max_length or min(self.limit or BLOCK_SIZE, BLOCK_SIZE)
         check(self.block_size >= 2, "max_length must be ≥ 2", self.block_size, "A token predicts the next.")
 
@@ -40,25 +39,7 @@ class LanguageModeling(TextTask):
 
     def inputs(self, rows: Dataset, most: int | None = None, *, shuffle: bool = False) -> Dataset:
         rows = rows.shuffle(seed=self.args.seed) if shuffle else rows
-        rest: list[int] = []
-        blocks: list[list[int]] = []
-        end = self.processor.eos_token_id
-        for batch in rows.iter(256):
-            texts = [text for text in batch["text"] if text and text.strip()]
-            for ids in self.processor(texts, verbose=False)["input_ids"] if texts else []:
-                rest.extend(ids if ids and ids[-1] == end else [*ids, end])
-            full = len(rest) - len(rest) % self.block_size
-            blocks += [rest[i : i + self.block_size] for i in range(0, full, self.block_size)]
-            del rest[:full]
-            if most is not None and len(blocks) >= most:
-                break
-        rule = f"a split must fill a block of {self.block_size} tokens"
-        check_data(bool(blocks), rule, f"{len(rest)} tokens", "Lower max_length, or give more text.")
-        blocks = blocks[:most]
-        # Nothing predicts the first token: GPT-2's loss in Trainer would be divided by its label too.
-        labels = [[-100, *block[1:]] for block in blocks]
-        features = Features(dict.fromkeys(("input_ids", "labels"), List(Value("int64"))))
-        return Dataset.from_dict({"input_ids": blocks, "labels": labels}, features=features)
+        return pack_texts(rows, self.processor, self.block_size, rows.split or "given", most=most)
 
     def counts(self, logits: Tensor, labels: Tensor) -> tuple[float, int]:
         """Summed loss of the predicted tokens, and their number: position t predicts t + 1."""

@@ -49,6 +49,8 @@ class CompressionReport:
     dense: ModelMeasures
     factored: ModelMeasures
     folded: ModelMeasures
+    ranks: dict[str, int]
+    """The rank of each factored layer."""
     seconds: dict[str, float]
     """Time of each step."""
     data: dict[str, Any]
@@ -78,7 +80,7 @@ class CompressionReport:
                 (f"accuracy under {name}", *(_number(form.robust.get(name), ".1%") for form in forms))
                 for name in self.dense.robust
             ),
-            ("largest κ", *(_number(form.largest_kappa, ",.4g") for form in forms)),
+            ("largest κ", *(_kappa(form) for form in forms)),
         ]
         return [(row[0], row[1], row[2], row[3]) for row in rows]
 
@@ -91,9 +93,11 @@ class CompressionReport:
         """What the table does not say."""
         data, total = self.data, sum(self.seconds.values())
         steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.seconds.items())
+        bound = f"κ ≤ {1 + self.tau:g}" if math.isfinite(self.tau) else "κ not bounded"
         lines = [
             f"{self.ratio:.1%} of the converted layers' weights are removed, counted in the form that is saved "
-            f"({self.form}); κ ≤ {1 + self.tau:g}. The folded form computes the same as U, S, V, to rounding.",
+            f"({self.form}): {len(self.ranks)} layers of ranks {min(self.ranks.values())} to "
+            f"{max(self.ranks.values())}, {bound}. The folded form computes the same as U, S, V, to rounding.",
             f"{self.metric.capitalize()} on {data['evaluation_rows']:,} samples of {data['evaluation']}"
             + (f", {data['attacked']:,} of which were attacked" if self.dense.robust else "")
             + f"; calibrated on {data['calibration_rows']:,} samples of train. "
@@ -188,6 +192,12 @@ class CompressionReport:
 
     def _quality(self, value: float | None) -> str:
         return _number(None if value is None else 100 * value, ".2f") if self.metric == "accuracy" else _number(value)
+
+
+def _kappa(form: ModelMeasures) -> str:
+    """κ; JSON has no infinity, so that it is None of a form that was measured."""
+    is_infinite = form.largest_kappa is None and form.quality is not None
+    return "∞" if is_infinite else _number(form.largest_kappa, ",.4g")
 
 
 def _number(value: float | None, shape: str = ".4g") -> str:

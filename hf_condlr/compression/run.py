@@ -69,6 +69,9 @@ class Run:
         self.attacks = self._attacks(attacks)
         self.config = args.condlr_config(args.ratio or 0.5, self.task.rank_multiple)
         self.names = resolve_targets(model, self.config).names  # an error before anything is measured
+        self.largest = self._largest_ratio(model)
+        rule, remedy = f"ratio must leave rank 1 in every layer, here at most {self.largest:.4f}", "Lower it."
+        check(args.ratio is None or args.ratio <= self.largest, rule, args.ratio, remedy)
         rows = self.task.columns(loaded)
         settings = asdict(args) | {
             "model": parameters_digest(model)[:16],
@@ -96,13 +99,13 @@ class Run:
         if ratio is None:
             found = self._stage("search", self._search)
             ratio = found["ratio"]
-        self._stage(FACTORED, lambda: self._factor(ratio))
+        ranks = self._stage(FACTORED, lambda: self._factor(ratio))["ranks"]
         model = self._load(FACTORED)
         if self.args.recovery_steps:
             self._stage(RECOVERED, lambda: self._recover(model))
             model = self._load(RECOVERED)
         after = self._stage("compressed", lambda: self._measure_compressed(model))
-        report = self._report(ratio, before, after, found)
+        report = self._report(ratio, ranks, before, after, found)
         return Compressed(self._save(model, report, after), report)
 
     def _stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -136,11 +139,11 @@ class Run:
             return Point(**point)
 
         assert self.args.max_drop is not None
-        chosen, points = largest_ratio(measure, self._largest_ratio(), self.args.max_drop, self.task.metric)
+        chosen, points = largest_ratio(measure, self.largest, self.args.max_drop, self.task.metric)
         return {"ratio": chosen, "points": [asdict(point) for point in points], "seconds": round(sum(seconds), 2)}
 
-    def _largest_ratio(self) -> float:
-        shapes = {name: tuple(weight_matrix(self.dense.get_submodule(name)).shape) for name in self.names}
+    def _largest_ratio(self, model: Any) -> float:
+        shapes = {name: tuple(weight_matrix(model.get_submodule(name)).shape) for name in self.names}
         return largest_compression({k: (m, n) for k, (m, n) in shapes.items()}, self.config.compression_form)
 
     def _converted(self, ratio: float) -> Any:
@@ -175,7 +178,12 @@ class Run:
         return _robust(report) if report is not None else {}
 
     def _report(
-        self, ratio: float, before: dict[str, Any], after: dict[str, Any], found: dict[str, Any] | None
+        self,
+        ratio: float,
+        ranks: dict[str, int],
+        before: dict[str, Any],
+        after: dict[str, Any],
+        found: dict[str, Any] | None,
     ) -> CompressionReport:
         def form(name: str, measured: dict[str, Any]) -> ModelMeasures:
             kept: dict[str, Any] = {k: measured.get(k) for k in ("quality", "largest_kappa", "clean_of_attacked")}
@@ -203,6 +211,7 @@ class Run:
             dense=form("dense", before),
             factored=form("factored", after),
             folded=ModelMeasures(**after["folded"]),
+            ranks=ranks,
             seconds=self.seconds,
             data=data,
             curve=[Point(**point) for point in found["points"]] if found is not None else [],

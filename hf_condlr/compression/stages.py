@@ -38,11 +38,12 @@ class Stages:
         require(
             not is_file, "output_dir must be a folder", received=f"the file {parent}", remedy=remedy, error=ConfigError
         )
-        if path.is_file():
+        done = sorted(entry.stem for entry in self.folder.glob("*.json") if entry != path)
+        if path.is_file() and done:
             self._require_same(settings, json.loads(path.read_text(encoding="utf-8")))
-            logger.warning("%s resumes from what is done", parent)
+            logger.warning("%s resumes: %s is done", parent, ", ".join(done))
             return
-        others = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+        others = sorted(entry.name for entry in parent.iterdir() if entry != self.folder) if parent.is_dir() else []
         rule = "output_dir must be new, empty, or of a run to resume"
         received = f"{parent} with {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}"
         require(not others, rule, received=received, remedy=remedy, error=ConfigError)
