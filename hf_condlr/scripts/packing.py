@@ -43,7 +43,10 @@ def pack_texts(rows: Dataset, tokenizer: Any, block_size: int, split: str, *, mo
         del rest[:full]
         if most is not None and len(blocks) >= most:
             break
-    rule, remedy = f"the {split} split must fill a block of {block_size} tokens", "Take smaller blocks, or give more text."
+    rule, remedy = (
+        f"the {split} split must fill a block of {block_size} tokens",
+        "Take smaller blocks, or give more text.",
+    )
     check_data(bool(blocks), rule, len(rest), remedy)
     features = Features(dict.fromkeys(("input_ids", "labels"), List(Value("int64"))))
     columns = {"input_ids": blocks[:most], "labels": [[-100, *block[1:]] for block in blocks[:most]]}

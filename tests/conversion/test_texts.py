@@ -70,7 +70,7 @@ def test_a_model_is_converted_from_texts(wrapped):
 
 def test_texts_without_a_tokenizer_are_an_error_that_names_it():
     config = CondLRConfig(r=2, init_weights="activation_aware")
-    with pytest.raises(ConversionError, match="received a str. Pass .* processing_class with texts"):
+    with pytest.raises(ConversionError, match=r"received a str\. Pass .* processing_class with texts"):
         get_robust_lowrank_model(bert(), config, calibration_data=TEXTS)
 
 
