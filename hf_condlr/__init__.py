@@ -88,6 +88,7 @@ _MODULES = {
 """{module: its public names}, as above."""
 _PACKAGES = (
     "checkpoints",
+    "cli",
     "compression",
     "conversion",
     "distributed",

@@ -11,8 +11,6 @@ from typing import Any, get_args, get_type_hints
 from hf_condlr.cli.models import load, processor_of, say, say_size
 from hf_condlr.compression import CompressionArguments, compress
 from hf_condlr.compression.arguments import InputArguments
-from hf_condlr.compression.data import load_data
-from hf_condlr.compression.tasks import task_of
 from hf_condlr.errors import ConfigError
 from hf_condlr.robustness.attacks import ATTACKS, make_attacks
 
@@ -66,6 +64,9 @@ def add_compress(option: Callable[..., Any]) -> None:
 
 def run_compress(args: argparse.Namespace) -> None:
     """Compress a model, save it, and say the table."""
+    import datasets
+
+    datasets.disable_progress_bars()  # of many short steps
     model, report = compress(
         load(args),
         args.dataset,
@@ -92,6 +93,9 @@ def calibration_data(args: argparse.Namespace, model: Any) -> Any:
         if given:
             raise ConfigError("these need --dataset", received=given, remedy="Name the calibration data.")
         return None
+    from hf_condlr.compression.data import load_data  # needs datasets
+    from hf_condlr.compression.tasks import task_of
+
     arguments = InputArguments(**inputs)
     task = task_of(model, processor_of(args), arguments)
     data, _ = load_data(args.dataset, arguments.dataset_config)

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import transformers
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError
@@ -54,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what it was asked, 1 after an error reported on stderr, 2 for a wrong call."""
     args = _parser().parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
         if "out" in args and Path(args.out).resolve() == Path(args.model).resolve():
             raise ConfigError("OUT must be another folder than MODEL", received=args.out, remedy="Name a new one.")

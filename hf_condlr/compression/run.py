@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,13 +47,6 @@ logger = logging.getLogger(__name__)
 FACTORED, RECOVERED, TRAINING = "factored", "recovered", "recovery"  # folders of the stages
 
 
-class Compressed(NamedTuple):
-    """The compressed model, and what it was measured to be."""
-
-    model: Any
-    report: CompressionReport
-
-
 class Run:
     """One call of `compress`: its settings, rows and stages."""
 
@@ -84,15 +77,15 @@ class Run:
         self.calibration: Calibration | None = None
         self.seconds: dict[str, float] = {}
 
-    def finished(self) -> Compressed | None:
+    def finished(self) -> tuple[Any, CompressionReport] | None:
         """The result of a run that is complete; None if there is something to do."""
         folder = Path(self.args.output_dir)
         if not (folder / REPORT).is_file():
             return None
         logger.warning("%s is complete already", folder)
-        return Compressed(type(self.dense).from_pretrained(folder), CompressionReport.load(folder))
+        return (type(self.dense).from_pretrained(folder), CompressionReport.load(folder))
 
-    def compress(self) -> Compressed:
+    def compress(self) -> tuple[Any, CompressionReport]:
         """Run the stages that are not done."""
         before = self._stage("dense", self._measure_dense)
         ratio, found = self.args.ratio, None
@@ -106,7 +99,7 @@ class Run:
             model = self._load(RECOVERED)
         after = self._stage("compressed", lambda: self._measure_compressed(model))
         report = self._report(ratio, ranks, before, after, found)
-        return Compressed(self._save(model, report, after), report)
+        return (self._save(model, report, after), report)
 
     def _stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         result = self.stages.run(name, step)

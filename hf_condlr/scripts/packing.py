@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from datasets import Dataset, Features, List, Value
+from typing import TYPE_CHECKING, Any
 
 from hf_condlr.scripts.checks import check, check_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def pack_texts(rows: Dataset, tokenizer: Any, block_size: int, split: str, *, most: int | None = None) -> Dataset:
@@ -29,6 +30,8 @@ def pack_texts(rows: Dataset, tokenizer: Any, block_size: int, split: str, *, mo
         ConfigError: The tokenizer has no end-of-text token.
         EvaluationError: The rows fill no block.
     """
+    from datasets import Dataset, Features, List, Value
+
     end = tokenizer.eos_token_id
     rule = "documents are separated by the tokenizer's end-of-text token"
     check(end is not None, rule, "None", "Set eos_token.")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from hf_condlr.compression.arguments import CompressionArguments
-from hf_condlr.compression.run import Compressed, Run
+from hf_condlr.compression.report import CompressionReport
 from hf_condlr.robustness.attacks.base import Attack
+
+
+class Compressed(NamedTuple):
+    """The compressed model, and what it was measured to be."""
+
+    model: Any
+    report: CompressionReport
 
 
 def compress(
@@ -61,5 +68,7 @@ def compress(
     """
     given: dict[str, Any] = {"output_dir": str(output_dir), "ratio": ratio, "max_drop": max_drop, "tau": tau}
     args = CompressionArguments(**given, **options)
+    from hf_condlr.compression.run import Run  # needs datasets
+
     run = Run(model, data, processor, attacks, args)
-    return run.finished() or run.compress()
+    return Compressed(*(run.finished() or run.compress()))
