@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from hf_condlr.checkpoints.save import attach_saving
-from hf_condlr.config import CondLRConfig
+from hf_condlr.config import DATA_AWARE, CondLRConfig
 from hf_condlr.conversion.conditioned_start import nearest_conditioned
 from hf_condlr.conversion.factorizations import FACTORIZATIONS, optimal_truncation_error, truncation_error
 from hf_condlr.conversion.ranks import requested_ranks
@@ -82,7 +82,12 @@ def get_robust_lowrank_model(
     ranks, left_dense = requested_ranks(matrices, targets.heads, config, statistics.energies)
     layers: dict[nn.Module, nn.Module] = {}
     report = ConversionReport(skipped=targets.skipped | left_dense)
-    for group in statistics.groups(ranks):
+    if config.sequential_calibration:
+        for name, measured in statistics.in_sequence(ranks, layers):
+            dense = model.get_submodule(name)
+            with _naming(name):
+                layers[dense], report.converted[name] = _factored(dense, name, ranks[name], config, measured)
+    for group in [] if config.sequential_calibration else statistics.groups(ranks):
         for name, (layer, result) in factored_group(model, group, ranks, config, statistics).items():
             layers[model.get_submodule(name)], report.converted[name] = layer, result
     # Nothing has changed so far: an error above leaves the model as it was.
@@ -146,10 +151,11 @@ def _factored(
 ) -> tuple[LowRankLayer, LayerConversion]:
     tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
     start, C = config.init_weights, measured.C
-    is_aware = start in ("activation_aware", "fisher")  # C may be there for the ranks only
+    is_aware = start in DATA_AWARE  # C may be there for the ranks only
     F = measured.F if start == "fisher" else None
 
     def factorize(W: Tensor, r: int) -> Factors:
+        W = W if measured.target is None else measured.target
         factors = measured.spectrum(W, F).factors(W, r, F) if is_aware else FACTORIZATIONS[start](W, r)
         if config.conditioned_start:
             C_of_start = C if is_aware else None
@@ -159,12 +165,13 @@ def _factored(
     layer_class = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
     layer = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
     W, factors = weight_matrix(dense), (layer.U, layer.S, layer.V)
+    target = W if measured.target is None else measured.target
     return layer, LayerConversion(
         r=layer.r,
         shape=(W.shape[0], W.shape[1]),
         truncation_error=truncation_error(W, *factors),
         optimal_truncation_error=optimal_truncation_error(W, layer.r) if start == "randomized_svd" else None,
-        whitened_truncation_error=None if C is None else truncation_error(W, *factors, C),
+        whitened_truncation_error=None if C is None else truncation_error(target, *factors, C),
     )
 
 

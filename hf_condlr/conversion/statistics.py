@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.factorizations import spectral_energy
 from hf_condlr.conversion.second_moments import Calibration, Held
+from hf_condlr.conversion.sequential import corrected_weight, sequential_inputs
 from hf_condlr.conversion.spectra import Spectrum, decompose
 
 
@@ -20,6 +21,7 @@ class Measured:
     C: Tensor | None = None  # E[x xᵀ] (n, n)
     F: Tensor | None = None  # E[Σ g gᵀ] (m, m)
     held: Held | None = None  # where spectra are kept
+    target: Tensor | None = None  # (m, n): what the factors approximate, if not the weight
 
     def spectrum(self, W: Tensor, F: Tensor | None, *, vectors: bool = True) -> Spectrum:
         """The weight (m, n) decomposed in the metric of C and, unless None, of F: once if it is kept."""
@@ -73,6 +75,34 @@ class Statistics:
             yield name, Measured(layer.C.mean(), F, layer)
             if forget:
                 self._calibration.forget(name)
+
+    def in_sequence(
+        self, names: Iterable[str], layers: Mapping[nn.Module, nn.Module]
+    ) -> Iterator[tuple[str, Measured]]:
+        """Pairs of a layer's name and its second moments behind compressed layers, in order of execution.
+
+        Args:
+            names: The layers to factor.
+            layers: {dense layer: factored layer}; the caller adds a layer before the next one is asked for.
+
+        Raises:
+            ConversionError: As `of`, or a layer is not called exactly once in a forward pass.
+        """
+        assert self._calibration is not None
+        names = list(names)
+        groups = self.groups(names)
+        held: dict[str, Held] = {}
+        for group, C, E in sequential_inputs(self._model, names, self._calibration.data, layers):
+            for name in group:
+                F = None
+                if self._needs_gradients:
+                    if name not in held:
+                        turn = next(names for names in groups if name in names)
+                        held = self._calibration.held(self._model, turn, gradients=True)
+                    if (gram := held.pop(name).F) is not None:
+                        F = gram.mean()
+                    self._calibration.forget(name)
+                yield name, Measured(C, F, target=corrected_weight(self._matrices[name], C, E))
 
     def energies(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Pairs of a name and σ_i² (min(m, n),) of F̃^{1/2} W C^{1/2}, without the factor that was not measured."""
