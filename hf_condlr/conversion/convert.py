@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -40,9 +40,6 @@ from hf_condlr.layers import (
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-Converted = dict[str, tuple[LowRankLayer, LayerConversion]]
 
 
 @torch.no_grad()
@@ -82,14 +79,11 @@ def get_robust_lowrank_model(
     ranks, left_dense = requested_ranks(matrices, targets.heads, config, statistics.energies)
     layers: dict[nn.Module, nn.Module] = {}
     report = ConversionReport(skipped=targets.skipped | left_dense)
-    if config.sequential_calibration:
-        for name, measured in statistics.in_sequence(ranks, layers):
-            dense = model.get_submodule(name)
-            with _naming(name):
-                layers[dense], report.converted[name] = _factored(dense, name, ranks[name], config, measured)
-    for group in [] if config.sequential_calibration else statistics.groups(ranks):
-        for name, (layer, result) in factored_group(model, group, ranks, config, statistics).items():
-            layers[model.get_submodule(name)], report.converted[name] = layer, result
+    measured = statistics.in_sequence(ranks, layers) if config.sequential_calibration else statistics.in_turns(ranks)
+    for name, second_moments in measured:
+        dense = model.get_submodule(name)
+        with _naming(name):
+            layers[dense], report.converted[name] = _factored(dense, name, ranks[name], config, second_moments)
     # Nothing has changed so far: an error above leaves the model as it was.
     replace_modules(model, layers)
     _set_trainable(model, config)
@@ -101,17 +95,6 @@ def get_robust_lowrank_model(
     attach_saving(model)
     logger.info("%s", report)
     return model
-
-
-def factored_group(
-    model: nn.Module, group: Collection[str], ranks: Mapping[str, int], config: CondLRConfig, statistics: Statistics
-) -> Converted:
-    """Measure a group of layers and factor them: {name: (the factored layer, its errors)}; the model stays as it is."""
-    found: Converted = {}
-    for name, measured in statistics.of(group):
-        with _naming(name):
-            found[name] = _factored(model.get_submodule(name), name, ranks[name], config, measured)
-    return found
 
 
 def _calibration(config: CondLRConfig, data: Any, processing_class: Any) -> Calibration | None:

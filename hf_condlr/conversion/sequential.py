@@ -51,7 +51,8 @@ class Inputs:
     """What the layers of a group read: Ĉ = E[x̂ x̂ᵀ] and E = E[(x − x̂) x̂ᵀ] over the calibration data."""
 
     def __init__(self, size: int) -> None:
-        self._gram, self._difference = Gram(size), None
+        self._gram = Gram(size)
+        self._difference: Tensor | None = None
 
     def add(self, x: Tensor, seen: Tensor) -> None:  # (N, n), (N, n)
         """Add rows of a batch, those of the dense model and those of the compressed one."""

@@ -164,7 +164,7 @@ def _slots(calls: list[list[tuple[Call, Any]]]) -> list[int | str] | None:
     slots: list[int | str] = []
     outputs: list[Tensor] = []
     for ((call, output),) in calls:
-        places = [*enumerate(call.args), *call.kwargs.items()]
+        places: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
         if outputs:
             read = [(place, i) for place, value in places for i, earlier in enumerate(outputs) if value is earlier]
             if len(read) != 1 or read[0][1] != len(outputs) - 1:  # others skip stages

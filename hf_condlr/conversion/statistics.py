@@ -50,7 +50,7 @@ class Statistics:
         self, model: nn.Module, matrices: Mapping[str, Tensor], config: CondLRConfig, calibration: Calibration | None
     ) -> None:
         self._model, self._matrices, self._calibration = model, matrices, calibration
-        self._start = config.init_weights
+        self._start, self._in_sequence = config.init_weights, config.sequential_calibration
         self._needs_gradients = "fisher" in (config.init_weights, config.rank_allocation)
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
@@ -76,6 +76,11 @@ class Statistics:
             if forget:
                 self._calibration.forget(name)
 
+    def in_turns(self, names: Iterable[str]) -> Iterator[tuple[str, Measured]]:
+        """`of` all the groups of the names."""
+        for group in self.groups(names):
+            yield from self.of(group)
+
     def in_sequence(
         self, names: Iterable[str], layers: Mapping[nn.Module, nn.Module]
     ) -> Iterator[tuple[str, Measured]]:
@@ -90,18 +95,15 @@ class Statistics:
         """
         assert self._calibration is not None
         names = list(names)
-        groups = self.groups(names)
+        turns = self.groups(names)
         held: dict[str, Held] = {}
         for group, C, E in sequential_inputs(self._model, names, self._calibration.data, layers):
             for name in group:
-                F = None
-                if self._needs_gradients:
-                    if name not in held:
-                        turn = next(names for names in groups if name in names)
-                        held = self._calibration.held(self._model, turn, gradients=True)
-                    if (gram := held.pop(name).F) is not None:
-                        F = gram.mean()
-                    self._calibration.forget(name)
+                if self._start == "fisher" and name not in held:
+                    turn = next(turn for turn in turns if name in turn)
+                    held = self._calibration.held(self._model, turn, gradients=True)
+                F = None if (layer := held.pop(name, None)) is None or layer.F is None else layer.F.mean()
+                self._calibration.forget(name)
                 yield name, Measured(C, F, target=corrected_weight(self._matrices[name], C, E))
 
     def energies(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -112,6 +114,7 @@ class Statistics:
         wanted = set(names)
         groups = self.groups(self._matrices)  # the layers that the start needs, too: measured once if they fit
         start_has_it = self._start == ("fisher" if self._needs_gradients else "activation_aware")
+        start_has_it = start_has_it and not self._in_sequence  # there the start is in another metric
         for group in groups:
             for name, measured in self.of(group, forget=False):
                 if name in wanted:
