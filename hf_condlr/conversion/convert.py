@@ -62,7 +62,8 @@ def get_robust_lowrank_model(
         calibration_data: For the starts `activation_aware` and `fisher` and the allocations that need them: a data
             loader or any iterable of batches, of which the model gets what its forward accepts; texts, images or a
             Dataset with `processing_class`; or a `Calibration`, which remembers what was measured. Some hundred samples
-            of the training data are enough. `fisher` differentiates the model's predictions: fine-tune it first.
+            of the training data are enough. `fisher` differentiates the model's predictions: fine-tune it first. With
+            `sequential_calibration` all batches are kept until the end.
         processing_class: A tokenizer, image processor or processor for calibration data that are no batches yet.
 
     Returns:

@@ -151,10 +151,21 @@ def _chains_of_lists(model: nn.Module, trace: _Trace) -> list[Chain]:
     inside: set[nn.Module] = set()
     for members in _lists(model):
         slots = _slots([trace.calls.get(member, []) for member in members])
-        if slots is not None and members[0] not in inside:
+        if slots is not None and members[0] not in inside and _can_be_repeated(members, trace):
             found.append(Chain([Stage(member) for member in members], slots))
             inside.update(module for member in members for module in member.modules())
     return found
+
+
+@torch.no_grad()
+def _can_be_repeated(members: list[nn.Module], trace: _Trace) -> bool:
+    """Whether each member puts out the same when it is called again: it keeps no state and left its input alone."""
+    for member in members:
+        call, output = trace.calls[member][0]
+        again, before = hidden_of(member(*call.args, **call.kwargs)), hidden_of(output)
+        if again.shape != before.shape or not (again - before).norm() <= 1e-3 * before.norm():
+            return False
+    return True
 
 
 def _slots(calls: list[list[tuple[Call, Any]]]) -> list[int | str] | None:

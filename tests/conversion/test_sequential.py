@@ -192,6 +192,24 @@ def test_blocks_that_read_earlier_ones_are_no_chain():
     assert [chain.stages[0].module for chain in found] == [model, *(block[0] for block in model.blocks), model]
 
 
+class Counts(nn.Module):
+    """A block with a state: a cache of what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * self.calls
+
+
+def test_blocks_with_a_state_are_no_chain():
+    model = nn.Sequential(Counts(), Counts())
+    (chain,) = chains_of(model, torch.randn(5, 8))
+    assert chain.stages[0].module is model and chain.stages[0].groups == [["0.linear"], ["1.linear"]]
+
+
 @pytest.mark.parametrize("start", ["activation_aware", "fisher"])
 @pytest.mark.parametrize("case", ["Qwen2", "BART"])
 def test_outputs_stay_nearer_to_the_dense_ones(case, start):
