@@ -81,8 +81,8 @@ def measure(
         watch = _Pass(model, names, apart)
         try:
             watch.over(data, inputs=inputs, gradients=gradients)
-        except _NotShared as found:
-            apart |= found.names
+        except _NotShared as unshared:
+            apart |= unshared.names
             continue
         found = watch.inputs if inputs else {}, watch.gradients if gradients else {}
         for grams, quantity in zip(found, ("the calibration data", "the gradient of the predictions"), strict=True):
@@ -102,6 +102,7 @@ class _Pass:
 
     def __init__(self, model: nn.Module, names: Iterable[str], apart: set[str]) -> None:
         self.model: Any = model
+        pair: Any = model  # of encoder and decoder
         self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         shapes = {name: weight_matrix(layer).shape for name, layer in self.layers.items()}
         self.inputs = {name: Gram(n) for name, (_, n) in shapes.items()}
@@ -111,8 +112,8 @@ class _Pass:
         self.rows = dict.fromkeys(self.layers, 0)
         self.encoded = 0  # where the encoder's output lies
         is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self.encoder = self.model.get_encoder() if is_pair else None
-        self.decoder = set(self.model.get_decoder().modules()) if is_pair else set()
+        self.encoder: nn.Module | None = pair.get_encoder() if is_pair else None
+        self.decoder = set(pair.get_decoder().modules()) if is_pair else set()
 
     def over(self, data: Iterable[Any], *, inputs: bool, gradients: bool) -> None:
         """Run the model over the data; the counts are set at the end."""

@@ -59,7 +59,8 @@ class Calibration:
 
     def groups(self, model: nn.Module, names: Iterable[str], *, gradients: bool) -> list[list[str]]:
         """The names in groups whose second moments fit into memory together, one layer at least in each."""
-        limit, groups, left = self._limit(model), [], 0
+        groups: list[list[str]] = []
+        limit, left = self._limit(model), 0
         for name in names:
             need = _bytes(model, name, gradients)
             if need > left or not groups:

@@ -18,10 +18,9 @@ def second_moments(size, decades, rank):
 
 
 def weight(shape, decades):
-    m, n = shape
     W = torch.randn(shape, dtype=torch.float64)
     if decades is None:
-        return W[:, :7] @ torch.randn(7, n, dtype=torch.float64)
+        return W[:, :7] @ torch.randn(7, shape[1], dtype=torch.float64)
     P, sigma, Qh = torch.linalg.svd(W, full_matrices=False)
     return P * sigma * torch.logspace(0, decades, len(sigma)).double() @ Qh
 
