@@ -93,7 +93,7 @@ class CondLRConfig(PeftConfig):
         "uniform",
         "How compression_ratio is spread over the layers: one rank ratio for all; the ranks that minimise the summed "
         "squared truncation error; or those that change the predictions of a fine-tuned model least, measured on "
-        "calibration data.",
+        "calibration data. The last one leaves layers dense with an infinite tau only.",
     )
     rank_multiple: int = option(
         1,
