@@ -43,6 +43,7 @@ MODEL is a folder or a name on the Hub, dense or factored."""
 # Fields of CondLRConfig, and their types.
 _CONVERSION: dict[str, Callable[[str], Any]] = {"compression_ratio": float, "rank_ratio": float, "r": int, "tau": float}
 _CONVERSION |= {"head": str, "rank_allocation": str, "rank_multiple": int, "init_weights": str}
+_FLAGS = ("sequential_calibration", "conditioned_start")
 _CHECKS: dict[str, Any] = {"full": True, "quick": "quick", "none": False}
 _TARGETS = {"out": "folder to write", "file": "file to write", "repo": "user/name on the Hub"}
 _NETWORK_ERRORS: Any = HfHubHTTPError.__bases__  # the HTTP library's own, whichever huggingface_hub uses, and OSError
@@ -95,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in _CONVERSION.items():
         option(f"--{name}", type=kind, choices=CHOICES.get(name), help=config[name])
 
-    option("--conditioned_start", action="store_true", default=None, help=config["conditioned_start"])
+    for name in _FLAGS:
+        option(f"--{name}", action="store_true", default=None, help=config[name])
     add_calibration(option)
 
     option = add(_report, "rank, condition number, bound and size of every factored layer")
@@ -148,9 +150,7 @@ def _compress(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     given = {
-        name: value
-        for name in ("target_modules", *_CONVERSION, "conditioned_start")
-        if (value := getattr(args, name)) is not None
+        name: value for name in ("target_modules", *_CONVERSION, *_FLAGS) if (value := getattr(args, name)) is not None
     }
     if args.config and given:
         raise ConfigError("--config holds all settings", received=", ".join(given), remedy="Give one or the other.")

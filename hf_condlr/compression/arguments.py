@@ -10,7 +10,9 @@ from hf_condlr.errors import ConfigError, require
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 
 # Fields that become fields of the CondLRConfig under the same name.
-_CONVERSION = ("tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation")
+_CONVERSION = (
+    *("tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation", "sequential_calibration"),
+)
 
 
 @dataclass(kw_only=True)
@@ -59,6 +61,7 @@ class CompressionArguments(InputArguments):
     rank_allocation: str = option(
         "fisher", "How the ratio is spread over the layers.", choices=CHOICES["rank_allocation"]
     )
+    sequential_calibration: bool = option(False, "Factor each layer for what the compressed layers before it give.")
     rank_multiple: int | None = option(
         None, "Ranks are rounded down to multiples of this; by default 8 for language models, else 1."
     )
