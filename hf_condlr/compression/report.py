@@ -14,6 +14,13 @@ from hf_condlr.errors import MissingExtraError
 from hf_condlr.files import replacing
 from hf_condlr.tables import markdown_table
 
+STEPS = {
+    "dense": "measuring dense",
+    "search": "searching",
+    "factored": "converting",
+    "recovered": "recovering",
+    "compressed": "measuring compressed",
+}
 REPORT, PAGE, PICTURE = "report.json", "report.md", "quality.png"
 
 
@@ -52,7 +59,7 @@ class CompressionReport:
     ranks: dict[str, int]
     """The rank of each factored layer."""
     seconds: dict[str, float]
-    """Time of each step."""
+    """Time of each step, a key of `STEPS`."""
     data: dict[str, Any]
     """What the rows of each purpose were, and how many."""
     curve: list[Point] = field(default_factory=list)
@@ -92,7 +99,7 @@ class CompressionReport:
     def notes(self) -> list[str]:
         """What the table does not say."""
         data, total = self.data, sum(self.seconds.values())
-        steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.seconds.items())
+        steps = ", ".join(f"{STEPS[name]} {seconds:.0f}" for name, seconds in self.seconds.items())
         bound = f"κ ≤ {1 + self.tau:g}" if math.isfinite(self.tau) else "κ not bounded"
         lines = [
             f"{self.ratio:.1%} of the converted layers' weights are removed, counted in the form that is saved "

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.config import DATA_AWARE, CondLRConfig
@@ -81,7 +82,7 @@ def get_robust_lowrank_model(
     layers: dict[nn.Module, nn.Module] = {}
     report = ConversionReport(skipped=targets.skipped | left_dense)
     measured = statistics.in_sequence(ranks, layers) if config.sequential_calibration else statistics.in_turns(ranks)
-    for name, second_moments in measured:
+    for name, second_moments in tqdm(measured, desc="factorization", total=len(ranks), disable=None):
         dense = model.get_submodule(name)
         with _naming(name):
             layers[dense], report.converted[name] = _factored(dense, name, ranks[name], config, second_moments)

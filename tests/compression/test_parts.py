@@ -143,7 +143,7 @@ def test_the_table_has_every_measure_once_and_the_notes_say_what_it_does_not():
     ):
         assert line in text
     assert "2 layers of ranks 4 to 90, κ ≤ 5" in text and "1,821 samples of test, 128 of which were attacked" in text
-    assert "11 seconds: dense 3, factored 8" in text
+    assert "11 seconds: measuring dense 3, converting 8" in text
 
 
 def test_a_report_of_a_language_model_and_of_an_unbounded_one(tmp_path):
