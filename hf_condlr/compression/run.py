@@ -30,6 +30,7 @@ from hf_condlr.compression.recovery import recover
 from hf_condlr.compression.report import REPORT, CompressionReport, ModelMeasures
 from hf_condlr.compression.search import Point, largest_ratio
 from hf_condlr.compression.stages import Stages
+from hf_condlr.compression.task import Task
 from hf_condlr.compression.tasks import task_of
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
@@ -58,6 +59,7 @@ class Run:
         remedy = "Give the dense model, or train this one further with CondLRTrainer."
         check(dense, "the model must be dense", "one that is compressed already", remedy)
         self.args, self.task = args, task_of(model, processor, args)
+        _require_trainable(model, self.task, args)
         loaded, self.dataset_name = load_data(data, args.dataset_config)
         self.attacks = self._attacks(attacks)
         self.config = args.condlr_config(args.ratio or 0.5, self.task.rank_multiple)
@@ -154,7 +156,6 @@ class Run:
     def _recover(self, model: Any) -> dict[str, Any]:
         recover(model, self.dense, self.task, self.splits.train, self.args, self.stages.folder / TRAINING)
         model.save_pretrained(self.stages.folder / RECOVERED)
-        self.stages.remove(TRAINING)
         return {"steps": self.args.recovery_steps}
 
     def _measure_compressed(self, model: Any) -> dict[str, Any]:
@@ -243,6 +244,15 @@ class Run:
         rule, remedy = f"{self.task.metric} of this model is not attacked", "Leave the attacks out."
         check(not chosen or self.task.kind is not None, rule, ", ".join(a.name for a in chosen), remedy)
         return chosen
+
+
+def _require_trainable(model: PreTrainedModel, task: Task, args: CompressionArguments) -> None:
+    """Refuse, before anything is measured, a recovery that would be refused after it."""
+    radius, remedy = args.adversarial_epsilon, "Leave adversarial_epsilon out."
+    is_attacked = radius is None or task.kind is not None
+    check(is_attacked, "only classifiers of images and texts recover on adversarial samples", radius, remedy)
+    rule, remedy = "a recovery trains factors in float32", "Load the model with dtype=torch.float32."
+    check(not args.recovery_steps or model.dtype in (torch.float32, torch.float64), rule, model.dtype, remedy)
 
 
 def _robust(report: RobustnessReport) -> dict[str, Any]:

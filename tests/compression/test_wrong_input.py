@@ -60,6 +60,14 @@ def test_only_classifiers_are_attacked(task, out):
     refused(ConfigError, r"of this model is not attacked; received pgd-linf", out, task, attacks=PGD(0.1))
 
 
+def test_a_recovery_that_cannot_train_is_refused_before_anything_is_measured(out):
+    options = {"recovery_steps": 2, "adversarial_epsilon": 0.1}
+    refused(ConfigError, "only classifiers of images and texts recover on adversarial", out, "token", **options)
+    half = vit().bfloat16()
+    refused(ConfigError, r"trains factors in float32; received torch.bfloat16", out, model=half, recovery_steps=2)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("convert", [lambda model: model, fold_model])
 def test_a_model_that_is_compressed_already(convert, out):
     model = convert(get_robust_lowrank_model(vit(), CondLRConfig(rank_ratio=0.5)))
