@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_condlr.adapters.lora import to_lora
     from hf_condlr.checkpoints.card import write_model_card
     from hf_condlr.checkpoints.sharded import load_sharded, save_sharded
+    from hf_condlr.compression import CompressionArguments, CompressionReport, compress
     from hf_condlr.config import CondLRConfig
     from hf_condlr.conversion.convert import get_robust_lowrank_model
     from hf_condlr.conversion.fold import fold_model, to_dense_model
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hf_condlr.scripts.dataset_arguments import DatasetArguments, readable_rows
     from hf_condlr.scripts.dataset_columns import find_column, labelled
     from hf_condlr.scripts.model_arguments import ModelArguments
+    from hf_condlr.scripts.packing import pack_texts
     from hf_condlr.scripts.parser import ScriptParser, require_one_group
     from hf_condlr.scripts.resuming import checkpoint_to_resume
     from hf_condlr.scripts.runs import train_and_save, trainer_class, write_results
@@ -55,6 +57,7 @@ _MODULES = {
     "adapters.lora": ["to_lora"],
     "checkpoints.card": ["write_model_card"],
     "checkpoints.sharded": ["load_sharded", "save_sharded"],
+    "compression": ["CompressionArguments", "CompressionReport", "compress"],
     "config": ["CondLRConfig"],
     "conversion.convert": ["get_robust_lowrank_model"],
     "conversion.fold": ["fold_model", "to_dense_model"],
@@ -71,6 +74,7 @@ _MODULES = {
     "scripts.dataset_arguments": ["DatasetArguments", "readable_rows"],
     "scripts.dataset_columns": ["find_column", "labelled"],
     "scripts.model_arguments": ["ModelArguments"],
+    "scripts.packing": ["pack_texts"],
     "scripts.parser": ["ScriptParser", "require_one_group"],
     "scripts.resuming": ["checkpoint_to_resume"],
     "scripts.runs": ["train_and_save", "trainer_class", "write_results"],
@@ -92,6 +96,8 @@ _MODULES = {
 _PACKAGES = (
     "adapters",
     "checkpoints",
+    "cli",
+    "compression",
     "conversion",
     "distributed",
     "layers",
@@ -109,6 +115,8 @@ __all__ = [
     "AttackSuccessRate",
     "Calibration",
     "CondLRAdapterConfig",
+    "CompressionArguments",
+    "CompressionReport",
     "CondLRArguments",
     "CondLRCallback",
     "CondLRConfig",
@@ -129,6 +137,7 @@ __all__ = [
     "attach_manifold_step",
     "checkpoint_to_resume",
     "compare",
+    "compress",
     "condition_report",
     "evaluate_robustness",
     "export_onnx",
@@ -139,6 +148,7 @@ __all__ = [
     "labelled",
     "load_sharded",
     "load_split",
+    "pack_texts",
     "readable_rows",
     "require_one_group",
     "save_sharded",

@@ -30,6 +30,9 @@ Start = Literal["svd", "randomized_svd", "activation_aware", "fisher", "orthogon
 CompressionForm = Literal["training", "folded"]
 Trainable = Literal["all", "factors"]
 
+DATA_AWARE = ("activation_aware", "fisher")
+"""The starts that look at calibration data."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "head": get_args(Head),
     "rank_allocation": get_args(RankAllocation),
@@ -90,7 +93,7 @@ class CondLRConfig(PeftConfig):
         "uniform",
         "How compression_ratio is spread over the layers: one rank ratio for all; the ranks that minimise the summed "
         "squared truncation error; or those that change the predictions of a fine-tuned model least, measured on "
-        "calibration data.",
+        "calibration data. The last one leaves layers dense with an infinite tau only.",
     )
     rank_multiple: int = option(
         1,
@@ -110,6 +113,11 @@ class CondLRConfig(PeftConfig):
         "Start: truncated SVD; its randomized version for large layers; the SVD weighted by each layer's inputs over "
         "calibration data, or for a fine-tuned model by its gradients too; or random orthonormal factors (training "
         "from scratch).",
+    )
+    sequential_calibration: bool = option(
+        False,
+        "Factor the layers one after the other, each for the inputs that the compressed layers before it give, to put "
+        "out what the dense model does; with init_weights='activation_aware' or 'fisher'.",
     )
     conditioned_start: bool = option(
         False, "Start from the best factors with κ ≤ 1 + tau, instead of letting a warm-up bring κ down."
@@ -137,7 +145,7 @@ class CondLRConfig(PeftConfig):
     @property
     def needs_calibration_data(self) -> bool:
         """Whether the start or the ranks depend on data, as those of `activation_aware` and `fisher` do."""
-        return self.init_weights in ("activation_aware", "fisher") or self.rank_allocation == "fisher"
+        return self.init_weights in DATA_AWARE or self.rank_allocation == "fisher"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as strict JSON values; an infinite τ is the string "inf"."""
@@ -195,8 +203,11 @@ def _validate_choices(config: CondLRConfig) -> None:
     _check(config, "peft_type", config.peft_type == PEFT_TYPE, f"be {PEFT_TYPE}", "Load other PEFT methods with peft.")
     for name, choices in CHOICES.items():
         _check(config, name, getattr(config, name) in choices, f"be one of {', '.join(choices)}", "Choose one.")
-    is_bool = isinstance(config.conditioned_start, bool)
-    _check(config, "conditioned_start", is_bool, "be true or false", "Choose one.")
+    for name in ("conditioned_start", "sequential_calibration"):
+        _check(config, name, isinstance(getattr(config, name), bool), "be true or false", "Choose one.")
+    valid = not config.sequential_calibration or config.init_weights in DATA_AWARE
+    rule = f"be false with init_weights={config.init_weights!r}, which looks at no data"
+    _check(config, "sequential_calibration", valid, rule, f"Choose a start of {', '.join(DATA_AWARE)}.")
 
 
 def _validate_targets(config: CondLRConfig) -> None:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")
 CONVERSION = (
     *("target_modules", "exclude_modules", "rank_ratio", "compression_ratio", "rank_allocation"),
-    *("init_weights", "conditioned_start", "tau"),
+    *("init_weights", "sequential_calibration", "conditioned_start", "tau"),
 )
 
 
@@ -42,6 +42,7 @@ class ModelArguments:
     )
     rank_allocation: str = option("uniform", "Ranks under compression_ratio: uniform, energy, or fisher (fine-tuned).")
     init_weights: str = option("svd", "svd, randomized_svd, activation_aware, fisher (fine-tuned) or orthogonal.")
+    sequential_calibration: bool = option(False, "Factor each layer for the inputs behind compressed ones.")
     conditioned_start: bool = option(False, "Start within κ ≤ 1 + tau instead of lowering κ in a warm-up.")
     tau: float = option(0.1, "κ(S) ≤ 1 + tau; inf: only orthonormal U and V.")
     teacher: str | None = option(None, "Dense model of the same task to distil from; needs distillation_weight.")
