@@ -100,12 +100,12 @@ def rank_ratio_at(name: str, compression_ratio: float) -> float:
 def in_tf32() -> Iterator[None]:
     """Products of float32 matrices on tensor cores, of 10 bits, in the step as well, which forbids it."""
     matmul: Any = torch.backends.cuda.matmul
-    previous, matmul.allow_tf32 = matmul.allow_tf32, True
+    matmul.fp32_precision = "tf32"
     try:
         with mock.patch.object(precision, "_settings", list):
             yield
     finally:
-        matmul.allow_tf32 = previous
+        matmul.fp32_precision = "none"  # follows the wider settings again
 
 
 class Case:

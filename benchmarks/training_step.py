@@ -24,6 +24,7 @@ import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -105,6 +106,12 @@ class Step:
         self.optimizer.zero_grad()
 
 
+def repeated(step: Step, count: int) -> None:
+    """Several training steps."""
+    for _ in range(count):
+        step()
+
+
 def peak_memory(method: str, name: str, options: Options) -> int | None:
     """Bytes at the peak of a step, to be called in a process of its own; None where it cannot be measured."""
     set_up(options.threads)
@@ -137,7 +144,7 @@ def measure(options: Options) -> Iterator[dict[str, dict[str, Any]]]:
         memory: dict[str, int | None] = dict.fromkeys(options.methods)
         steps = {method: Step(method, name, options, any_device()) for method in options.methods}
         repeats = max(options.intervals)  # so that each method takes as many steps, and k = 4 projects once
-        calls = {method: lambda step=step: [step() for _ in range(repeats)] for method, step in steps.items()}
+        calls = {method: partial(repeated, step, repeats) for method, step in steps.items()}
         times = interleaved(calls, options.rounds, any_device())
         seconds = {method: [value / repeats for value in values] for method, values in times.items()}
         results[name] = {"tokens": steps["dense"].tokens, "seconds": seconds, "peak_bytes": memory}

@@ -12,7 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks.manifold_step import SHAPES, Shape, rank_ratio_at, shapes_of
+from hf_condlr.linalg import clip_core_by_products
 from hf_condlr.tables import markdown_table
 
 RATES = {"float64": 67e12, "float32": 67e12, "tf32": 495e12, "bfloat16": 989e12}
@@ -71,6 +75,15 @@ def attention_operations(model: Model) -> float:
     return 12.0 * model.tokens * model.length * block[0][0] * blocks
 
 
+def products_of_the_clip() -> float:
+    """r×r products of a core's conditioning on a GPU, as torch counts them on small cores."""
+    r = 4
+    S, bound = torch.eye(r).unsqueeze(0), torch.full((1,), 1.1, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        clip_core_by_products(S, bound, "nearest", S)
+    return counter.get_total_flops() / (2 * r**3)
+
+
 def floors(model: Model, products: float, card: str = "H100") -> dict[str, float]:
     """Seconds of each part at `REMOVED`, with so many products a core in conditioning."""
     shapes = shapes_of(model.name, rank_ratio_at(model.name, REMOVED))
@@ -91,12 +104,13 @@ def floors(model: Model, products: float, card: str = "H100") -> dict[str, float
     }
 
 
-def table(products: float) -> str:
+def table() -> str:
     """A row for each part, a column for each model."""
+    products = products_of_the_clip()
     columns = [floors(model, products) for model in MODELS]
     lines = [[part, *(f"{1e3 * column[part]:.2f}" for column in columns)] for part in columns[0]]
     return markdown_table(["floor on an H100, ms", *(model.name for model in MODELS)], lines, align="lr")
 
 
 if __name__ == "__main__":
-    print(table(290))
+    print(table())

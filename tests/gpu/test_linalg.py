@@ -39,18 +39,28 @@ def test_clip_by_products_is_that_by_eigh(device, no_waiting, center):
     assert ((clipped - S).norm(dim=(1, 2)) <= 1.1 * (expected - S).norm(dim=(1, 2)) + 1e-4).all()
 
 
-def test_retraction_ignores_tf32_and_does_not_wait(device, no_waiting):
+@pytest.fixture(params=["attribute", "function", "new"])
+def tf32(request):
+    """TF32 allowed in each of torch's ways."""
+    matmul = torch.backends.cuda.matmul
+    if request.param == "attribute":
+        matmul.allow_tf32 = True
+    elif request.param == "function":
+        torch.set_float32_matmul_precision("high")
+    else:
+        matmul.fp32_precision = "tf32"
+    yield
+    matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_retraction_ignores_tf32_and_does_not_wait(device, no_waiting, tf32):
     torch.manual_seed(0)
     U = torch.linalg.qr(torch.randn(3, 200, 40)).Q.to(device)
     G = torch.randn(3, 200, 40, device=device)
-    matmul = torch.backends.cuda.matmul
-    previous, matmul.allow_tf32 = matmul.allow_tf32, True
-    try:
-        with no_waiting, full_precision():
-            X = U - 0.01 * project_horizontal(U, G)
-            retracted, trusted = retract_cholesky(X)
-    finally:
-        matmul.allow_tf32 = previous
+    with no_waiting, full_precision():
+        X = U - 0.01 * project_horizontal(U, G)
+        retracted, trusted = retract_cholesky(X)
     assert trusted.all()
     assert (orthonormality_error(retracted) <= 1e-5 * 40**0.5).all()
 
