@@ -24,7 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_condlr.checkpoints.manifest import METHOD, PARTS, Manifest, StoredLayer
+from hf_condlr.checkpoints import METHOD
+from hf_condlr.checkpoints.manifest import PARTS, Manifest, StoredLayer
 from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.checkpoints.verify import (
     FACTOR_DTYPES,
