@@ -102,7 +102,6 @@ class _Pass:
 
     def __init__(self, model: nn.Module, names: Iterable[str], apart: set[str]) -> None:
         self.model: Any = model
-        pair: Any = model  # of encoder and decoder
         self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         shapes = {name: weight_matrix(layer).shape for name, layer in self.layers.items()}
         self.inputs = {name: Gram(n) for name, (_, n) in shapes.items()}
@@ -112,6 +111,7 @@ class _Pass:
         self.rows = dict.fromkeys(self.layers, 0)
         self.encoded = 0  # where the encoder's output lies
         is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        pair: Any = model if is_pair else None
         self.encoder: nn.Module | None = pair.get_encoder() if is_pair else None
         self.decoder = set(pair.get_decoder().modules()) if is_pair else set()
 

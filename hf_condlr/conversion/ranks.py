@@ -30,9 +30,8 @@ def requested_ranks(
     found = {name: _explicit_rank(name, min(W.shape), config, name in heads) for name, W in matrices.items()}
     explicit = {name: r for name, r in found.items() if r is not None}
     form = config.compression_form
-    if larger := [
-        name for name, r in explicit.items() if r > break_even_rank(len(W := matrices[name]), W.shape[1], form)
-    ]:
+    least_useless = {name: break_even_rank(W.shape[0], W.shape[1], form) + 1 for name, W in matrices.items()}
+    if larger := [name for name, r in explicit.items() if r >= least_useless[name]]:
         logger.warning(
             "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
             "weights, which for a square layer are those below rank_ratio=%s",
