@@ -66,9 +66,10 @@ class Study:
         self.tokenizer = AutoTokenizer.from_pretrained(options.model_path)
         self.model = AutoModelForCausalLM.from_pretrained(options.model_path, dtype=torch.float32).eval()
         self.data = [
-            {"input_ids": ids} for ids in self._batches(calibration_blocks(self.tokenizer, options.calibration_blocks))
+            {"input_ids": ids}
+            for ids in self._batches(calibration_blocks(self.tokenizer, options.calibration_blocks, options.data_dir))
         ]
-        self.held_out = held_out_blocks(self.tokenizer, options.held_out_blocks)
+        self.held_out = held_out_blocks(self.tokenizer, options.held_out_blocks, options.data_dir)
         self.calibration = Calibration(self.data)
 
     def _batches(self, blocks: Tensor) -> tuple[Tensor, ...]:
@@ -98,7 +99,7 @@ class Study:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         perplexity = {kind: self._perplexity(model, blocks) for kind, blocks in self.held_out.items()}
         perplexity["mean"] = math.prod(perplexity.values()) ** (1 / len(perplexity))
-        prompt = self.tokenizer(PROMPT, return_tensors="pt")
+        prompt = self.tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
         written = model.generate(**prompt, max_new_tokens=24, do_sample=False)
         return {"perplexity": perplexity, "peak_gib": peak, "sample": self.tokenizer.decode(written[0])}
 

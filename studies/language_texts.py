@@ -28,17 +28,19 @@ LONGEST = 1024
 """Tokens that are taken of one text at most."""
 
 
-def calibration_blocks(tokenizer: Any, count: int) -> Tensor:  # (count, LENGTH)
+def calibration_blocks(tokenizer: Any, count: int, data_dir: str | None = None) -> Tensor:  # (count, LENGTH)
     """Blocks of tokens, a third of each kind."""
-    kinds = [docstrings("numpy", "pandas", "transformers", "sklearn"), reviews("train"), topics.values()]
+    kinds = [docstrings("numpy", "pandas", "transformers", "sklearn"), reviews("train", data_dir), topics.values()]
     return torch.cat([blocks(texts, tokenizer, count // len(kinds)) for texts in kinds])
 
 
-def held_out_blocks(tokenizer: Any, count: int) -> dict[str, Tensor]:  # {kind: (count, LENGTH)}
+def held_out_blocks(
+    tokenizer: Any, count: int, data_dir: str | None = None
+) -> dict[str, Tensor]:  # {kind: (count, LENGTH)}
     """Blocks of each kind of text."""
     kinds = {
         "docstrings": docstrings("scipy", "networkx", "matplotlib", "sympy"),
-        "reviews": reviews("test"),
+        "reviews": reviews("test", data_dir),
         "licences": licences(),
         "source": [path.read_text(encoding="utf-8", errors="ignore") for path in STANDARD_LIBRARY.glob("*.py")],
     }
@@ -73,9 +75,11 @@ def _docstrings(folder: Path) -> Iterator[str]:
                     yield text
 
 
-def reviews(split: str) -> list[str]:
+def reviews(split: str, data_dir: str | None = None) -> list[str]:
     """Sentences of SST-2."""
-    rows = datasets.load_dataset("parquet", data_files=str(Path(data_folder("sst2"), f"{split}.parquet")))["train"]
+    rows = datasets.load_dataset("parquet", data_files=str(Path(data_folder("sst2", data_dir), f"{split}.parquet")))[
+        "train"
+    ]
     return list(rows["sentence"])
 
 
