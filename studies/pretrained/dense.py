@@ -31,6 +31,7 @@ class Options:
     sweep_steps: int = option(60, "Optimizer steps of each training of the sweep.")
     head_samples: int = option(0, "Training samples whose frozen features first train the classifier alone; 0: none.")
     steps: int = option(300, "Optimizer steps of 32 samples.")
+    least_area: float = option(0.35, "Smallest crop of a training image, as a share of its area.")
     seed: int = option(0, "Seed of classifier, order and crops.")
     bf16: bool = option(True, "Forward passes in bfloat16.")
     threads: int = option(2, "Threads of torch.")
@@ -40,7 +41,7 @@ def main() -> None:
     """Sweep, train, test, save."""
     [options] = parse(Options)
     set_up(options.threads)
-    task = load_task(options.task, options.data, options.model_path)
+    task = load_task(options.task, options.data, options.model_path, least_area=options.least_area)
     output = Path(options.output_dir)
     same = {"seed": options.seed, "free": True, "bf16": options.bf16}
 
@@ -56,7 +57,7 @@ def main() -> None:
         return {"learning_rate": rate, **result}
 
     rows, key = Rows(output / "rows"), {"task": options.task, "model": Path(options.model_path).name, **same}
-    key |= {"head_samples": options.head_samples}
+    key |= {"head_samples": options.head_samples, "least_area": options.least_area}
     sweep = []
     if len(options.learning_rates) > 1:
         for rate in options.learning_rates:

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from hf_condlr import evaluate_robustness
 from hf_condlr.robustness.attacks import PGD, Attack, Corruption, EmbeddingPGD
 from studies.paper.methods import condition_numbers
 from studies.pretrained.methods import METHODS, compressed
-from studies.pretrained.tasks import ENCODER, Task
+from studies.pretrained.tasks import Task
 from studies.pretrained.training import fitted, hits
 from studies.record import logger
 from studies.rows import Rows

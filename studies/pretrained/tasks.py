@@ -63,15 +63,18 @@ class Task:
         return self.test.select_columns(["sentence", "label"])
 
 
-def load_task(name: str, data: str | Path, model_path: str | Path) -> Task:
-    """The task of the data in the folder `data` (`train.parquet` and so on) for the model in `model_path`."""
+def load_task(name: str, data: str | Path, model_path: str | Path, *, least_area: float = 0.5) -> Task:
+    """The task of the data in the folder `data` (`train.parquet` and so on) for the model in `model_path`.
+
+    Training images are crops of at least the share `least_area` of the picture.
+    """
     splits = datasets.load_dataset(str(data))
     if name == "imagenette":
-        return _images(splits)
+        return _images(splits, least_area)
     return _texts(splits, AutoTokenizer.from_pretrained(model_path))
 
 
-def _images(splits: Any) -> Task:
+def _images(splits: Any, least_area: float) -> Task:
     splits = splits.cast_column("image", datasets.Image(decode=False))
     # Parts drawn once; the test split's order has the classes one after another.
     held_out = splits["train"].train_test_split(400, seed=0, stratify_by_column="label")
@@ -85,7 +88,7 @@ def _images(splits: Any) -> Task:
 
     def augment(rows: list[Any]) -> dict[str, Tensor]:
         pictures = [torch.from_numpy(np.array(decoded(row))).movedim(2, 0) for row in rows]
-        pixels = torch.stack([random_crop(picture) for picture in pictures])
+        pixels = torch.stack([random_crop(picture, least_area) for picture in pictures])
         normal = (pixels - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
         return {"pixel_values": normal, "labels": torch.tensor([row["label"] for row in rows])}
 
@@ -106,10 +109,10 @@ def decoded(row: dict[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
 
 
-def random_crop(picture: Tensor) -> Tensor:  # (3, H, W) uint8 -> (3, PIXELS, PIXELS) in [0, 1]
-    """A crop of 35 to 100 % of the area with sides of 3:4 to 4:3, resized, and mirrored half of the time."""
+def random_crop(picture: Tensor, least_area: float) -> Tensor:  # (3, H, W) uint8 -> (3, PIXELS, PIXELS) in [0, 1]
+    """A crop of at least this share of the area, with sides of 3:4 to 4:3, resized, and mirrored half of the time."""
     height, width = picture.shape[1:]
-    area = height * width * torch.empty(()).uniform_(0.35, 1.0).item()
+    area = height * width * torch.empty(()).uniform_(least_area, 1.0).item()
     ratio = math.exp(torch.empty(()).uniform_(-math.log(4 / 3), math.log(4 / 3)).item())
     h, w = min(height, round(math.sqrt(area * ratio))), min(width, round(math.sqrt(area / ratio)))
     top, left = (int(torch.randint(0, free + 1, ())) for free in (height - h, width - w))
