@@ -7,6 +7,7 @@ from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
 from hf_condlr.conversion.onnx import export_onnx
+from hf_condlr.conversion.second_moments import Calibration
 from hf_condlr.layers import LowRankConv2d, LowRankLinear, condition_report, is_factored
 from hf_condlr.manifold.step import attach_manifold_step
 from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
@@ -37,6 +38,7 @@ __all__ = [
     "AdversarialTraining",
     "AttackArguments",
     "AttackSuccessRate",
+    "Calibration",
     "CondLRArguments",
     "CondLRCallback",
     "CondLRConfig",

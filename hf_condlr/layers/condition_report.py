@@ -31,6 +31,7 @@ class LayerRecord:
     orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
     singular_values: list[float]  # the r of W, descending
     parameters: int  # r(m + n) + r², and the bias
+    folded_parameters: int  # r(m + n), and the bias: once folded for inference
     dense_parameters: int  # mn, and the bias
 
 
@@ -40,6 +41,7 @@ class ConditionReport:
 
     layers: list[LayerRecord]
     parameters: int  # of the full model
+    folded_parameters: int  # the same once folded for inference
     dense_parameters: int  # the same if its factored layers were dense
 
     @property
@@ -62,6 +64,11 @@ class ConditionReport:
         """Share of the full model's parameters that factoring removed."""
         return 1 - self.parameters / self.dense_parameters
 
+    @property
+    def folded_compression(self) -> float:
+        """Share of the full model's parameters that is removed once the model is folded."""
+        return 1 - self.folded_parameters / self.dense_parameters
+
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite or undefined number is None."""
         names = ("max_condition_number", "mean_condition_number", "max_orthonormality_error")
@@ -81,7 +88,8 @@ class ConditionReport:
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {self.compression:.1%} removed"
+            f"parameters, {self.compression:.1%} removed; folded for inference: {self.folded_parameters:,}, "
+            f"{self.folded_compression:.1%} removed"
         )
         return "\n".join([header, rule, *rows, rule, totals])
 
@@ -139,7 +147,8 @@ def condition_report(model: nn.Module) -> ConditionReport:
     require(records, "the model must have factored layers", received="none, or folded ones only", remedy=remedy)
     parameters = sum(p.numel() for p in model.parameters())
     dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
-    return ConditionReport(records, parameters, dense)
+    folded = parameters - sum(record.parameters - record.folded_parameters for record in records)
+    return ConditionReport(records, parameters, folded, dense)
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
@@ -162,6 +171,7 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=factored_size(m, n, layer.r) + bias,
+        folded_parameters=factored_size(m, n, layer.r, "folded") + bias,
         dense_parameters=m * n + bias,
     )
 
