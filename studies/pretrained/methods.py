@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from hf_condlr import CondLRConfig, get_robust_lowrank_model
+from hf_condlr import Calibration, CondLRConfig, get_robust_lowrank_model
 from hf_condlr.layers import factored_layers
 from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.pretrained.tasks import ENCODER, Task
@@ -47,12 +47,16 @@ METHODS = {
 }
 
 
-def compressed(task: Task, dense: Any, method: Method, ratio: float, samples: int) -> Any:
-    """A compressed copy of the dense model; `samples` training rows, drawn once, calibrate what needs data."""
+def calibration(task: Task, samples: int) -> Calibration:
+    """Training rows, drawn once, for starts and ranks; what was measured serves all methods."""
+    return Calibration(DataLoader(_rows(task, samples), batch_size=32, collate_fn=task.collate))
+
+
+def compressed(task: Task, dense: Any, method: Method, ratio: float, measured: Calibration, samples: int) -> Any:
+    """A compressed copy of the dense model."""
     model = copy.deepcopy(dense)
     if method.start == "dense":
         return model
-    rows = task.train.shuffle(seed=0).select(range(samples))
     config = CondLRConfig(
         target_modules=ENCODER,
         compression_ratio=ratio,
@@ -61,13 +65,18 @@ def compressed(task: Task, dense: Any, method: Method, ratio: float, samples: in
         tau=method.tau,
         conditioned_start=math.isfinite(method.tau),
     )
-    loader = DataLoader(rows, batch_size=32, collate_fn=task.collate) if config.needs_calibration_data else None
-    model = get_robust_lowrank_model(model, config, calibration_data=loader)
+    model = get_robust_lowrank_model(
+        model, config, calibration_data=measured if config.needs_calibration_data else None
+    )
     if method.start == "fwsvd":
         layers = factored_layers(model)
-        singly = DataLoader(rows, batch_size=1, collate_fn=task.collate)
+        singly = DataLoader(_rows(task, samples), batch_size=1, collate_fn=task.collate)
         information = input_information(copy.deepcopy(dense), list(layers), singly)
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.set_factors(*weighted_factors(dense.get_submodule(name).weight, information[name], layer.r))
     return model
+
+
+def _rows(task: Task, samples: int) -> Any:
+    return task.train.shuffle(seed=0).select(range(samples))
