@@ -104,7 +104,7 @@ def test_a_crop_is_a_part_of_the_picture():
     torch.manual_seed(0)
     for _ in range(20):
         crop = random_crop(ramp, 0.35) * 255
-        assert crop.shape == (3, PIXELS, PIXELS) and crop.min() >= 0 and crop.max() <= 159
+        assert crop.shape == (3, PIXELS, PIXELS) and crop.min() >= 0 and crop.max() < 159.01
         steps = crop[0, 0].diff()  # a share of √0.35 to 1 of the width on 112 pixels, mirrored or not
         assert (steps > 0).all() or (steps < 0).all()
         assert 0.4 < steps[10:-10].abs().mean() < 1.5
