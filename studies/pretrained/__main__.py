@@ -70,10 +70,11 @@ def main() -> None:
         return experiment.test(variant, rate, seed, checks=variant.method == options.check and seed == seeds[0])
 
     results = sweep(variants, rates, seeds, train=experiment.train, test=test)
-    print(table(results["rows"]))
+    dense = experiment.test(Variant("dense", 0.0), 0.0, seeds[0])
+    print(table(results["rows"], dense))
     record = write_record(output / f"results-{options.recovery_steps}.json", results, options)
     picture = output / f"results-{options.recovery_steps}.png"
-    draw(results["rows"], picture)
+    draw([dense | experiment.train(Variant("dense", 0.0), 0.0, seeds[0]), *results["rows"]], picture)
     print("\nwrote", record, picture)
 
 

@@ -17,9 +17,14 @@ from studies.report import largest
 COLORS = ("#111111", "#8c8c8c", "#d1802f", "#b83280", "#2b6cb0", "#2f855a", "#6b46c1", "#c53030")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each method and ratio, mean ± standard deviation over the seeds; accuracies in %."""
+def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """A line for each method and ratio, mean ± standard deviation over the seeds; accuracies in %.
+
+    The last columns compare with `dense`, the row of the model that was compressed, on the same samples: mean difference
+    in points ± its standard error over the samples, clean and under the strongest attack.
+    """
     columns = columns_of(rows[0])
+    strongest = list(columns)[1]
     lines = []
     for group in groups(rows):
         values = [[measured(row)[name] for row in group] for name in columns]
@@ -28,11 +33,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         removed = f"{100 * first['ratio']:.0f} %" if first["ratio"] else "—"
         size, rate = f"{first['parameters'] / 1e6:.1f} M", f"{first['learning_rate']:g}" if first["steps"] else "—"
         clean = mean_and_spread([row["clean_accuracy"] for row in group])
-        lines.append(
-            [first["label"], removed, clean, *map(mean_and_spread, values), f"{kappa:.3g}", size, rate, len(group)]
-        )
+        against = [difference([row["right"] for row in group], dense["right"])]
+        against.append(difference([row["survived"][strongest] for row in group], dense["survived"][strongest]))
+        facts = [f"{kappa:.3g}", size, rate, len(group)]
+        lines.append([first["label"], removed, clean, *map(mean_and_spread, values), *facts, *against])
     header = ["method", "removed", "clean", *columns.values(), "largest κ", "parameters", "rate", "seeds"]
+    header += ["clean − dense", f"{columns[strongest]} − dense"]
     return markdown_table(header, lines, align="lr")
+
+
+def difference(outcomes: Sequence[str], dense: str) -> str:
+    """Points by which models are better than dense on the same samples, ± standard error over the samples."""
+    values = [
+        statistics.mean(map(int, sample)) - int(other)
+        for sample, other in zip(zip(*outcomes, strict=True), dense, strict=True)
+    ]
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{100 * statistics.mean(values):+.1f} ± {100 * error:.1f}"
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from transformers.utils import logging as verbosity
 
 import studies.pretrained.__main__ as study
 from hf_condlr import condition_report
-from studies.pretrained import dense, experiment
+from studies.pretrained import dense, experiment, report
 from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.pretrained.tasks import PIXELS, load_task, random_crop
 from tests.models import bert, tokens
@@ -108,6 +108,13 @@ def test_a_crop_is_a_part_of_the_picture():
         steps = crop[0, 0].diff()  # a share of √0.35 to 1 of the width on 112 pixels, mirrored or not
         assert (steps > 0).all() or (steps < 0).all()
         assert 0.4 < steps[10:-10].abs().mean() < 1.5
+
+
+def test_a_paired_difference_and_its_standard_error():
+    # Seeds right on 1100 and 1010, dense on 1001: means 1, ½, ½, 0, differences 0, ½, ½, −1.
+    values = np.array([0, 0.5, 0.5, -1])
+    expected = f"{100 * values.mean():+.1f} ± {100 * values.std(ddof=1) / 2:.1f}"
+    assert report.difference(["1100", "1010"], "1001") == expected == "+0.0 ± 35.4"
 
 
 def test_fwsvd_minimises_the_weighted_error():
