@@ -74,7 +74,8 @@ def main() -> None:
     print(table(results["rows"], dense))
     record = write_record(output / f"results-{options.recovery_steps}.json", results, options)
     picture = output / f"results-{options.recovery_steps}.png"
-    draw([dense | experiment.train(Variant("dense", 0.0), 0.0, seeds[0]), *results["rows"]], picture)
+    start = [dense | experiment.train(Variant("dense", 0.0), 0.0, seeds[0])] if options.recovery_steps else []
+    draw([*start, *results["rows"]], picture)
     print("\nwrote", record, picture)
 
 

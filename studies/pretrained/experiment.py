@@ -37,7 +37,8 @@ class Variant:
     @property
     def label(self) -> str:
         """In tables."""
-        return METHODS[self.method].label
+        further = ", trained further" if self.method == "dense" and self.steps else ""
+        return METHODS[self.method].label + further
 
 
 @dataclass(frozen=True)

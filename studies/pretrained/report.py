@@ -20,8 +20,8 @@ COLORS = ("#111111", "#8c8c8c", "#d1802f", "#b83280", "#2b6cb0", "#2f855a", "#6b
 def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
     """A line for each method and ratio, mean ± standard deviation over the seeds; accuracies in %.
 
-    The last columns compare with `dense`, the row of the model that was compressed, on the same samples: mean difference
-    in points ± its standard error over the samples, clean and under the strongest attack.
+    The last columns compare with `dense`, the row of the model that was compressed, on the same samples: mean
+    difference in points ± its standard error over the samples, clean and under the strongest attack.
     """
     columns = columns_of(rows[0])
     strongest = list(columns)[1]
