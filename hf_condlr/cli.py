@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from hf_condlr.checkpoints import load as loading  # noqa: F401  # registers itself: factored checkpoints load
 from hf_condlr.checkpoints.card_header import is_hub_id
 from hf_condlr.checkpoints.publish import remove_leftovers
 from hf_condlr.config import CHOICES, CondLRConfig

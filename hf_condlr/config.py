@@ -55,7 +55,7 @@ class CondLRConfig(PeftConfig):
     Exactly one of `r`, `rank_ratio`, `compression_ratio` is given. Every field is validated on construction, with a
     `ConfigError` (a `ValueError`) that names the rule, the value and the remedy.
 
-    Example:
+    Examples:
         >>> config = CondLRConfig(rank_ratio=0.25, tau=0.1)
         >>> config = CondLRConfig(target_modules=["query", "value"], r=16, tau_pattern={"value": "inf"})
     """

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
+from typing import TYPE_CHECKING, Any
 
 from hf_condlr.config import option
 from hf_condlr.errors import EvaluationError, listed
 from hf_condlr.scripts.checks import check, check_data
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 logger = logging.getLogger(__name__)
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
@@ -52,6 +52,9 @@ class DatasetArguments:
         Raises:
             EvaluationError: The splits cannot be read, one of them is empty, or there is none to train on.
         """
+        from datasets import DatasetDict, load_dataset
+        from datasets.exceptions import DatasetsError
+
         path = Path(self.dataset_name)
         by_paragraph = {"sample_by": "paragraph"}
         try:
@@ -87,6 +90,8 @@ class DatasetArguments:
         Raises:
             ValueError: There are too few rows, of one class or of all, to hold some out.
         """
+        from datasets import DatasetDict
+
         if "validation" not in data:
             parts = data["train"].train_test_split(self.validation_fraction, seed=0, stratify_by_column=label)
             data = DatasetDict({**data, "train": parts["train"], "validation": parts["test"]})
