@@ -70,6 +70,9 @@ def main() -> None:
         return experiment.test(variant, rate, seed, checks=variant.method == options.check and seed == seeds[0])
 
     results = sweep(variants, rates, seeds, train=experiment.train, test=test)
+    latency = experiment.latency([variant for variant in variants if variant.method != "dense"])
+    for row in results["rows"]:
+        row["milliseconds"] = latency["dense" if row["method"] == "dense" else f"{row['method']} {row['ratio']:g}"]
     dense = experiment.test(Variant("dense", 0.0), 0.0, seeds[0])
     print(table(results["rows"], dense))
     record = write_record(output / f"results-{options.recovery_steps}.json", results, options)

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from hf_condlr import evaluate_robustness
 from hf_condlr.robustness.attacks import PGD, Attack, Corruption, EmbeddingPGD
 from studies.paper.methods import condition_numbers
+from studies.pretrained.latency import milliseconds
 from studies.pretrained.methods import METHODS, calibration, compressed
 from studies.pretrained.tasks import Task
 from studies.pretrained.training import fitted, hits
@@ -149,6 +151,19 @@ class Experiment:
         key = {"attacks": [attack.settings() for attack in attacks], "samples": chosen.attacked, "clean": chosen.clean}
         return Rows(folder).row("test", key | ({"checks": True} if checks else {}), make)
 
+    def latency(self, variants: Sequence[Variant]) -> dict[str, float]:
+        """Milliseconds of processor time for one test sample: the dense model's, and those of the variants' starts."""
+        folders = {"dense": self.dense_path} | {name(v): self.start(v)["folder"] for v in variants}
+
+        def make(folder: Path) -> dict[str, Any]:
+            batch = self.task.collate([self.task.test[0]])
+            del batch["labels"]
+            models = {each: self.task.model(path) for each, path in folders.items()}
+            return {"milliseconds": milliseconds(models, batch)}
+
+        key = {"models": {each: Path(path).name for each, path in folders.items()}, "threads": torch.get_num_threads()}
+        return self.rows.row("latency", key, make)["milliseconds"]
+
     def attacks(self) -> list[Attack]:
         """PGD at two budgets; images: against cross entropy and margin (equal for two classes), and corruptions."""
         budgets = BUDGETS[self.task.name]
@@ -164,6 +179,11 @@ class Experiment:
         self.task.processor.save_pretrained(folder)
         kappa = {name: value for name, value in condition_numbers(model).items() if ".encoder.layer." in name}
         return {"condition_numbers": kappa, "parameters": folded_parameters(model)}
+
+
+def name(variant: Variant) -> str:
+    """Of a start, in the table of latencies."""
+    return f"{variant.method} {variant.ratio:g}"
 
 
 def folded_parameters(model: Any) -> int:

@@ -35,9 +35,9 @@ def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
         clean = mean_and_spread([row["clean_accuracy"] for row in group])
         against = [difference([row["right"] for row in group], dense["right"])]
         against.append(difference([row["survived"][strongest] for row in group], dense["survived"][strongest]))
-        facts = [f"{kappa:.3g}", size, rate, len(group)]
+        facts = [f"{kappa:.3g}", size, f"{first['milliseconds']:.1f}", rate, len(group)]
         lines.append([first["label"], removed, clean, *map(mean_and_spread, values), *facts, *against])
-    header = ["method", "removed", "clean", *columns.values(), "largest κ", "parameters", "rate", "seeds"]
+    header = ["method", "removed", "clean", *columns.values(), "largest κ", "parameters", "ms", "rate", "seeds"]
     header += ["clean − dense", f"{columns[strongest]} − dense"]
     return markdown_table(header, lines, align="lr")
 

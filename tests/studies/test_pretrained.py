@@ -68,6 +68,7 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     sizes = {row["method"]: row["parameters"] for row in rows}
     assert sizes["svd"] == sizes["fwsvd"] == sizes["activation-aware"] < sizes["dense"]
     assert all(len(row["right"]) == 32 and len(row["survived"]["embedding 0.05"]) == 8 for row in rows)
+    assert all(row["milliseconds"] > 0 for row in rows)
     assert "| Fisher, κ ≤ 1.1 | 60 % |" in text and (tmp_path / "out" / "results-0.png").exists()
 
     options |= {"methods": ["svd", "ours-1"], "recovery_steps": 3, "learning_rates": [1e-3, 1e-2], "seeds": [0, 1]}
