@@ -11,7 +11,7 @@ from transformers.utils import logging as verbosity
 
 import studies.pretrained.__main__ as study
 from hf_condlr import condition_report
-from studies.pretrained import dense, experiment, report
+from studies.pretrained import dense, experiment, picture, report
 from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.pretrained.tasks import PIXELS, load_task, random_crop
 from tests.models import bert, tokens
@@ -76,6 +76,9 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     record = json.loads((tmp_path / "out" / "results-3.json").read_text())
     assert len(record["sweep"]) == len(record["rows"]) == 4
     assert all(max(row["condition_numbers"].values()) <= 2.001 for row in record["rows"] if row["method"] == "ours-1")
+    records = sorted((tmp_path / "out").glob("results-*.json"))
+    called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png"})
+    assert len(records) == 2 and (tmp_path / "picture.png").exists()
     again = []
     monkeypatch.setattr(experiment, "compressed", again.append)
     monkeypatch.setattr(experiment, "fitted", again.append)
