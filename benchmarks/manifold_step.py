@@ -80,9 +80,22 @@ class Case:
 
     def reset(self) -> None:
         """The same problem for every method and round."""
-        for p, value, gradient in zip(self.factors, self.start, self.gradients, strict=True):
+        for p, value in zip(self.factors, self.start, strict=True):
             p.data.copy_(value)
+        self.renew_gradients()
+
+    def renew_gradients(self) -> None:
+        """As backward leaves them."""
+        for p, gradient in zip(self.factors, self.gradients, strict=True):
             p.grad = gradient.clone()
+
+    def settled(self, interval: int) -> None:
+        """A step from the start, after which the handle no longer sees that other code wrote the factors."""
+        self.reset()
+        self.handle.projection_interval, self.handle.step_count = 1, 0
+        self.optimizer.step()
+        self.handle.projection_interval, self.handle.step_count = interval, 0
+        self.renew_gradients()
 
     def timed(self, step: Callable[[], None]) -> float:
         """Seconds of a step from the start."""
@@ -108,16 +121,15 @@ class Case:
 
     def every(self, interval: int) -> float:
         """One of `interval` steps, the last of which projects; without the optimizer."""
-        self.handle.projection_interval, self.handle.step_count = interval, 0
-        elapsed = self.timed(lambda: [self.optimizer.step() for _ in range(interval)] and None)
+        self.settled(interval)
+        elapsed = seconds(lambda: [self.optimizer.step() for _ in range(interval)], self.device)
         plain = self.timed(lambda: torch._foreach_add_(self.factors, self.gradients, alpha=-LEARNING_RATE))
         return elapsed / interval - plain
 
     def peak_copies(self) -> float:
         """Bytes that a step holds at most, over those of the factors."""
-        self.reset()
+        self.settled(1)
         with LiveBytes() as live, torch.no_grad():
-            self.handle.projection_interval = 1
             self.optimizer.step()
         return live.peak / sum(p.nbytes for p in self.factors)
 

@@ -31,6 +31,7 @@ class FactorStacks:
     Attributes:
         stepping: Gradients are projected, and the update is not yet: the optimizer's step is on, or failed.
         unsettled: Factors may have moved since the last projection.
+        interrupted: A projection did not come to its end: some factors are at the values between.
     """
 
     def __init__(self, layers: dict[str, LowRankLayer], schedule: BoundSchedule) -> None:
@@ -45,7 +46,7 @@ class FactorStacks:
         self._others: list[Stack] = []
         self._key: tuple = ()
         self._tolerances = tolerances(self.layers)
-        self.stepping = self.unsettled = False
+        self.stepping = self.unsettled = self.interrupted = False
         self._projected_at = step
         self._gradients: list[tuple[Tensor | None, int]] = []
         self._written_later: Callable[[], bool] = lambda: False
@@ -84,6 +85,8 @@ class FactorStacks:
             Whether other code has, or may have, written factors: then call `start_anew`. The host does not wait for a
             GPU: there such factors are held in this step, and `project` restores them.
         """
+        if self.interrupted:
+            return True
         if self.stepping:  # an optimizer failed half way: what it did is part of the displacement
             self._forget()
         for stack in (*self._bases, *self._cores):
@@ -107,7 +110,7 @@ class FactorStacks:
     def start_anew(self, step: int) -> None:
         """Begin an interval at the present values: bases are made orthonormal, W keeps the value from other code."""
         orthonormalize_bases(self.layers)
-        self.stepping = self.unsettled = False
+        self.stepping = self.unsettled = self.interrupted = False
         self._forget()
         self.regroup(step, all_cores=True)
         self.keep_values()
@@ -133,6 +136,7 @@ class FactorStacks:
 
     def project(self, step: int) -> None:
         """Marked factors go back; U ← R(U + Δ), likewise V; S is conditioned to the bound after `step`."""
+        self.interrupted = True  # until it is done
         progress, earlier = self.schedule.progress(step), self.schedule.progress(self._projected_at)
         bases = (stack.task(stack.retract_update(step)) for stack in self._bases)
         cores = (stack.task(stack.condition_update(progress, earlier, step)) for stack in self._cores)
@@ -197,10 +201,8 @@ class FactorStacks:
         )
 
     def _settled(self, step: int) -> None:
-        self.stepping = self.unsettled = False  # before the copies go, so that an interrupt does no harm
+        self.stepping = self.unsettled = self.interrupted = False
         self._projected_at, self._gradients = step, []
-        for stack in (*self._bases, *self._cores):
-            stack.end_interval()
         self.publish_bounds(step)
 
     def _forget(self) -> None:

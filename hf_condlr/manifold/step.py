@@ -202,7 +202,7 @@ class ManifoldStep:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
         """
         reshard(self._model)
-        if self._stacks.written():
+        if self._stacks.interrupted or self._stacks.written():
             self._stacks.restore(self.step_count)
         elif self._stacks.unsettled:
             self._stacks.keep_values()
