@@ -2,7 +2,9 @@
 
 Compared, interleaved in one run, per round once each in turn:
 
-- `manifold step`: the two hooks of `attach_manifold_step`, the optimizer's own work (SGD) taken off;
+- `manifold step`: the two hooks of `attach_manifold_step`, the optimizer's own work (SGD) taken off; cores start with
+  κ = 1 and stay inside their bound;
+- `every core at its bound`: the same, where each step pushes some singular values of every core over the bound;
 - `projection every 4th`: the same with `projection_interval=4`, per step;
 - `loop of QR and SVD`: the same mathematics layer by layer, Householder QR for the bases, an SVD clip for the core;
 - `published update`: a transcription of the paper's formulas: dense m×m projector, QR, SVD, layer by layer;
@@ -76,6 +78,8 @@ class Case:
         self.optimizer = torch.optim.SGD(self.factors, lr=LEARNING_RATE)
         self.handle = attach_manifold_step(self.optimizer, self.layers, metric_scaling=False)
         self.start = [p.detach().clone() for p in self.factors]
+        at_bound = [clamp_singular_values(torch.randn_like(layer.S), tau) for layer in self.layers]
+        self.at_bound = {id(layer.S): S for layer, S in zip(self.layers, at_bound, strict=True)}
         self.gradients = [torch.randn_like(p) / p.shape[0] ** 0.5 for p in self.start]
 
     def reset(self) -> None:
@@ -89,9 +93,12 @@ class Case:
         for p, gradient in zip(self.factors, self.gradients, strict=True):
             p.grad = gradient.clone()
 
-    def settled(self, interval: int) -> None:
+    def settled(self, interval: int, at_bound: bool = False) -> None:
         """A step from the start, after which the handle no longer sees that other code wrote the factors."""
         self.reset()
+        for p in self.factors:
+            if at_bound and id(p) in self.at_bound:
+                p.data.copy_(self.at_bound[id(p)])
         self.handle.projection_interval, self.handle.step_count = 1, 0
         self.optimizer.step()
         self.handle.projection_interval, self.handle.step_count = interval, 0
@@ -111,6 +118,7 @@ class Case:
         }
         return {
             "manifold step": lambda: self.every(1),
+            "every core at its bound": lambda: self.every(1, at_bound=True),
             "projection every 4th": lambda: self.every(4),
             "loop of QR and SVD": lambda: self.timed(lambda: self.loop(project_horizontal)),
             "published update": lambda: self.timed(lambda: self.loop(project_densely)),
@@ -119,9 +127,9 @@ class Case:
             **(alone if conditioning else {}),
         }
 
-    def every(self, interval: int) -> float:
+    def every(self, interval: int, at_bound: bool = False) -> float:
         """One of `interval` steps, the last of which projects; without the optimizer."""
-        self.settled(interval)
+        self.settled(interval, at_bound)
         elapsed = seconds(lambda: [self.optimizer.step() for _ in range(interval)], self.device)
         plain = self.timed(lambda: torch._foreach_add_(self.factors, self.gradients, alpha=-LEARNING_RATE))
         return elapsed / interval - plain

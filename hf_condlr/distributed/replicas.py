@@ -45,11 +45,12 @@ def checksums(blocks: Sequence[Tensor]) -> Tensor:  # (l, m, r) each -> (L,) int
 
 
 def _sums_of_bits(X: Tensor) -> Tensor:  # (l, m, r) -> (l, w) int64
-    flat = X.detach().flatten(1)
-    in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
-    if not flat.is_contiguous() or (in_pairs and flat.storage_offset() * flat.element_size() % 8):
-        flat = flat.clone(memory_format=torch.contiguous_format)  # no view of pairs begins at an odd place
-    bits = flat.view(torch.int64 if in_pairs else torch.int32)
+    flat = X.detach().flatten(1).contiguous()
+    integers = torch.int32 if flat.shape[1] * flat.element_size() % 8 else torch.int64  # two float32 at once
+    try:
+        bits = flat.view(integers)
+    except RuntimeError:  # X begins at an odd place of a larger tensor
+        bits = flat.clone().view(integers)
     n = bits.shape[1]
     width = math.isqrt(n) | 1
     height = n // width

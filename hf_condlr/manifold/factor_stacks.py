@@ -50,6 +50,11 @@ class FactorStacks:
         self._projected_at = step
         self._gradients: list[tuple[Tensor | None, int]] = []
         self._written_later: Callable[[], bool] = lambda: False
+        self._first_values: dict[str, int] = {}
+
+    def remember_first(self) -> None:
+        """Take the present values as those that the first step is to find; see `names_written_before_first`."""
+        self._first_values = self._fingerprints()
 
     def is_repeated(self) -> bool:
         """Whether this step is inside another one, or is repeated: its gradients are those projected last."""
@@ -174,6 +179,12 @@ class FactorStacks:
             stack.look()
         return [n for x in self._all() for n, flag in zip(x.names, x.written.tolist(), strict=True) if flag]
 
+    def names_written_before_first(self) -> list[str]:
+        """The factors that are not those of `remember_first`, until the first step begins."""
+        if self._all():
+            return []
+        return [name for name, value in self._fingerprints().items() if value != self._first_values.get(name)]
+
     def publish_bounds(self, step: int) -> None:
         """Let each layer state the bound in force after `step`."""
         for name, bound in self.schedule.bounds(step).items():
@@ -199,6 +210,14 @@ class FactorStacks:
         return (
             not self.stepping and bool(self._key or self._cores) and all(x.checksums is not None for x in self._all())
         )
+
+    def _fingerprints(self) -> dict[str, int]:
+        """{factor: checksum of this process's rows}."""
+        found: dict[str, int] = {}
+        for stack in other_stacks(self.layers, []):
+            stack.remember()
+            found.update(zip(stack.names, stack.checksums.tolist(), strict=True))  # type: ignore[union-attr]
+        return found
 
     def _settled(self, step: int) -> None:
         self.stepping = self.unsettled = self.interrupted = False

@@ -16,7 +16,7 @@ def runs_ahead(X: Tensor) -> bool:
 
 
 def finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
-    """Whether every entry is finite, from the sum, in one pass: NaN and inf stay in it. An overflow of it counts too."""
+    """Whether every entry is finite, from the sum, in one pass: NaN and inf stay in it. Its overflow counts too."""
     return torch.isfinite(X.sum(dim=(-2, -1)))
 
 

@@ -115,6 +115,14 @@ def test_one_bit_changes_a_checksum():
             assert (checksums([other]) != checksums([X])).tolist() == [False, True]
 
 
+def test_a_checksum_is_that_of_the_values_wherever_they_lie():
+    X = torch.randn(6, 4)
+    inside = torch.cat([torch.zeros(1), X.flatten()])[1:].view(6, 4)  # at an odd place
+    for other in (inside, X.mT.contiguous().mT):
+        assert checksums([other[None]]) == checksums([X[None]])
+    assert torch.equal(checksums([X[None], inside[None]]), checksums([torch.stack([X, X])]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_writes_to_many_entries_change_a_checksum(dtype):
     """Powers of two, signs, and permutations, with which sums of bits modulo a power of two could vanish."""

@@ -263,7 +263,8 @@ def test_the_core_on_which_lapack_fails_is_conditioned(hard):
         for center in cases.CENTERS:
             clamped = linalg.clamp_singular_values(S, tau, center=center)
             low, high = reference.interval(sigma, 1 + tau, center)
-            assert_close(clamped, P * np.clip(sigma, low, high) @ Qh, torch.float32)
+            expected = P * np.clip(sigma, low, high) @ Qh
+            assert np.abs(reference.array(clamped) - expected).max() <= CLIPPED[torch.float32] * expected.max()
             assert linalg.condition_number(clamped) <= (1 + tau) * (1 + KAPPA[torch.float32])
             assert torch.equal(linalg.clamp_singular_values(clamped, tau, center=center), clamped)
 
