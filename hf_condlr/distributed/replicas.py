@@ -54,8 +54,9 @@ def _sums_of_bits(X: Tensor) -> Tensor:  # (l, m, r) -> (l, w) int64
     n = bits.shape[1]
     width = math.isqrt(n) | 1
     height = n // width
-    sums = bits[:, : height * width].unflatten(1, (height, width)).sum(1, dtype=torch.int64)
-    sums[:, : n - height * width] += bits[:, height * width :]
+    table, rest = bits.split([height * width, n - height * width], dim=1)
+    sums = table.unflatten(1, (height, width)).sum(1, dtype=torch.int64)
+    sums.narrow(1, 0, rest.shape[1]).add_(rest)
     return sums
 
 

@@ -60,7 +60,9 @@ class BasisStack(Stack):
         U₀ + Δ = U − U₀(U₀ᵀU − I), since U₀ᵀ(U − U₀) = U₀ᵀU − I. R is Cholesky-QR, and Householder QR where a step of
         several times the size of U makes that inaccurate. What did not move stays bitwise.
         """
-        X = yield from self._update()
+        X, unusable = self._update()
+        (unusable,) = yield [unusable]
+        self._accept(X, unusable)
         moves = join(map(differs, X, self.start))
         product, moves = yield [self._products(X), as_number(moves, X[0])]
         # Momentum, adaptive scaling and weight decay leave the tangent space, even for a tangent gradient.

@@ -78,7 +78,10 @@ class CoreStack(Stack):
 
         Sharded cores are gathered, each is conditioned by one process, and every process keeps its rows of the results.
         """
-        (S,) = yield from self._update()
+        new, unusable = self._update()
+        (unusable,) = yield [unusable]
+        self._accept(new, unusable)
+        (S,) = new
         if self.bounded:
             S, start = yield [self.rows.spread(S), self.rows.spread(self.start[0])]
             initial, final = self.endpoints.unbind(-1)

@@ -87,7 +87,10 @@ class Stack:
 
     def hold_update(self, step: int) -> Work[None]:
         """After a step that no projection follows: factors that are not usable go back to their old values."""
-        self.remember((yield from self._update()))
+        new, unusable = self._update()
+        (unusable,) = yield [unusable]
+        self._accept(new, unusable)
+        self.remember(new)
         self._record(step)
 
     def end_interval(self) -> None:
@@ -104,18 +107,19 @@ class Stack:
         self.held_at = torch.zeros_like(self.held_at)
         return found
 
-    def _update(self) -> Work[Blocks]:
-        """The values after the optimizer's step; factors that are not usable on some process have their old ones."""
+    def _update(self) -> tuple[Blocks, Tensor]:
+        """The values after the optimizer's step, and 1 for each factor that is not usable here."""
         new = self._values()
-        unusable = as_number(self.usable.logical_not() | join(map(finite, new)).logical_not(), new[0])
-        (unusable,) = yield [unusable]
+        return new, as_number(self.usable.logical_not() | join(map(finite, new)).logical_not(), new[0])
+
+    def _accept(self, new: Blocks, unusable: Tensor) -> None:
+        """Give factors that are not usable on some process their old values back."""
         self.usable = unusable == 0
         if not surely_all(self.usable):
             for X, mask, old in zip(new, split(per_matrix(self.usable), new), self.old, strict=True):
                 X.copy_(torch.where(mask, X, old))
             self._write(new)
         self.old = self.start  # no separate copy is kept over forward and backward
-        return new
 
     def _record(self, step: int) -> None:
         """Note which factors kept their values in this step, other than those that were written."""
