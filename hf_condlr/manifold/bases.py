@@ -81,7 +81,7 @@ class BasisStack(Stack):
             inverse[rest] = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
             accurate[rest] = finite(R)
         for x, part, U, sound in zip(X, split(inverse, X), self.start, split(accurate & (moves > 0), X), strict=True):
-            x.copy_(select(sound, x @ part.mT, U))
+            torch._foreach_copy_([x], [select(sound, x @ part.mT, U)])
         self._write(X)
         self.remember(X)
         self.usable = self.usable & accurate

@@ -116,8 +116,9 @@ class Stack:
         """Give factors that are not usable on some process their old values back."""
         self.usable = unusable == 0
         if not surely_all(self.usable):
-            for X, mask, old in zip(new, split(per_matrix(self.usable), new), self.old, strict=True):
-                X.copy_(torch.where(mask, X, old))
+            masks_of_blocks = split(per_matrix(self.usable), new)
+            kept = [torch.where(*x) for x in zip(masks_of_blocks, new, self.old, strict=True)]
+            torch._foreach_copy_(new, kept)
             self._write(new)
         self.old = self.start  # no separate copy is kept over forward and backward
 
