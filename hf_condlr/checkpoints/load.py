@@ -24,7 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_condlr.checkpoints.manifest import METHOD, PARTS, Manifest, StoredLayer
+from hf_condlr.checkpoints import METHOD
+from hf_condlr.checkpoints.manifest import PARTS, Manifest, StoredLayer
 from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.checkpoints.verify import (
     FACTOR_DTYPES,
@@ -85,6 +86,10 @@ class FactoredCheckpointLoader(HfQuantizer):
             require_regular_files(folder, self.manifest)
         config.transformers_weights = self.manifest.weights
         return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The hook above does not exist in transformers 5.17, which calls this one at the same place."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -17,14 +17,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME
 
-from hf_condlr.checkpoints.rounding import measure
+from hf_condlr.checkpoints import METHOD
+from hf_condlr.checkpoints.rounding import can_be_orthonormal, least_condition_number
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.layers import Factors, FoldedLayer, LowRankLayer
 from hf_condlr.layers.model import compressed_layers, loaded_factors
 from hf_condlr.linalg import CENTERS, Center, obeys_bound
 
-METHOD = "condlr"
 FORMAT = 1
 STEM = "condlr"
 NOTICE = "the weights are low-rank factors; pip install hf_condlr, and import hf_condlr before from_pretrained"
@@ -58,9 +58,12 @@ class StoredLayer:
         if isinstance(layer, FoldedLayer):
             return cls(r=layer.up.weight.shape[1], form="folded")
         factors = (layer.U, layer.S, layer.V) if factors is None else factors
-        orthonormal, least = measure(factors, factors[1].dtype)
-        obeys = orthonormal and obeys_bound(least, layer.bound)  # κ(W) = κ(S) for orthonormal bases only
-        bound = layer.bound if obeys else math.inf
+        U, S, V = factors
+        orthonormal = all([can_be_orthonormal(basis, S.dtype) for basis in (U, V)])  # each may be a sum over processes
+        bound = math.inf
+        # κ(W) = κ(S) for orthonormal bases only
+        if orthonormal and layer.bound < math.inf and obeys_bound(least_condition_number(S, S.dtype), layer.bound):
+            bound = layer.bound
         return cls(r=layer.r, tau=layer.tau, center=layer.center, orthonormal=orthonormal, bound=bound)
 
     @classmethod

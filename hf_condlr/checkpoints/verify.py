@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 from hf_condlr.checkpoints.manifest import MANIFEST, Manifest, StoredLayer
-from hf_condlr.checkpoints.rounding import measure
+from hf_condlr.checkpoints.rounding import can_be_orthonormal, least_condition_number
 from hf_condlr.distributed.sharded_linalg import is_finite, orthonormality_error
 from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.errors import CheckpointError, listed, require
@@ -36,14 +37,15 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
     Raises:
         CheckpointError: The factors contradict the description.
     """
-    if not all([is_finite(factor) for factor in factors]):  # all of them: each may be a sum over processes
-        raise _changed(name, "U, S and V must be finite", "a value that is not")
-    orthonormal, least = measure(factors, dtype)
     U, S, V = factors
+    # Lists: each entry may be a sum over processes. Orthonormal bases are finite.
+    orthonormal = stored.orthonormal and all([can_be_orthonormal(basis, dtype) for basis in (U, V)])
+    if not all([is_finite(factor) for factor in ([S] if orthonormal else factors)]):
+        raise _changed(name, "U, S and V must be finite", "a value that is not")
     if stored.orthonormal and not orthonormal:
         error = max(orthonormality_error(U).item(), orthonormality_error(V).item())
         raise _changed(name, "U and V must have orthonormal columns", f"an orthonormality error of {error:.3g}")
-    if not obeys_bound(least, stored.bound):
+    if stored.bound < math.inf and not obeys_bound(least_condition_number(S, dtype), stored.bound):
         kappa = condition_number(full_tensor(S)).item()
         raise _changed(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
 

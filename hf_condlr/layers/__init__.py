@@ -12,6 +12,7 @@ from hf_condlr.layers.linear import LowRankLinear
 from hf_condlr.layers.model import (
     ModuleTree,
     compressed_layers,
+    converted_layers,
     factored_layers,
     head_names,
     is_factored,
@@ -24,6 +25,7 @@ from hf_condlr.layers.record import (
     conversion_record,
     set_conversion_record,
 )
+from hf_condlr.layers.update import LowRankUpdate
 
 __all__ = [
     "ConditionReport",
@@ -36,10 +38,12 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLayer",
     "LowRankLinear",
+    "LowRankUpdate",
     "ModuleTree",
     "compressed_layers",
     "condition_report",
     "conversion_record",
+    "converted_layers",
     "factored_layers",
     "head_names",
     "is_factored",

@@ -14,7 +14,7 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.model import factored_layers, loaded_factors
+from hf_condlr.layers.model import converted_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
@@ -31,6 +31,7 @@ class LayerRecord:
     orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
     singular_values: list[float]  # the r of W, descending
     parameters: int  # r(m + n) + r², and the bias
+    folded_parameters: int  # r(m + n), and the bias: once folded for inference
     dense_parameters: int  # mn, and the bias
 
 
@@ -40,7 +41,8 @@ class ConditionReport:
 
     layers: list[LayerRecord]
     parameters: int  # of the full model
-    dense_parameters: int  # the same if its factored layers were dense
+    folded_parameters: int  # the same once folded for inference
+    dense_parameters: int  # the same if its factored layers were dense, and its adapters merged
 
     @property
     def max_condition_number(self) -> float:
@@ -59,8 +61,13 @@ class ConditionReport:
 
     @property
     def compression(self) -> float:
-        """Share of the full model's parameters that factoring removed."""
+        """Share of the full model's parameters that factoring removed; below 0 is the share that adapters add."""
         return 1 - self.parameters / self.dense_parameters
+
+    @property
+    def folded_compression(self) -> float:
+        """Share of the full model's parameters that is removed once the model is folded."""
+        return 1 - self.folded_parameters / self.dense_parameters
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite or undefined number is None."""
@@ -78,10 +85,14 @@ class ConditionReport:
             f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
             for layer in self.layers
         ]
+        folded = f"; folded for inference: {self.folded_parameters:,}, {self.folded_compression:.1%} removed"
+        if self.folded_parameters == self.parameters:  # only adapters, which are merged
+            folded = ""
+        change = f"{abs(self.compression):.1%} {'removed' if self.compression >= 0 else 'added'}"
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {self.compression:.1%} removed"
+            f"parameters, {change}{folded}"
         )
         return "\n".join([header, rule, *rows, rule, totals])
 
@@ -124,7 +135,7 @@ class ConditionReport:
 
 @torch.no_grad()
 def condition_report(model: nn.Module) -> ConditionReport:
-    """Measure every factored layer of `model`, in float64.
+    """Measure every factored layer of `model`, adapters included, in float64.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
     step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Every process of a sharded
@@ -137,9 +148,11 @@ def condition_report(model: nn.Module) -> ConditionReport:
     records = [_record(name, layer, loaded_factors(model, name)) for name, layer in factored_layers(model).items()]
     remedy = "Call get_robust_lowrank_model(model, config) first."
     require(records, "the model must have factored layers", received="none, or folded ones only", remedy=remedy)
-    parameters = sum(p.numel() for p in model.parameters())
-    dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
-    return ConditionReport(records, parameters, dense)
+    parameters, converted = sum(p.numel() for p in model.parameters()), converted_layers(model)
+    dense = parameters - sum(record.parameters for record in records)
+    dense += sum(record.dense_parameters for record in records if record.name in converted)
+    folded = parameters - sum(x.parameters - x.folded_parameters for x in records if x.name in converted)
+    return ConditionReport(records, parameters, folded, dense)
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
@@ -162,6 +175,7 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=factored_size(m, n, layer.r) + bias,
+        folded_parameters=factored_size(m, n, layer.r, "folded") + bias,
         dense_parameters=m * n + bias,
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from datasets import ClassLabel, DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from hf_condlr.errors import listed
 from hf_condlr.scripts.checks import check_data
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 def find_column(
@@ -53,6 +54,8 @@ def labelled(data: DatasetDict, label: str, inputs: Mapping[str, str]) -> Datase
         EvaluationError: The training split has less than two classes, or another split has a label that it does not
             have.
     """
+    from datasets import ClassLabel, DatasetDict
+
     used = {**inputs, label: "labels", "source_row": "source_row"}
     secret = "test" in data and set(data["test"][label]) <= {-1, None}
     splits = {split: rows for split, rows in data.items() if split != "test" or not secret}

@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging as verbosity
 
 from benchmarks import (
+    conversion,
     inference,
     long_run,
     manifold_step,
@@ -45,8 +46,12 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_training_step(run):
-    rows, results = run(training_step, "--models", "tiny", *TINY, "--rounds", "2", "--memory", "false")
-    assert [row[:2] for row in rows] == [["tiny, 16 tokens", m] for m in ("dense", "low rank", "LoRA", "CondLR")]
+    rows, results = run(
+        training_step, "--models", "tiny", *TINY, "--rounds", "2", "--memory", "false", "--intervals", "1", "4"
+    )
+    assert [row[:2] for row in rows] == [
+        ["tiny, 16 tokens", m] for m in ("dense", "low rank", "LoRA", "CondLR", "CondLR, k = 4")
+    ]
     assert rows[1][3] == rows[0][4] == "1.00 (1.00 … 1.00)"
     assert {len(times) for times in results["tiny"]["seconds"].values()} == {2}
 
@@ -70,7 +75,7 @@ def test_training_step_sees_what_a_step_holds_at_its_peak(monkeypatch):
 
 def test_training_step_trains_the_parameters_of_each_method():
     options = training_step.Options(batch_size=2, tokens=4)
-    steps = {m: training_step.Step(m, "tiny", options, torch.device("cpu")) for m in training_step.METHODS}
+    steps = {m: training_step.Step(m, "tiny", options, torch.device("cpu")) for m in options.methods}
     names = {m: {n for n, p in s.model.named_parameters() if p.requires_grad} for m, s in steps.items()}
     assert all("lora_" in name or name.startswith("classifier") for name in names["LoRA"])
     assert len([name for name in names["LoRA"] if "lora_" in name]) == 2 * len(
@@ -125,12 +130,28 @@ def test_profile_step(run):
     assert sum(seconds[part] for part in parts) == pytest.approx(seconds["manifold step"])
 
 
-def test_manifold_step(run, monkeypatch):
-    monkeypatch.setitem(manifold_step.SHAPES, "vit-b", ([(16, 16), (24, 16)], 1))
-    rows, results = run(manifold_step, "--models", "vit-b", "--rounds", "1", "--conditioning", "true")
-    assert [row[0] for row in rows] == list(results["vit-b, rank ratio 0.2"]["seconds"])
+def test_manifold_step(run):
+    rows, results = run(manifold_step, "--models", "tiny", "--rounds", "1", "--conditioning", "true")
+    assert [row[0] for row in rows] == list(results["tiny, rank ratio 0.2"]["seconds"])
     assert len(rows) == 8 and rows[0][3] == "1.00 ×"
-    assert 1 < results["vit-b, rank ratio 0.2"]["copies_of_factors"] < 5
+    assert 1 < results["tiny, rank ratio 0.2"]["copies_of_factors"] < 5
+
+
+def test_conversion(run):
+    options = ["--models", "tiny", "--samples", "4", "--batch_size", "2", "--tokens", "8", "--starts", "svd", "fisher"]
+    rows, results = run(conversion, *options)
+    assert [row[0] for row in rows] == ["tiny, svd", "tiny, fisher"]
+    assert [results[row[0]]["passes"] for row in rows] == [0, 1]
+    assert 0 < results["tiny, fisher"]["in_passes"] < results["tiny, fisher"]["seconds"]
+
+
+def test_conversion_counts_operations_of_llamas(run):
+    rows, results = run(conversion, "--llamas", "7B", "--samples", "256", "--tokens", "2048")
+    assert [row[0] for row in rows] == ["7B, activation_aware", "7B, fisher"]
+    found = results["formula"]["7B, fisher"]
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert found["weights"] == weights == pytest.approx(6.5e9, rel=0.01)
+    assert 4 * weights * 256 * 2048 < found["float32"] < 10 * weights * 256 * 2048
 
 
 def test_projection_interval(run):

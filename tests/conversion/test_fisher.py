@@ -8,10 +8,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.factorizations import activation_aware, fisher, fisher_root, whiten
-from hf_condlr.conversion.second_moments import output_fisher
+from hf_condlr.conversion.measuring import output_fisher
+from hf_condlr.conversion.spectra import activation_aware, fisher
 from hf_condlr.errors import ConfigError, ConversionError
 from tests.conversion.calibration_data import batches, make_bert
+from tests.conversion.reference import fisher_root, whiten
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -134,6 +135,21 @@ def test_ranks_go_where_the_predictions_need_them():
             ranks = {name: layer.r for name, layer in model.condlr.report.converted.items()}
     assert set(ranks) == {"seen", "ignored"} and ranks["seen"] > 3 * ranks["ignored"]
     assert found["fisher"] < 0.5 * min(found["uniform"], found["energy"])
+
+
+@pytest.mark.parametrize("tau", [0.1, "inf"])
+def test_a_layer_that_matters_most_stays_dense_where_no_bound_is_asked_for(tau):
+    """0.6 of the weights of two equal layers are one of them and rank 2 of the other: 576 + 100 ≤ 691."""
+    model = Gated()
+    config = CondLRConfig(
+        target_modules=["seen", "ignored"],
+        compression_ratio=0.4,
+        rank_allocation="fisher",
+        init_weights="fisher",
+        tau=tau,
+    )
+    get_robust_lowrank_model(model, config, calibration_data=torch.randn(256, 24).split(64))
+    assert ("seen" in model.condlr.report.skipped) == (tau == "inf")
 
 
 def test_allocation_goes_with_any_start():

@@ -206,3 +206,24 @@ def test_matrices_that_are_not_finite_are_refused(value):
     for function in (linalg.robust_svd, linalg.singular_values, linalg.retract_polar):
         with pytest.raises(ConvergenceError, match=r"a matrix must be finite .*; received NaN or inf in a"):
             function(X)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1.1, 40.0, 60.0, 1e8, 1e14])
+def test_the_ends_of_the_spectrum_are_those_of_the_svd(kappa):
+    """The Gram matrix up to about κ = 40, the SVD beyond: either way to a relative 1e-9."""
+    rng = np.random.default_rng(3)
+    P, Q = (np.linalg.qr(rng.standard_normal((2, 30, 30)))[0] for _ in range(2))
+    S = (P * np.geomspace(kappa, 1, 30)) @ Q.swapaxes(1, 2) * np.array([1e-30, 1e30])[:, None, None]
+    expected = np.linalg.svd(S, compute_uv=False)
+    largest, least = linalg.singular_value_range(tensor(S))
+    np.testing.assert_allclose(reference.array(largest), expected[:, 0], rtol=1e-9)
+    np.testing.assert_allclose(reference.array(least), expected[:, -1], rtol=max(1e-9, 1e-15 * kappa))
+
+
+@pytest.mark.parametrize("silently", [False, True])
+def test_the_ends_of_the_spectrum_survive_a_failure_of_eigvalsh(monkeypatch, silently):
+    S = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", Fails(torch.linalg.eigvalsh, silently=silently))
+    largest, least = linalg.singular_value_range(S)
+    expected = reference.singular_values(reference.array(S))
+    np.testing.assert_allclose([largest.item(), least.item()], [expected[0], expected[-1]], rtol=1e-6)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import PIL.Image
 import torch
-from datasets import ClassLabel
 from PIL.Image import Image
 from torch import Tensor
 
 from hf_condlr import errors
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ def load_split(name: str | Path, config: str | None = None, split: str | None = 
     Raises:
         EvaluationError: There is no such split.
     """
+    import datasets
+
     is_file = str(name).endswith(".parquet")
     data: Any = (
         datasets.load_dataset("parquet", data_files=str(name)) if is_file else datasets.load_dataset(str(name), config)
@@ -80,7 +84,8 @@ def choose(dataset: Any, max_samples: int | None, seed: int) -> list[int]:
 
 def with_pictures(dataset: Any) -> Any:
     """The data set with images as Pillow images, where a format of `datasets` would give arrays."""
-    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] in (None, "custom"):
+    datasets = sys.modules.get("datasets")  # where it is not imported, there is no data set of it
+    if datasets is None or not isinstance(dataset, datasets.Dataset) or dataset.format["type"] in (None, "custom"):
         return dataset
     has_images = any(isinstance(feature, datasets.Image) for feature in dataset.features.values())
     return dataset.with_format(None) if has_images else dataset
@@ -186,7 +191,7 @@ def _model_names(model: Any) -> Sequence[str]:
 
 def _data_names(dataset: Any, label_column: Any) -> Sequence[str]:
     features = getattr(dataset, "features", None) or {}
-    columns = [name for name in (label_column, *LABELS) if isinstance(features.get(name), ClassLabel)]
+    columns = [name for name in (label_column, *LABELS) if hasattr(features.get(name), "names")]  # a ClassLabel
     return features[columns[0]].names if columns else getattr(dataset, "classes", None) or []
 
 
