@@ -8,7 +8,7 @@ process trains a different model, with an average gradient that belongs to none 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,25 +28,36 @@ def is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
-def checksums(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) int64
+def checksums(blocks: Sequence[Tensor]) -> Tensor:  # (l, m, r) each -> (L,) int64
     """Checksums modulo 2⁶⁴ of the bits of float32 or float64 matrices. They do not depend on the order of summation.
 
     The bits are read once, as rows of about √(mr) integers that are added up. The weights of the sums are odd, so that
     a change of one entry changes the checksum; they differ, so that a permutation does.
+
+    Args:
+        blocks: Stacks of matrices, all of the same shape (m, r).
     """
-    if not X.numel():  # no rows on this process
-        return torch.zeros(len(X), dtype=torch.int64, device=X.device)
+    if not blocks[0].numel():  # no rows on this process
+        return torch.zeros(sum(map(len, blocks)), dtype=torch.int64, device=blocks[0].device)
+    sums = torch.cat([_sums_of_bits(X) for X in blocks])
+    sums += sums >> 32  # otherwise an even number of changed signs could vanish modulo 2⁶⁴
+    return (sums * (2 * torch.arange(sums.shape[1], device=sums.device) + 1)).sum(1)
+
+
+def _sums_of_bits(X: Tensor) -> Tensor:  # (l, m, r) -> (l, w) int64
     flat = X.detach().flatten(1).contiguous()
-    in_pairs = flat.shape[1] * flat.element_size() % 8 == 0  # two float32 at once
-    bits = flat.view(torch.int64 if in_pairs else torch.int32)
+    integers = torch.int32 if flat.shape[1] * flat.element_size() % 8 else torch.int64  # two float32 at once
+    try:
+        bits = flat.view(integers)
+    except RuntimeError:  # X begins at an odd place of a larger tensor
+        bits = flat.clone().view(integers)
     n = bits.shape[1]
     width = math.isqrt(n) | 1
     height = n // width
     table, rest = bits.split([height * width, n - height * width], dim=1)
     sums = table.unflatten(1, (height, width)).sum(1, dtype=torch.int64)
     sums.narrow(1, 0, rest.shape[1]).add_(rest)
-    sums += sums >> 32  # otherwise an even number of changed signs could vanish modulo 2⁶⁴
-    return (sums * (2 * torch.arange(width, device=X.device) + 1)).sum(1)
+    return sums
 
 
 def check_replicas(factors: Mapping[str, Tensor], numbers: dict[str, float], *, step: int) -> None:
@@ -67,7 +78,7 @@ def check_replicas(factors: Mapping[str, Tensor], numbers: dict[str, float], *, 
     if not copies:
         return
     device = next(iter(copies.values())).device
-    sums = torch.cat([checksums(X[None].clone()).to(device) for X in copies.values()])
+    sums = torch.cat([checksums([X[None]]).to(device) for X in copies.values()])
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device).view(torch.int64)
     mine = torch.cat([sums, values])
     extremes = torch.cat([mine, mine.bitwise_not()])  # the largest ~x is that of the smallest x; −x can overflow

@@ -10,6 +10,7 @@ from hf_condlr.layers.conv2d import LowRankConv2d
 from hf_condlr.layers.folded import FoldedLayer
 from hf_condlr.layers.linear import LowRankLinear
 from hf_condlr.layers.model import (
+    ModuleTree,
     compressed_layers,
     converted_layers,
     factored_layers,
@@ -38,6 +39,7 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "LowRankUpdate",
+    "ModuleTree",
     "compressed_layers",
     "condition_report",
     "conversion_record",

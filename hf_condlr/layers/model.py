@@ -35,6 +35,21 @@ def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, update)}
 
 
+class ModuleTree:
+    """The modules of a model, remembered, so that a change is noticed faster than by a walk through them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._children = self._present_children()
+
+    def has_changed(self) -> bool:
+        """Whether a module was added, removed or replaced: otherwise the children of each are the same objects."""
+        return self._present_children() != self._children
+
+    def _present_children(self) -> list[nn.Module | None]:
+        return [child for module in self._modules for child in module._modules.values()]
+
+
 def loaded_factors(model: nn.Module, name: str) -> Factors:
     """U, S, V of the factored layer `name`, read from the disk where `device_map` left it on the meta device."""
     layer: Any = model.get_submodule(name)

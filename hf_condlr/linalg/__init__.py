@@ -16,6 +16,8 @@ from hf_condlr.linalg.newton_schulz import LARGEST_BOUND, clip_core_by_products
 from hf_condlr.linalg.precision import full_precision, per_matrix, wide_device
 from hf_condlr.linalg.stiefel import (
     inverse_cholesky,
+    inverse_factor,
+    inverse_factor_near_identity,
     orthonormality_error,
     project_horizontal,
     project_tangent,
@@ -45,6 +47,8 @@ __all__ = [
     "condition_number",
     "full_precision",
     "inverse_cholesky",
+    "inverse_factor",
+    "inverse_factor_near_identity",
     "is_conditionable",
     "is_orthonormal",
     "obeys_bound",

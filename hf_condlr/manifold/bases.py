@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from hf_condlr.distributed.collectives import Work
 from hf_condlr.distributed.sharded_linalg import qr_of_rows
 from hf_condlr.distributed.shards import local
-from hf_condlr.linalg import per_matrix, project_horizontal, project_tangent, retract_cholesky
+from hf_condlr.linalg import inverse_factor, inverse_factor_near_identity, per_matrix
 from hf_condlr.manifold import masks
-from hf_condlr.manifold.masks import as_number, finite, moved, select, squarable
-from hf_condlr.manifold.stack import Stack
+from hf_condlr.manifold.masks import as_number, differs, finite, select, usable_squares
+from hf_condlr.manifold.stack import Blocks, Stack, join, split
 
 
 class BasisStack(Stack):
-    """Bases U or V, (L, m, r), that have a gradient in this step.
+    """Bases U or V, (m, r) each, that have a gradient in this step.
 
     Args:
         names: Names of the factors, "layer.U" or "layer.V".
@@ -36,54 +36,76 @@ class BasisStack(Stack):
 
     def project_gradients(self, metric_scaling: bool) -> Work[None]:
         """G ← (I − U₀U₀ᵀ)G, or G − U₀ sym(U₀ᵀG) with `full_tangent`; with `metric_scaling` divided by c² = ‖S‖_F²/r."""
-        G, unusable = self._gradients()
-        terms = [self.start.mT @ G, unusable]
+        G, norms_squared = self._gradients()
+        terms = [self._products(G), as_number(self.usable.logical_not(), norms_squared)]
         if metric_scaling:
-            terms.append(torch.stack(torch._foreach_norm([local(S) for S in self.cores])).square().to(G.dtype))
-        product, unusable, *squares = yield terms
+            terms.append(torch.stack(torch._foreach_norm([local(S) for S in self.cores])).square().to(G[0].dtype))
+        product, unusable, *core_squares = yield terms
         self.usable = unusable == 0
-        G = select(self.usable, self._tangent_part(G, product), 0.0)
         if metric_scaling:
-            c_squared = squares[0] / self.start.shape[-1]
-            G = G / per_matrix(torch.where(c_squared > 0, c_squared, 1.0))
+            c_squared = core_squares[0] / self.start[0].shape[-1]
+            c_squared = torch.where(c_squared > 0, c_squared, 1.0)
             # A tiny S can overflow what was finite. If that happens on one process only, `_update` tells the others.
-            self.usable = self.usable & squarable(G)
-            G = select(self.usable, G, 0.0)
+            self.usable = self.usable & usable_squares(norms_squared / c_squared / c_squared)
+            for X, c in zip(G, split(per_matrix(c_squared), G), strict=True):
+                X /= c
+            product = product / per_matrix(c_squared)
+        self._subtract(G, select(self.usable, self._tangent(product), 0.0))
+        self._zero_unusable(G)
         self._write_gradients(G)
 
     def retract_update(self, step: int) -> Work[None]:
         """U ← R(U₀ + Δ) with Δ the tangent part of the displacement U − U₀ since the last projection.
 
-        R is Cholesky-QR, and Householder QR where a step of several times the size of U makes that inaccurate. What
-        did not move stays bitwise.
+        U₀ + Δ = U − U₀(U₀ᵀU − I), since U₀ᵀ(U − U₀) = U₀ᵀU − I. R is Cholesky-QR, and Householder QR where a step of
+        several times the size of U makes that inaccurate. What did not move stays bitwise.
         """
-        new, unusable = self._update()
+        X, unusable = self._update()
         (unusable,) = yield [unusable]
-        displacement = self._accept(new, unusable).sub_(self.start)
-        finite_here = finite(displacement)
-        displacement = select(finite_here, displacement, 0.0)
-        product, moves, not_finite = yield [
-            self.start.mT @ displacement,
-            as_number(moved(displacement), displacement),
-            as_number(finite_here.logical_not(), displacement),
-        ]
+        self._accept(X, unusable)
+        moves = join(map(differs, X, self.start))
+        product, moves = yield [self._products(X), as_number(moves, X[0])]
         # Momentum, adaptive scaling and weight decay leave the tangent space, even for a tangent gradient.
-        X = self._tangent_part(displacement, product).add_(self.start)
-        (gram,) = yield [X.mT @ X]
-        retracted, accurate = retract_cholesky(X, gram)
+        product = self._tangent(product)
+        product.diagonal(dim1=-2, dim2=-1).sub_(1)
+        self._subtract(X, product)
+        (gram,) = yield [join(x.mT @ x for x in X)]
+        inverse, accurate = _inverse_factor(gram)
         # To see whether Householder QR is needed the host waits for the device. Where it must not, the factor is held.
-        if not (self.checksums is not None and masks.runs_ahead(X)) and not accurate.all():
-            rest = accurate.logical_not()
-            retracted[rest], R, _ = yield from qr_of_rows(X[rest], self.rows)
+        if not (self.checksums is not None and masks.runs_ahead(gram)) and not accurate.all():
+            rest, matrices = accurate.logical_not(), [x for block in X for x in block.unbind()]
+            places = rest.nonzero().flatten().tolist()
+            Q, R, _ = yield from qr_of_rows(torch.stack([matrices[i] for i in places]), self.rows)
+            for i, q in zip(places, Q, strict=True):
+                matrices[i].copy_(q)
+            inverse[rest] = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
             accurate[rest] = finite(R)
-        sound = accurate & (not_finite == 0)
-        result = select(sound & (moves > 0), retracted, self.start)
-        self._write(result)
-        self.remember(result)
-        self.usable = self.usable & sound
+        for x, part, U, sound in zip(X, split(inverse, X), self.start, split(accurate & (moves > 0), X), strict=True):
+            torch._foreach_copy_([x], [select(sound, x @ part.mT, U)])
+        self._write(X)
+        self.remember(X)
+        self.usable = self.usable & accurate
         self._record(step)
+        self.end_interval()
 
-    def _tangent_part(self, X: Tensor, product: Tensor) -> Tensor:  # (L, m, r), (L, r, r) -> (L, m, r)
-        """X projected on the tangent space at U₀ (`full_tangent`) or its horizontal part, given U₀ᵀX of all rows."""
-        project = project_tangent if self.full_tangent else project_horizontal
-        return project(self.start, X, product)
+    def _products(self, X: Blocks) -> Tensor:  # (l, m, r) each -> (L, r, r)
+        """U₀ᵀX, of this process's rows."""
+        return join(U.mT @ x for U, x in zip(self.start, X, strict=True))
+
+    def _subtract(self, X: Blocks, product: Tensor) -> None:  # (l, m, r) each, (L, r, r)
+        """X ← X − U₀ · product, in place."""
+        for x, U, part in zip(X, self.start, split(product, X), strict=True):
+            x.baddbmm_(U, part, alpha=-1)
+
+    def _tangent(self, product: Tensor) -> Tensor:  # (L, r, r) -> (L, r, r)
+        """What of U₀ᵀX a projection takes off: all of it, or with `full_tangent` its symmetric part."""
+        return (product + product.mT) / 2 if self.full_tangent else product
+
+
+def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:  # (L, r, r) -> (L, r, r), (L,) bool
+    """L⁻¹ of XᵀX = LLᵀ, without a decomposition where the host may see that none is needed, and whether it is exact."""
+    if not masks.runs_ahead(gram):
+        inverse, accurate = inverse_factor_near_identity(gram)
+        if accurate.all():
+            return inverse, accurate
+    return inverse_factor(gram)

@@ -40,6 +40,8 @@ class CoreStack(Stack):
             none. S got its value at the last projection back.
     """
 
+    copied = True
+
     def __init__(
         self,
         layer_names: list[str],
@@ -56,19 +58,20 @@ class CoreStack(Stack):
         self.endpoints = torch.tensor(endpoints, dtype=torch.float64, device=wide_device(self.held_at))
         self.by_products = masks.runs_ahead(self.held_at) and max(final for _, final in endpoints) <= LARGEST_BOUND
 
-    def begin_step(self, values: Tensor | None = None) -> None:
+    def begin_step(self) -> None:
         """See `Stack.begin_step`."""
-        super().begin_step(values)
+        super().begin_step()
         self.vanished_at = self.vanished_at.to(self.held_at.device)
         self.endpoints = self.endpoints.to(wide_device(self.held_at))
 
     def sanitize_gradients(self) -> Work[None]:
         """Gradients that are not finite become zero, and their cores are marked."""
         if has_gradient(self.parameters[0]):
-            G, unusable = self._gradients()
-            (unusable,) = yield [unusable]
+            G, norms_squared = self._gradients()
+            (unusable,) = yield [as_number(self.usable.logical_not(), norms_squared)]
             self.usable = unusable == 0
-            self._write_gradients(select(self.usable, G, 0.0))
+            self._zero_unusable(G)
+            self._write_gradients(G)
 
     def condition_update(self, progress: float, previous: float, step: int) -> Work[None]:
         """S ← S with κ(S) ≤ κ_0^{1−p} (1+τ)^p, p = `progress`; S₀ = `start` obeys the bound at `previous`.
@@ -77,20 +80,22 @@ class CoreStack(Stack):
         """
         new, unusable = self._update()
         (unusable,) = yield [unusable]
-        S = self._accept(new, unusable)
+        self._accept(new, unusable)
+        (S,) = new
         if self.bounded:
-            S, start = yield [self.rows.spread(S), self.rows.spread(self.start)]
+            S, start = yield [self.rows.spread(S), self.rows.spread(self.start[0])]
             initial, final = self.endpoints.unbind(-1)
             bounds = bound_at(initial, final, progress)
             previous_bounds = bound_at(initial, final, previous) if self.by_products else bounds  # else not looked at
             results = self._condition(*map(self._own_cores, (S, start, bounds, previous_bounds)))
             S, followed, vanished = yield [self._among_all(X) for X in results]
-            S = self.rows.own(S).clone()  # a view at an odd offset has no checksum
+            S = self.rows.own(S)
             self.usable = self.usable & (followed > 0)
             self.vanished_at = torch.where((vanished > 0) & (self.vanished_at == 0), step, self.vanished_at)
-        self._write(S)
-        self.remember(S)
+        self._write([S])
+        self.remember([S])
         self._record(step)
+        self.end_interval()
 
     def vanished(self) -> dict[str, int]:
         """{layer: step whose update would have made its S zero}; clears the record. Waits for the device."""

@@ -31,6 +31,7 @@ class FactorStacks:
     Attributes:
         stepping: Gradients are projected, and the update is not yet: the optimizer's step is on, or failed.
         unsettled: Factors may have moved since the last projection.
+        interrupted: A projection did not come to its end: some factors are at the values between.
     """
 
     def __init__(self, layers: dict[str, LowRankLayer], schedule: BoundSchedule) -> None:
@@ -45,10 +46,15 @@ class FactorStacks:
         self._others: list[Stack] = []
         self._key: tuple = ()
         self._tolerances = tolerances(self.layers)
-        self.stepping = self.unsettled = False
+        self.stepping = self.unsettled = self.interrupted = False
         self._projected_at = step
         self._gradients: list[tuple[Tensor | None, int]] = []
         self._written_later: Callable[[], bool] = lambda: False
+        self._first_values: dict[str, int] = {}
+
+    def remember_first(self) -> None:
+        """Take the present values as those that the first step is to find; see `names_written_before_first`."""
+        self._first_values = self._fingerprints()
 
     def is_repeated(self) -> bool:
         """Whether this step is inside another one, or is repeated: its gradients are those projected last."""
@@ -84,6 +90,8 @@ class FactorStacks:
             Whether other code has, or may have, written factors: then call `start_anew`. The host does not wait for a
             GPU: there such factors are held in this step, and `project` restores them.
         """
+        if self.interrupted:
+            return True
         if self.stepping:  # an optimizer failed half way: what it did is part of the displacement
             self._forget()
         for stack in (*self._bases, *self._cores):
@@ -107,7 +115,7 @@ class FactorStacks:
     def start_anew(self, step: int) -> None:
         """Begin an interval at the present values: bases are made orthonormal, W keeps the value from other code."""
         orthonormalize_bases(self.layers)
-        self.stepping = self.unsettled = False
+        self.stepping = self.unsettled = self.interrupted = False
         self._forget()
         self.regroup(step, all_cores=True)
         self.keep_values()
@@ -133,6 +141,7 @@ class FactorStacks:
 
     def project(self, step: int) -> None:
         """Marked factors go back; U ← R(U + Δ), likewise V; S is conditioned to the bound after `step`."""
+        self.interrupted = True  # until it is done
         progress, earlier = self.schedule.progress(step), self.schedule.progress(self._projected_at)
         bases = (stack.task(stack.retract_update(step)) for stack in self._bases)
         cores = (stack.task(stack.condition_update(progress, earlier, step)) for stack in self._cores)
@@ -170,6 +179,12 @@ class FactorStacks:
             stack.look()
         return [n for x in self._all() for n, flag in zip(x.names, x.written.tolist(), strict=True) if flag]
 
+    def names_written_before_first(self) -> list[str]:
+        """The factors that are not those of `remember_first`, until the first step begins."""
+        if self._all():
+            return []
+        return [name for name, value in self._fingerprints().items() if value != self._first_values.get(name)]
+
     def publish_bounds(self, step: int) -> None:
         """Let each layer state the bound in force after `step`."""
         for name, bound in self.schedule.bounds(step).items():
@@ -196,11 +211,17 @@ class FactorStacks:
             not self.stepping and bool(self._key or self._cores) and all(x.checksums is not None for x in self._all())
         )
 
+    def _fingerprints(self) -> dict[str, int]:
+        """{factor: checksum of this process's rows}."""
+        found: dict[str, int] = {}
+        for stack in other_stacks(self.layers, []):
+            stack.remember()
+            found.update(zip(stack.names, stack.checksums.tolist(), strict=True))  # type: ignore[union-attr]
+        return found
+
     def _settled(self, step: int) -> None:
-        self.stepping = self.unsettled = False  # before the copies go, so that an interrupt does no harm
+        self.stepping = self.unsettled = self.interrupted = False
         self._projected_at, self._gradients = step, []
-        for stack in (*self._bases, *self._cores):
-            stack.end_interval()
         self.publish_bounds(step)
 
     def _forget(self) -> None:

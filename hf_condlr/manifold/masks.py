@@ -1,4 +1,4 @@
-"""Choices along a stack (L, m, r) of matrices that do not wait for the device where the host runs ahead of it."""
+"""Which matrices are sound, and choices among them that do not wait for the device where the host runs ahead of it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ def runs_ahead(X: Tensor) -> bool:
 
 
 def finite(X: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
-    """Whether every entry is finite, from the extremes, which propagate NaN: 30 times cheaper than `isfinite(X)`."""
-    if not X.numel():  # no rows on this process
-        return torch.ones(len(X), dtype=torch.bool, device=X.device)
-    flat = X.flatten(1)
-    return torch.isfinite(flat.amax(1)) & torch.isfinite(flat.amin(1))
+    """Whether every entry is finite, from the sum, in one pass: NaN and inf stay in it. Its overflow counts too."""
+    return torch.isfinite(X.sum(dim=(-2, -1)))
 
 
-def squarable(G: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
-    """Whether every entry is finite and small enough for an optimizer to sum its squares: 2.6e15 in float32."""
-    if not G.numel():
-        return finite(G)
-    flat = G.flatten(1)
-    return torch.maximum(flat.amax(1), -flat.amin(1)) <= torch.finfo(G.dtype).max ** 0.4
+def squares(G: Tensor) -> Tensor:  # (L, m, r) -> (L,)
+    """‖G‖_F², not finite where an entry is not."""
+    return torch.linalg.vector_norm(G, dim=(-2, -1)).square()
 
 
-def moved(displacement: Tensor) -> Tensor:  # (L, m, r) -> (L,) bool
-    """Whether some entry is not zero."""
-    if not displacement.numel():
-        return torch.zeros(len(displacement), dtype=torch.bool, device=displacement.device)
-    return (displacement.flatten(1).amax(1) != 0) | (displacement.flatten(1).amin(1) != 0)
+def usable_squares(norms_squared: Tensor) -> Tensor:  # (L,) -> (L,) bool
+    """Whether ‖G‖_F² shows a finite G, small enough for an optimizer to sum squares: ‖G‖_F ≤ 2.6e15 in float32."""
+    return norms_squared <= torch.finfo(norms_squared.dtype).max ** 0.8
+
+
+def differs(X: Tensor, Y: Tensor) -> Tensor:  # (L, m, r), (L, m, r) -> (L,) bool
+    """Whether some entry of X differs from that of Y; on a CPU the first one that does ends the search."""
+    if runs_ahead(X):
+        return (X != Y).flatten(1).any(1)
+    return torch.tensor([not torch.equal(x, y) for x, y in zip(X, Y, strict=True)], device=X.device)
 
 
 def as_number(flags: Tensor, like: Tensor) -> Tensor:  # (L,) bool -> (L,)

@@ -28,7 +28,7 @@ from torch import nn
 from hf_condlr.distributed.replicas import check_replicas, is_due, several_processes
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import ConditioningError, OptimizerError, listed, require
-from hf_condlr.layers import LowRankUpdate, factored_layers
+from hf_condlr.layers import LowRankUpdate, ModuleTree, factored_layers
 from hf_condlr.linalg import obeys_bound
 from hf_condlr.manifold.factor_stacks import FactorStacks
 from hf_condlr.manifold.repair import orthonormalize_bases
@@ -118,6 +118,7 @@ class ManifoldStep:
         self.layers = factored_layers(self._model)
         check_optimizer(self.optimizers[0], self._model, self.layers)
         check_attached(self.optimizers, self.layers, ManifoldStep)
+        self._tree = ModuleTree(self._model)
         plain = any(isinstance(x, torch.optim.SGD) for x in self.optimizers)
         plain = plain and not any(isinstance(x, LowRankUpdate) for x in self.layers.values())
         self.metric_scaling = plain if metric_scaling is None else metric_scaling
@@ -126,6 +127,7 @@ class ManifoldStep:
         orthonormalize_bases(self.layers)
         self.schedule = BoundSchedule(self.layers, warmup_steps)
         self._stacks = FactorStacks(self.layers, self.schedule)
+        self._stacks.remember_first()
         self._outermost: torch.optim.Optimizer | None = None  # of the optimizers whose step is on; None where skipped
         self._warned = False
         self._hooks = [x.register_step_pre_hook(self._before) for x in self.optimizers]
@@ -144,10 +146,13 @@ class ManifoldStep:
         if is_skipped(optimizer):
             return
         reshard(self._model)
-        check_layers(self._model, self.layers)
+        fit = self._stacks.still_fit(self.step_count)
+        if not fit or self._tree.has_changed():
+            check_layers(self._model, self.layers)
+            self._tree = ModuleTree(self._model)
         if not self.step_count and self.drift_check_interval and several_processes():
             self.schedule.start_from_first_process()  # DDP may have distributed its weights since κ_0 was measured
-        if not self._stacks.still_fit(self.step_count):
+        if not fit:
             self.settle()
             self._stacks.regroup(self.step_count)
         if self._stacks.keep_values():  # 1
@@ -171,9 +176,6 @@ class ManifoldStep:
             self._stacks.hold_update(self.step_count)  # 5 without the projection of Δ
         if not self._stacks.run_ahead():
             self._report()
-        self._check_drift()
-
-    def _check_drift(self) -> None:
         if several_processes() and is_due(self.step_count, self.drift_check_interval):
             bounds = {f"the bound of {name}": bound for name, bound in self.bounds().items()}
             check_replicas(factors_of(self.layers), bounds, step=self.step_count)
@@ -192,8 +194,7 @@ class ManifoldStep:
         """Project what has moved since the last projection, so that the constraint holds; otherwise do nothing.
 
         With `projection_interval` k > 1 the steps in between move U in the flat chart Δ ↦ U₀ + Δ, and each projects its
-        gradient at U₀, which is orthonormal as the present U is not. W jumps by the part of Δ outside of the tangent
-        space, which grows with k and the learning rate.
+        gradient at U₀. W jumps by the part of Δ outside of the tangent space, which grows with k and the learning rate.
 
         Steps call it where `step_count` is a multiple of k, and where other factors have gradients than before. All
         processes must call it at the same step; for k > 1 each call changes the training. Between projections a
@@ -203,7 +204,7 @@ class ManifoldStep:
             ConditioningError: A core would vanish; it goes back to its value at the last projection.
         """
         reshard(self._model)
-        if self._stacks.written():
+        if self._stacks.interrupted or self._stacks.written():
             self._stacks.restore(self.step_count)
         elif self._stacks.unsettled:
             self._stacks.keep_values()
@@ -232,6 +233,10 @@ class ManifoldStep:
                 listed(written),
                 self.step_count,
             )
+
+    def names_written(self) -> list[str]:
+        """The factors, "layer.U", that other code wrote since the last step or attaching, as checksums of them tell."""
+        return self._stacks.names_written() + self._stacks.names_written_before_first()
 
     def _report(self) -> None:  # what every step on a CPU ends with
         held, vanished = self._stacks.held(), self._stacks.vanished()
@@ -279,6 +284,7 @@ class ManifoldStep:
         reshard(self._model)
         self._stacks.reset(self.step_count)
         orthonormalize_bases(self.layers)
+        self._stacks.remember_first()
         if self.step_count:
             self._stacks.publish_bounds(self.step_count)
             for layer in self.layers.values():  # the weights may be from another step

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_condlr.checkpoints.manifest import STEM
-from hf_condlr.distributed.shards import local
 from hf_condlr.errors import CondLRError, OptimizerError, require
 from hf_condlr.layers import LowRankUpdate, condition_report, converted_layers, factored_layers
 from hf_condlr.linalg import is_orthonormal, obeys_bound
@@ -84,7 +83,7 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
         self.schedule: dict[str, Any] | None = None  # set when transformers restores the callback
         self._attached = False
         self._veto = WarmUpVeto()
-        self._before_step: tuple[int, list[Tensor]] = (0, [])
+        self._step_count = 0  # of the handle before the optimizer's step
 
     # ------------------------------------------------------------------------------------------ begin and end
 
@@ -185,17 +184,15 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if handle := self._handle():
-            self._before_step = (handle.step_count, _norms(handle))
+            self._step_count = handle.step_count
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         handle = self._handle()
-        if handle is None or handle.step_count != self._before_step[0]:
-            return
-        # A step that a gradient scaler skips moves nothing.
-        moved = any(not torch.equal(x, y) for x, y in zip(self._before_step[1], _norms(handle), strict=True))
+        if handle is None or handle.step_count != self._step_count or getattr(optimizer, "step_was_skipped", False):
+            return  # a step that a gradient scaler skips moves nothing
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         require(
-            not moved,
+            not handle.names_written(),
             "an optimizer step that moves factors must run the hooks of the manifold step",
             received=f"step {state.global_step + 1} of {name}, which ran none of them",
             remedy="Give the Trainer the optimizer whose step() moves the parameters, not a copy of it or a wrapper.",
@@ -270,9 +267,3 @@ def obeys_constraint(model: nn.Module) -> bool:
         obeys_bound(x.condition_number, 1 + layers[x.name].tau) and is_orthonormal(x.orthonormality_error, x.r)
         for x in condition_report(bare).layers
     )
-
-
-def _norms(handle: ManifoldStep) -> list[Tensor]:
-    """The norm of each factor, which differs after a step that moved it; takes 1 % of the time of a manifold step."""
-    factors = [local(getattr(layer, kind)).detach() for layer in handle.layers.values() for kind in "USV"]
-    return list(torch._foreach_norm(factors))

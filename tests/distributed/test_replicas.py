@@ -112,7 +112,15 @@ def test_one_bit_changes_a_checksum():
         for i, j, bit in itertools.product(range(7), range(r), (0, 5, 31)):
             other = X.clone()
             other.view(bits)[1, i, j] ^= torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(bits)
-            assert (checksums(other) != checksums(X)).tolist() == [False, True]
+            assert (checksums([other]) != checksums([X])).tolist() == [False, True]
+
+
+def test_a_checksum_is_that_of_the_values_wherever_they_lie():
+    X = torch.randn(6, 4)
+    inside = torch.cat([torch.zeros(1), X.flatten()])[1:].view(6, 4)  # at an odd place
+    for other in (inside, X.mT.contiguous().mT):
+        assert checksums([other[None]]) == checksums([X[None]])
+    assert torch.equal(checksums([X[None], inside[None]]), checksums([torch.stack([X, X])]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -124,9 +132,9 @@ def test_writes_to_many_entries_change_a_checksum(dtype):
     rows[:, :, 3] = rows[:, :, 3].flip(1)
     signs = X.clone()
     signs[:, ::2, 3] *= -1
-    found = {checksums(Y).item() for Y in (X, rows, signs, *others)}
+    found = {checksums([Y]).item() for Y in (X, rows, signs, *others)}
     assert len(found) == 3 + len(others)
-    assert checksums(X.clone()) == checksums(X)
+    assert checksums([X.clone()]) == checksums([X])
 
 
 def test_the_interval_of_checks_counts():

@@ -243,3 +243,19 @@ def test_random_factors(dtype):
         if r > 1:
             other = linalg.random_factors(m, n, r, 0.25, dtype=dtype, device=torch.device("cpu"))
             assert not torch.equal(U, other[0])
+
+
+def test_near_the_identity_the_factor_is_exact_without_a_decomposition():
+    """Orthonormal to 8 eps in the Frobenius norm, besides the rounding of products; refused for a larger step."""
+    for dtype, size in ((torch.float32, 2.4e-2), (torch.float64, 1.5e-4)):
+        U = cases.orthonormal(60, 24)
+        move = reference.project_horizontal(U, np.random.default_rng(0).standard_normal((60, 24)))
+        for scale, exact in ((1.0, True), (3.0, False)):
+            X = tensor(U + scale * size * move / np.linalg.norm(move), dtype)
+            inverse, accurate = linalg.inverse_factor_near_identity(X.mT @ X)
+            assert accurate == exact
+        X = tensor(U + size * move / np.linalg.norm(move), dtype)
+        inverse, _ = linalg.inverse_factor_near_identity(X.mT @ X)
+        assert torch.equal(inverse, inverse.tril())
+        error = reference.orthonormality_error(reference.array(X @ inverse.mT))
+        assert error <= 16 * torch.finfo(dtype).eps
