@@ -7,6 +7,7 @@ imported where it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_condlr.adapters.lora_registration import register_lora
 from hf_condlr.checkpoints.registration import register
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ _MODULES = {
 }
 """{module: its public names}, as above."""
 _PACKAGES = (
+    "adapters",
     "checkpoints",
     "conversion",
     "distributed",
@@ -139,6 +141,7 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 register()
+register_lora()
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
 

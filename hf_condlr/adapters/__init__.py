@@ -1,0 +1,1 @@
+"""Adapters: PEFT and this package together."""
