@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_adapters_to_merge
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.distributed.sharded_linalg import orthonormalize
 from hf_condlr.errors import ConversionError, listed, require
@@ -45,7 +46,7 @@ def prepare_lora(config: Any, model: nn.Module) -> None:
     remedy = f"Leave it out; init_lora_weights may be one of {', '.join(map(repr, STARTS))}."
     require(not asked, rule, received=listed(asked), remedy=remedy, error=ConversionError)
     config._register_custom_module(
-        {LowRankLinear: LoraOnLowRankLinear, FoldedLayer: _lora_on_folded, LowRankConv2d: _refuse_convolution}
+        {LowRankLinear: LoraOnFactors, FoldedLayer: _lora_on_folded, LowRankConv2d: _refuse_convolution}
     )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = _all_linear(config, model, layers)
@@ -66,8 +67,11 @@ def _all_linear(config: Any, model: Any, layers: dict[str, Any]) -> set[str]:
     return linear | {name for name in expanded.target_modules if name.rpartition(".")[0] not in layers}
 
 
-class _LoraOnFactors(Linear):
-    """What both kinds of layer share: PEFT's LoRA, except that merging makes a new layer."""
+class LoraOnFactors(Linear):
+    """PEFT's LoRA on a factored or folded linear layer; merging makes a new layer.
+
+    The factors may train, too, under the manifold step.
+    """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -94,74 +98,66 @@ class _LoraOnFactors(Linear):
         base: Any = self.get_base_layer()
         lora_A, lora_B = cast(dict[str, Any], self.lora_A), cast(dict[str, Any], self.lora_B)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in lora_A] if merge else []
-        if not names:
+        if not isinstance(base, (LowRankLinear, FoldedLayer)):  # it was made dense under its adapters
+            self.fan_in_fan_out = isinstance(base, Conv1D)
+            super().merge(safe_merge, names)
+        if not names or not isinstance(base, (LowRankLinear, FoldedLayer)):
             return base
         B = torch.cat([to_float64(self.scaling[name] * lora_B[name].weight.detach()) for name in names], 1)
         A = torch.cat([to_float64(lora_A[name].weight.detach()) for name in names], 0)
-        bias = base.bias
+        bias: Any = base.bias
         for name in names:
             if self.lora_bias[name]:
                 rule, remedy = "merging a lora_bias needs a layer with a bias", "Train with lora_bias=False."
                 require(bias is not None, rule, received="none", remedy=remedy, error=ConversionError)
                 added = self.scaling[name] * lora_B[name].bias.detach()
                 bias = nn.Parameter((bias.detach() + added).to(bias.dtype), requires_grad=bias.requires_grad)
-        merged = self._merged(base, B, A)
+        merged: Any = _folded_sum(base, B, A) if isinstance(base, FoldedLayer) else _factored_sum(base, B, A)
         set_bias = merged.up if isinstance(merged, FoldedLayer) else merged
         set_bias.bias = bias
         return merged.train(base.training)
 
-    def _merged(self, base: Any, B: Tensor, A: Tensor) -> Any:  # (m, k), (k, n)
-        """The layer with BA added, with the old bias or none."""
-        raise NotImplementedError
+
+def _factored_sum(base: LowRankLinear, B: Tensor, A: Tensor) -> LowRankLinear:  # (m, k), (k, n)
+    """The layer of W + BA with the least rank that loses nothing but rounding, at most r + k.
+
+    [U B] blockdiag(S, I) [V Aᵀ]ᵀ = W + BA; QR of the outer matrices and an SVD of what is left between them. The bound
+    on κ is no longer in force.
+    """
+    U, S, V = (to_float64(factor.detach()) for factor in (base.U, base.S, base.V))
+    core = torch.block_diag(S, torch.eye(len(A), dtype=S.dtype, device=S.device))
+    Q_U, core, Q_V = orthonormalize(torch.cat((U, B), 1), core, torch.cat((V, A.mT), 1))
+    P, sigma, Qh = robust_svd(core)
+    lost = max(torch.finfo(base.S.dtype).eps / 4, len(sigma) * torch.finfo(sigma.dtype).eps)  # in rounding
+    r = int((sigma > lost * sigma[0]).sum())
+    with torch.device("meta"):
+        dense = base.builders()[0]().to(base.S.dtype)
+    layer = LowRankLinear.empty_like(dense, max(r, 1), tau=base.tau, center=base.center)
+    layer = layer.to_empty(device=base.U.device)
+    layer.set_factors(Q_U @ P[:, : layer.r], torch.diag(sigma[: layer.r]), Q_V @ Qh[: layer.r].mT)
+    for name in "USV":
+        getattr(layer, name).requires_grad_(getattr(base, name).requires_grad)
+    return layer
 
 
-class LoraOnLowRankLinear(_LoraOnFactors):
-    """LoRA on a `LowRankLinear`, whose factors may train, too, under the manifold step."""
-
-    def _merged(self, base: LowRankLinear, B: Tensor, A: Tensor) -> LowRankLinear:
-        """The least rank that loses nothing but rounding, at most r + k; the bound on κ is no longer in force.
-
-        [U B] blockdiag(S, I) [V Aᵀ]ᵀ = W + BA; QR of the outer matrices and an SVD of what is left between them.
-        """
-        U, S, V = (to_float64(factor.detach()) for factor in (base.U, base.S, base.V))
-        core = torch.block_diag(S, torch.eye(len(A), dtype=S.dtype, device=S.device))
-        Q_U, core, Q_V = orthonormalize(torch.cat((U, B), 1), core, torch.cat((V, A.mT), 1))
-        P, sigma, Qh = robust_svd(core)
-        lost = max(torch.finfo(base.S.dtype).eps / 4, len(sigma) * torch.finfo(sigma.dtype).eps)  # in rounding
-        r = int((sigma > lost * sigma[0]).sum())
-        with torch.device("meta"):
-            dense = base.builders()[0]().to(base.S.dtype)
-        layer = LowRankLinear.empty_like(dense, max(r, 1), tau=base.tau, center=base.center)
-        layer = layer.to_empty(device=base.U.device)
-        layer.set_factors(Q_U @ P[:, : layer.r], torch.diag(sigma[: layer.r]), Q_V @ Qh[: layer.r].mT)
-        for name in "USV":
-            getattr(layer, name).requires_grad_(getattr(base, name).requires_grad)
-        return layer
-
-
-class LoraOnFoldedLinear(_LoraOnFactors):
-    """LoRA on a folded linear layer as one layer; its parts `down` and `up` may be named instead."""
-
-    def _merged(self, base: FoldedLayer, B: Tensor, A: Tensor) -> FoldedLayer:
-        """Rank r + k: up ← [up B], down ← [down; A]."""
-        up, down = base.up.weight, base.down.weight
-        (m, r), n = up.shape, down.shape[1]
-        parts = OrderedDict(
-            down=filled(
-                lambda: nn.Linear(n, r + len(A), bias=False), torch.cat((to_float64(down), A), 0), None, like=down
-            ),
-            up=filled(lambda: nn.Linear(r + len(A), m, bias=False), torch.cat((to_float64(up), B), 1), None, like=up),
-        )
-        folded = FoldedLayer(parts)
-        for name, value in vars(base).items():
-            if not name.startswith("_"):
-                setattr(folded, name, value)
-        return folded
+def _folded_sum(base: FoldedLayer, B: Tensor, A: Tensor) -> FoldedLayer:  # (m, k), (k, n)
+    """The layer of W + BA with rank r + k: up ← [up B], down ← [down; A]."""
+    up, down = base.up.weight, base.down.weight
+    (m, r), n = up.shape, down.shape[1]
+    parts = OrderedDict(
+        down=filled(lambda: nn.Linear(n, r + len(A), bias=False), torch.cat((to_float64(down), A), 0), None, like=down),
+        up=filled(lambda: nn.Linear(r + len(A), m, bias=False), torch.cat((to_float64(up), B), 1), None, like=up),
+    )
+    folded = FoldedLayer(parts)
+    for name, value in vars(base).items():
+        if not name.startswith("_"):
+            setattr(folded, name, value)
+    return folded
 
 
 def _lora_on_folded(target: Any, adapter_name: str, **kwargs: Any) -> nn.Module:
     if isinstance(target.up, nn.Linear):
-        return LoraOnFoldedLinear(target, adapter_name, **kwargs)
+        return LoraOnFactors(target, adapter_name, **kwargs)
     _refuse_convolution(target, adapter_name)
 
 

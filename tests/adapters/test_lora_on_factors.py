@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_condlr import attach_manifold_step, condition_report, fold_model, to_dense_model
-from hf_condlr.adapters.lora_on_factors import LoraOnFoldedLinear, LoraOnLowRankLinear
+from hf_condlr.adapters.lora_on_factors import LoraOnFactors
 from hf_condlr.errors import ConversionError
 from hf_condlr.layers import FoldedLayer, LowRankLinear, compressed_layers, factored_layers
 from tests.conversion.conversions import assert_same, convert
@@ -23,7 +23,7 @@ from tests.paths import ROOT
 # PEFT asks every model for a property that transformers deprecated; the new names are younger than our oldest version.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
-FORMS = {"factored": LoraOnLowRankLinear, "folded": LoraOnFoldedLinear}
+FORMS = ("factored", "folded")
 INPUTS = MODELS["bert"].inputs()
 
 
@@ -60,7 +60,7 @@ def test_the_update_is_that_of_lora(form):
     drawn(adapted)
     with torch.no_grad():
         for name, module in adapted.get_base_model().named_modules():
-            if isinstance(module, FORMS[form]):
+            if isinstance(module, LoraOnFactors):
                 A, B = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
                 expected.get_submodule(name).weight += (2 * B @ A).float()
     assert (logits(adapted) - before).abs().max() > 0.1
@@ -75,7 +75,7 @@ def test_all_linear_is_every_layer_but_the_head(form, task):
     model = small_bert(form)
     layers = set(compressed_layers(model))
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type=task))
-    adapted = {name for name, module in model.named_modules() if isinstance(module, FORMS[form])}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraOnFactors)}
     assert adapted == layers
     others = {name for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)} - adapted
     assert others == (set() if task else {"classifier"})  # as for a dense model without a task
@@ -129,7 +129,7 @@ def test_a_model_that_was_saved_and_loaded_takes_adapters(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     loaded.add_adapter(LoraConfig(r=2, target_modules=["query"]))
     assert_same(logits(loaded), logits(model))
-    assert sum(isinstance(m, LoraOnLowRankLinear) for m in loaded.modules()) == 2
+    assert sum(isinstance(m, LoraOnFactors) for m in loaded.modules()) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -142,7 +142,7 @@ def test_merging_makes_layers_of_a_higher_rank_that_compute_the_same(form, dtype
     }
     options = {"lora_bias": True, "use_rslora": True}
     adapted = drawn(get_peft_model(model, LoraConfig(r=3, target_modules=["query", "dense"], **options)))
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FORMS[form])}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraOnFactors)}
     weights = {
         name: dense_weight(m.base_layer) + m.get_delta_weight("default").detach().double().numpy()
         for name, m in layers.items()
@@ -211,6 +211,15 @@ def test_layers_that_were_gpt2s_transposed_ones():
     assert_same(merged(**inputs).logits, expected)
     dense = to_dense_model(copy.deepcopy(merged))
     assert_same(dense(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("back", [fold_model, to_dense_model])
+def test_a_model_folded_or_made_dense_under_its_adapter_still_merges(back):
+    adapted = drawn(get_peft_model(small_bert("factored"), LoraConfig(r=2, target_modules=["query"])))
+    expected = logits(adapted)
+    back(adapted.get_base_model())
+    assert_same(logits(adapted), expected)
+    assert_same(logits(adapted.merge_and_unload()), expected)
 
 
 def test_parts_of_a_folded_layer_may_be_named():
