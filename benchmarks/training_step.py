@@ -18,18 +18,16 @@ gives back what is freed, so that its fragments do not count.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import set_seed
 
+from benchmarks.memory import GIVING_BACK, peak_of, resident
 from benchmarks.models import CONFIGS, DTYPES, autocast, batch_for, build, factor, linear_names, tokens_of
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
@@ -39,9 +37,6 @@ from studies.record import any_device, set_up
 
 METHODS = ["dense", "low rank", "LoRA", "CondLR"]
 LORA_RANK = 16
-PROC = Path("/proc/self")
-# glibc maps arrays from this size on by themselves, and unmaps them when they are freed; read when a process starts.
-GIVING_BACK = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 @dataclass
@@ -96,24 +91,11 @@ def peak_memory(method: str, name: str, options: Options) -> int | None:
     """Bytes at the peak of a step, to be called in a process of its own; None where it cannot be measured."""
     set_up(options.threads)
     device = any_device()
-    on_linux = (PROC / "clear_refs").exists()
-    before = _resident("VmRSS") if on_linux else 0
+    before = 0 if device.type == "cuda" else resident()
     step = Step(method, name, options, device)
     step()  # the optimizer's moments are made in it
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif on_linux:
-        (PROC / "clear_refs").write_text("5")  # forgets the peak of the conversion
-    step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _resident("VmHWM") - before if on_linux else None
-
-
-def _resident(key: str) -> int:
-    """VmRSS or VmHWM in bytes: `getrusage` would start from the parent's peak."""
-    lines = (PROC / "status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    peak = peak_of(step, device)  # without that of the conversion
+    return None if peak is None else peak - before
 
 
 def measure(options: Options) -> dict[str, dict[str, Any]]:

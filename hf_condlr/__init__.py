@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_condlr.conversion.convert import get_robust_lowrank_model
     from hf_condlr.conversion.fold import fold_model, to_dense_model
     from hf_condlr.conversion.onnx import export_onnx
+    from hf_condlr.conversion.second_moments import Calibration
     from hf_condlr.layers.condition_report import condition_report
     from hf_condlr.layers.conv2d import LowRankConv2d
     from hf_condlr.layers.linear import LowRankLinear
@@ -52,6 +53,7 @@ _MODULES = {
     "conversion.convert": ["get_robust_lowrank_model"],
     "conversion.fold": ["fold_model", "to_dense_model"],
     "conversion.onnx": ["export_onnx"],
+    "conversion.second_moments": ["Calibration"],
     "layers.condition_report": ["condition_report"],
     "layers.conv2d": ["LowRankConv2d"],
     "layers.linear": ["LowRankLinear"],
@@ -99,6 +101,7 @@ __all__ = [
     "AdversarialTraining",
     "AttackArguments",
     "AttackSuccessRate",
+    "Calibration",
     "CondLRArguments",
     "CondLRCallback",
     "CondLRConfig",

@@ -27,11 +27,13 @@ ALL_LINEAR = "all-linear"
 Head = Literal["dense", "full_rank", "low_rank"]
 RankAllocation = Literal["uniform", "energy", "fisher"]
 Start = Literal["svd", "randomized_svd", "activation_aware", "fisher", "orthogonal"]
+CompressionForm = Literal["training", "folded"]
 Trainable = Literal["all", "factors"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "head": get_args(Head),
     "rank_allocation": get_args(RankAllocation),
+    "compression_form": get_args(CompressionForm),
     "center": get_args(Center),
     "init_weights": get_args(Start),
     "trainable": get_args(Trainable),
@@ -53,7 +55,7 @@ class CondLRConfig(PeftConfig):
     Exactly one of `r`, `rank_ratio`, `compression_ratio` is given. Every field is validated on construction, with a
     `ConfigError` (a `ValueError`) that names the rule, the value and the remedy.
 
-    Example:
+    Examples:
         >>> config = CondLRConfig(rank_ratio=0.25, tau=0.1)
         >>> config = CondLRConfig(target_modules=["query", "value"], r=16, tau_pattern={"value": "inf"})
     """
@@ -77,7 +79,12 @@ class CondLRConfig(PeftConfig):
     r: int | None = option(None, "Rank of every layer, at most its min(in, out).")
     rank_ratio: float | None = option(None, "Rank as a share of min(in, out), rounded, at least 1; in (0, 1].")
     compression_ratio: float | None = option(
-        None, "Share of the converted layers' weights to remove, counted in the training form; in (0, 1)."
+        None, "Share of the converted layers' weights to remove, counted in the compression_form; in (0, 1)."
+    )
+    compression_form: CompressionForm = option(
+        "training",
+        "What counts as the size of a layer (m, n) of rank r: r(m+n)+r² of U, S, V, or the r(m+n) that are stored and "
+        "multiplied once the model is folded for inference.",
     )
     rank_allocation: RankAllocation = option(
         "uniform",
@@ -242,6 +249,8 @@ def _validate_ranks(config: CondLRConfig) -> None:
     _check(config, "compression_ratio", valid, "lie in (0, 1)", remedy)
     valid = removed is not None or config.rank_allocation == "uniform"
     _check(config, "rank_allocation", valid, "be uniform without a compression_ratio", "Give compression_ratio.")
+    valid = removed is not None or config.compression_form == "training"
+    _check(config, "compression_form", valid, "be training without a compression_ratio", "Give compression_ratio.")
     valid = _is(int, multiple) and multiple >= 1
     _check(config, "rank_multiple", valid, "be an integer ≥ 1", "For example 8.")
     _check(config, "rank_multiple", multiple == 1 or r is None, f"be 1 with r={r}", "Give r as a multiple of it.")

@@ -72,7 +72,7 @@ def write_model_card(
         CondLRError: The model has no factored layers, `base_model` or a measurement is not valid, or the existing card
             has a header that is not YAML, or one of the section's markers without the other.
 
-    Example:
+    Examples:
         >>> attack = {"attack": "pgd-linf", "epsilon": 8 / 255, "steps": 20, "accuracy": 0.71, "samples": 500}
         >>> write_model_card(model, "out", robustness=[attack], metrics={"accuracy": 0.93}, dataset="cifar10")
     """

@@ -1,4 +1,4 @@
-"""Calibration batches: what a model gets of one, which tokens count, and means of x xᵀ over all."""
+"""Calibration batches: what a model gets of one, and which tokens count."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_condlr.errors import CondLRError, ConversionError
-from hf_condlr.linalg.precision import at_least_float32
 
 
 @dataclass
@@ -79,11 +77,22 @@ def calibration_batch(model: nn.Module, batch: Any) -> CalibrationBatch:
         raise ConversionError(
             "calibration_data must hold batches of tensors that the model's forward accepts",
             received=_described(batch),
-            remedy="Pass a DataLoader with the collator that training uses, not a Dataset or texts.",
+            remedy="Pass a DataLoader with the collator that training uses, or processing_class with texts.",
         )
     if arguments.kwargs and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         _add_decoder_inputs(model, arguments, takes_labels="labels" in accepted)
     return arguments
+
+
+def skips_head(model: Any, layers: Iterable[nn.Module]) -> dict[str, int]:
+    """An argument of forward by which a language model computes the logits of one token only, if it has one.
+
+    Only where all the layers that are looked at lie in the base model, before tokens are dropped.
+    """
+    base = getattr(model, "base_model", None)
+    if base is None or base is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": 1} if set(layers) <= set(base.modules()) else {}
 
 
 def _add_decoder_inputs(model: Any, batch: CalibrationBatch, *, takes_labels: bool) -> None:
@@ -127,34 +136,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-class Grams:
-    """Σ x xᵀ of each layer's rows x, in at least float32; `quantity` says in errors what the rows are."""
-
-    def __init__(self, names: Iterable[str], quantity: str) -> None:
-        self._sums: dict[str, Tensor | None] = dict.fromkeys(names)
-        self._quantity = quantity
-
-    def add(self, name: str, rows: Tensor) -> None:  # (N, n)
-        """Add the rows of a batch."""
-        rows = at_least_float32(rows)
-        sums = self._sums[name]
-        self._sums[name] = rows.mT @ rows if sums is None else sums + rows.mT @ rows
-
-    def means(self, count: Mapping[str, int]) -> dict[str, Tensor]:
-        """The sums divided by each layer's `count`, {name: (n, n)}.
-
-        Raises:
-            ConversionError: A layer has no rows, or rows that are not finite.
-        """
-        means: dict[str, Tensor] = {}
-        for name, sums in self._sums.items():
-            if sums is None or not count[name] or not torch.isfinite(sums).all():
-                raise ConversionError(
-                    f"{self._quantity} must reach {name!r} and be finite",
-                    received="values that are not finite" if count[name] and sums is not None else "none",
-                    remedy="Pass batches that the model accepts, or put the layer in exclude_modules.",
-                )
-            means[name] = sums / count[name]
-        return means

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_condlr.conversion.factorizations import damped_fisher
+from hf_condlr.conversion.spectra import damped_fisher
 from hf_condlr.layers import Factors
 from hf_condlr.linalg import Center, clamp_singular_values, condition_number, retract_polar, singular_values
 from hf_condlr.linalg.precision import at_least_float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,17 +15,12 @@ from torch import Tensor, nn
 from hf_condlr.checkpoints.save import attach_saving
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.conditioned_start import nearest_conditioned
-from hf_condlr.conversion.factorizations import (
-    FACTORIZATIONS,
-    activation_aware,
-    fisher,
-    optimal_truncation_error,
-    truncation_error,
-)
+from hf_condlr.conversion.factorizations import FACTORIZATIONS, optimal_truncation_error, truncation_error
 from hf_condlr.conversion.ranks import requested_ranks
-from hf_condlr.conversion.second_moments import Calibration, SecondMoments
+from hf_condlr.conversion.second_moments import Calibration
+from hf_condlr.conversion.statistics import Measured, Statistics
 from hf_condlr.conversion.targets import resolve_targets
-from hf_condlr.errors import CondLRError, ConversionError
+from hf_condlr.errors import CondLRError, ConfigError, ConversionError, require
 from hf_condlr.layers import (
     ConversionRecord,
     ConversionReport,
@@ -47,9 +42,16 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
+Converted = dict[str, tuple[LowRankLayer, LayerConversion]]
+
+
 @torch.no_grad()
 def get_robust_lowrank_model(
-    model: Model, config: CondLRConfig, *, calibration_data: Iterable[Any] | None = None
+    model: Model,
+    config: CondLRConfig,
+    *,
+    calibration_data: Iterable[Any] | Calibration | None = None,
+    processing_class: Any = None,
 ) -> Model:
     """Convert the layers that `config` names to factors W = U S Vᵀ, in place.
 
@@ -60,9 +62,11 @@ def get_robust_lowrank_model(
     Args:
         model: Any `nn.Module`; the head is found in transformers models.
         config: Layers, ranks, start and τ of the conversion.
-        calibration_data: For the starts `activation_aware` and `fisher` and the allocation `fisher`: a data loader or
-            any iterable of batches, of which the model gets what its forward accepts. Some hundred samples of the
-            training data are enough. `fisher` differentiates the model's predictions: fine-tune it first.
+        calibration_data: For the starts `activation_aware` and `fisher` and the allocations that need them: a data
+            loader or any iterable of batches, of which the model gets what its forward accepts; texts, images or a
+            Dataset with `processing_class`; or a `Calibration`, which remembers what was measured. Some hundred samples
+            of the training data are enough. `fisher` differentiates the model's predictions: fine-tune it first.
+        processing_class: A tokenizer, image processor or processor for calibration data that are no batches yet.
 
     Returns:
         The same object.
@@ -74,15 +78,13 @@ def get_robust_lowrank_model(
     """
     targets = resolve_targets(model, config)
     matrices = {name: _usable_matrix(model, name) for name in targets.names}
-    calibration = Calibration(model, config, calibration_data)
-    ranks, left_dense = requested_ranks(matrices, targets.heads, config, calibration)
+    statistics = Statistics(model, matrices, config, _calibration(config, calibration_data, processing_class))
+    ranks, left_dense = requested_ranks(matrices, targets.heads, config, statistics.energies)
     layers: dict[nn.Module, nn.Module] = {}
     report = ConversionReport(skipped=targets.skipped | left_dense)
-    for name, second_moments in calibration.second_moments(ranks):
-        dense = model.get_submodule(name)
-        with _naming(name):
-            layers[dense] = layer = _factored(dense, name, ranks[name], config, second_moments)
-            report.converted[name] = _measured(matrices[name], layer, config, second_moments.C)
+    for group in statistics.groups(ranks):
+        for name, (layer, result) in factored_group(model, group, ranks, config, statistics).items():
+            layers[model.get_submodule(name)], report.converted[name] = layer, result
     # Nothing has changed so far: an error above leaves the model as it was.
     replace_modules(model, layers)
     _set_trainable(model, config)
@@ -94,6 +96,34 @@ def get_robust_lowrank_model(
     attach_saving(model)
     logger.info("%s", report)
     return model
+
+
+def factored_group(
+    model: nn.Module, group: Collection[str], ranks: Mapping[str, int], config: CondLRConfig, statistics: Statistics
+) -> Converted:
+    """Measure a group of layers and factor them: {name: (the factored layer, its errors)}; the model stays as it is."""
+    found: Converted = {}
+    for name, measured in statistics.of(group):
+        with _naming(name):
+            found[name] = _factored(model.get_submodule(name), name, ranks[name], config, measured)
+    return found
+
+
+def _calibration(config: CondLRConfig, data: Any, processing_class: Any) -> Calibration | None:
+    needed, given = config.needs_calibration_data, data is not None
+    require(
+        needed == given,
+        "calibration_data is what 'activation_aware' and 'fisher' need, and nothing else",
+        received=f"init_weights={config.init_weights!r}, rank_allocation={config.rank_allocation!r}, "
+        f"{'with' if given else 'no'} calibration_data",
+        remedy="Pass calibration_data=data_loader too." if needed else "Drop it, or choose one of them.",
+        error=ConfigError,
+    )
+    processes = given and not isinstance(data, Calibration)
+    rule, remedy = "processing_class makes batches of calibration_data", "Pass it to Calibration, or drop it."
+    received = "none, or a Calibration"
+    require(processing_class is None or processes, rule, received=received, remedy=remedy, error=ConfigError)
+    return Calibration(data, processing_class=processing_class, remember=False) if processes else data
 
 
 def _usable_matrix(model: nn.Module, name: str) -> Tensor:  # (m, n)
@@ -111,33 +141,29 @@ def _usable_matrix(model: nn.Module, name: str) -> Tensor:  # (m, n)
     raise ConversionError(rule, received=received, remedy=remedy)
 
 
-def _factored(dense: nn.Module, name: str, r: int, config: CondLRConfig, second_moments: SecondMoments) -> LowRankLayer:
+def _factored(
+    dense: nn.Module, name: str, r: int, config: CondLRConfig, measured: Measured
+) -> tuple[LowRankLayer, LayerConversion]:
     tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
-    start = config.init_weights
-    C = second_moments.C if start in ("activation_aware", "fisher") else None  # the ranks may have needed it
-    F = second_moments.F if start == "fisher" else None
+    start, C = config.init_weights, measured.C
+    is_aware = start in ("activation_aware", "fisher")  # C may be there for the ranks only
+    F = measured.F if start == "fisher" else None
 
     def factorize(W: Tensor, r: int) -> Factors:
-        if C is None:
-            factors = FACTORIZATIONS[start](W, r)
-        else:
-            factors = activation_aware(W, r, C) if F is None else fisher(W, r, C, F)
+        factors = measured.spectrum(W, F).factors(W, r, F) if is_aware else FACTORIZATIONS[start](W, r)
         if config.conditioned_start:
-            factors = nearest_conditioned(W, factors, tau, center=config.center, C=C, F=F)
+            C_of_start = C if is_aware else None
+            factors = nearest_conditioned(W, factors, tau, center=config.center, C=C_of_start, F=F)
         return factors
 
     layer_class = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
-    return layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
-
-
-def _measured(W: Tensor, layer: LowRankLayer, config: CondLRConfig, C: Tensor | None) -> LayerConversion:
-    factors = layer.U, layer.S, layer.V
-    is_randomized = config.init_weights == "randomized_svd"
-    return LayerConversion(
+    layer = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
+    W, factors = weight_matrix(dense), (layer.U, layer.S, layer.V)
+    return layer, LayerConversion(
         r=layer.r,
         shape=(W.shape[0], W.shape[1]),
         truncation_error=truncation_error(W, *factors),
-        optimal_truncation_error=optimal_truncation_error(W, layer.r) if is_randomized else None,
+        optimal_truncation_error=optimal_truncation_error(W, layer.r) if start == "randomized_svd" else None,
         whitened_truncation_error=None if C is None else truncation_error(W, *factors, C),
     )
 

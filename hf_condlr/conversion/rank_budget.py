@@ -1,6 +1,7 @@
 """Ranks from a budget: `compression_ratio` spread uniformly, or where truncation costs least.
 
-A layer (m, n) of rank r has r(m + n) + r² weights in training. It stays dense where that is not less than mn.
+A layer (m, n) of rank r has r(m + n) + r² weights in the training form, and r(m + n) folded. It stays dense where that
+is not less than mn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from hf_condlr.config import CompressionForm
 from hf_condlr.errors import ConfigError, require
 from hf_condlr.layers.record import factored_size
 
@@ -18,8 +20,13 @@ Shapes = dict[str, tuple[int, int]]
 Ranks = dict[str, int | None]  # None: the layer stays dense
 
 
-def break_even_rank(m: int, n: int) -> int:
-    """The largest r with r(m + n) + r² < mn; 0 where even rank 1 does not pay. About 0.41 n for a square layer."""
+def break_even_rank(m: int, n: int, form: CompressionForm = "training") -> int:
+    """The largest r whose factors are smaller than mn; 0 where even rank 1 does not pay.
+
+    About 0.41 n for a square layer in the training form, below 0.5 n folded.
+    """
+    if form == "folded":
+        return (m * n - 1) // (m + n)
     return (math.isqrt((m + n) ** 2 + 4 * m * n - 1) - (m + n)) // 2  # (2r + m + n)² < (m + n)² + 4mn
 
 
@@ -28,7 +35,9 @@ def round_down(r: int, multiple: int) -> int:
     return r if r < multiple else r - r % multiple
 
 
-def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1) -> Ranks:
+def allocate_uniform(
+    shapes: Shapes, compression_ratio: float, multiple: int = 1, *, form: CompressionForm = "training"
+) -> Ranks:
     """The largest common rank ratio within the budget; single ranks are added while more than 1 % of it is unused.
 
     With `multiple`, ranks not smaller than it are its multiples, and grow by `multiple`.
@@ -36,20 +45,20 @@ def allocate_uniform(shapes: Shapes, compression_ratio: float, multiple: int = 1
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
     """
-    budget = _budget(shapes, compression_ratio)
+    budget = _budget(shapes, compression_ratio, form)
 
     def ranks_at(ratio: float) -> Ranks:
         chosen = {name: round_down(max(1, round(ratio * min(shape))), multiple) for name, shape in shapes.items()}
-        return {name: r if r <= break_even_rank(*shapes[name]) else None for name, r in chosen.items()}
+        return {name: r if r <= break_even_rank(*shapes[name], form) else None for name, r in chosen.items()}
 
     low, high = 0.0, 1.0
     for _ in range(40):  # the size steps at ratios that are multiples of 1/(2 min(m, n))
         middle = (low + high) / 2
-        low, high = (middle, high) if _size(shapes, ranks_at(middle)) <= budget else (low, middle)
+        low, high = (middle, high) if _size(shapes, ranks_at(middle), form) <= budget else (low, middle)
     ranks = ranks_at(low)
-    if _size(shapes, ranks) < 0.99 * budget:
+    if _size(shapes, ranks, form) < 0.99 * budget:
         gains = {name: [1 / min(shape)] * min(shape) for name, shape in shapes.items()}
-        _spend(shapes, ranks, budget, gains, multiple)
+        _spend(shapes, ranks, budget, gains, multiple, form)
     return ranks
 
 
@@ -59,6 +68,7 @@ def allocate_by_energy(
     compression_ratio: float,
     multiple: int = 1,
     *,
+    form: CompressionForm = "training",
     leave_dense: bool = True,
 ) -> Ranks:
     """Ranks that minimise Σ_layers Σ_{i>r} σ_i², the summed squared truncation error, within the budget.
@@ -71,13 +81,14 @@ def allocate_by_energy(
         energies: σ_i² of each layer in descending order, in the metric that the error is measured in.
         compression_ratio: Share of Σ mn to remove.
         multiple: Ranks not smaller than this are multiples of it.
+        form: Whether sizes are those of training or folded ones.
         leave_dense: Whether a layer may stay dense, at its full size and without a bound on κ, even where a rank pays.
 
     Raises:
         ConfigError: Rank 1 everywhere exceeds the budget.
     """
-    budget = _budget(shapes, compression_ratio)
-    options = {name: _options(shape, energies[name], multiple, leave_dense) for name, shape in shapes.items()}
+    budget = _budget(shapes, compression_ratio, form)
+    options = {name: _options(shape, energies[name], multiple, form, leave_dense) for name, shape in shapes.items()}
 
     def ranks_at(multiplier: float) -> Ranks:
         return {
@@ -85,43 +96,45 @@ def allocate_by_energy(
         }
 
     low, high = 0.0, max(float(energy.sum()) for energy in energies.values()) or 1.0  # high: rank 1 is best everywhere
-    if _size(shapes, ranks_at(low)) <= budget:
+    if _size(shapes, ranks_at(low), form) <= budget:
         return ranks_at(low)
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (low, middle) if _size(shapes, ranks_at(middle)) <= budget else (middle, high)
+        low, high = (low, middle) if _size(shapes, ranks_at(middle), form) <= budget else (middle, high)
     ranks = ranks_at(high)
-    _spend(shapes, ranks, budget, {name: energy.tolist() for name, energy in energies.items()}, multiple)
+    _spend(shapes, ranks, budget, {name: energy.tolist() for name, energy in energies.items()}, multiple, form)
     return ranks
 
 
 def _options(
-    shape: tuple[int, int], energy: Tensor, multiple: int, leave_dense: bool
+    shape: tuple[int, int], energy: Tensor, multiple: int, form: CompressionForm, leave_dense: bool
 ) -> tuple[list[int | None], Tensor, Tensor]:
     """Choices for a layer: the ranks, their sizes and the tails of the spectrum they leave, dense last."""
     m, n = shape
-    ranks: list[int | None] = [r for r in range(1, break_even_rank(m, n) + 1) if r == round_down(r, multiple)]
+    ranks: list[int | None] = [r for r in range(1, break_even_rank(m, n, form) + 1) if r == round_down(r, multiple)]
     if leave_dense or not ranks:
         ranks.append(None)
-    sizes = [m * n if r is None else factored_size(m, n, r) for r in ranks]
+    sizes = [m * n if r is None else factored_size(m, n, r, form) for r in ranks]
     remaining = energy.double().flip(0).cumsum(0).flip(0)  # Σ_{i≥k} σ_i², k from 0; 0 after the last one, and if dense
     tails = torch.cat((remaining, remaining.new_zeros(1)))[[-1 if r is None else r for r in ranks]]
     return ranks, torch.tensor(sizes, dtype=torch.float64), tails
 
 
-def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int) -> None:
+def _spend(
+    shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[float]], multiple: int, form: CompressionForm
+) -> None:
     """Add ranks in place, the largest gain per weight first, until none fits. gains[name][r] is that of r → r + 1.
 
     Ranks grow by 1 up to `multiple`, then by `multiple`.
     """
-    left = budget - _size(shapes, ranks)
+    left = budget - _size(shapes, ranks, form)
     while True:
         candidates: list[tuple[float, int, str, int]] = []  # gain per weight, weights, layer, rank
         for name, r in ranks.items():
             larger = 0 if r is None else r + (1 if r < multiple else multiple)
-            if r is None or larger > break_even_rank(*shapes[name]):
+            if r is None or larger > break_even_rank(*shapes[name], form):
                 continue
-            cost = factored_size(*shapes[name], larger) - factored_size(*shapes[name], r)
+            cost = factored_size(*shapes[name], larger, form) - factored_size(*shapes[name], r, form)
             if cost <= left:
                 candidates.append((sum(gains[name][r:larger]) / cost, cost, name, larger))
         if not candidates:
@@ -130,15 +143,15 @@ def _spend(shapes: Shapes, ranks: Ranks, budget: int, gains: dict[str, list[floa
         left -= cost
 
 
-def _budget(shapes: Shapes, compression_ratio: float) -> int:
+def _budget(shapes: Shapes, compression_ratio: float, form: CompressionForm) -> int:
     total = sum(m * n for m, n in shapes.values())
     budget = math.floor((1 - compression_ratio) * total)
-    least = sum(min(m * n, m + n + 1) for m, n in shapes.values())
+    least = sum(min(m * n, factored_size(m, n, 1, form)) for m, n in shapes.values())
     rule = f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}"
     remedy = "Lower it, or leave small layers out with exclude_modules."
     require(least <= budget, rule, received=compression_ratio, remedy=remedy, error=ConfigError)
     return budget
 
 
-def _size(shapes: Shapes, ranks: Ranks) -> int:
-    return sum(m * n if (r := ranks[name]) is None else factored_size(m, n, r) for name, (m, n) in shapes.items())
+def _size(shapes: Shapes, ranks: Ranks, form: CompressionForm) -> int:
+    return sum(m * n if (r := ranks[name]) is None else factored_size(m, n, r, form) for name, (m, n) in shapes.items())

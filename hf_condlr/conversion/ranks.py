@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_condlr.config import CondLRConfig
-from hf_condlr.conversion.factorizations import fisher_root, spectral_energy, whiten
 from hf_condlr.conversion.rank_budget import Ranks, allocate_by_energy, allocate_uniform, break_even_rank, round_down
-from hf_condlr.conversion.second_moments import Calibration, SecondMoments
 from hf_condlr.errors import ConfigError, listed, require
 
 logger = logging.getLogger(__name__)
 
+Energies = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
+"""Names of layers -> pairs of a name and the layer's σ_i², descending, in the metric that errors are measured in."""
+
 
 def requested_ranks(
-    matrices: dict[str, Tensor], heads: set[str], config: CondLRConfig, calibration: Calibration
+    matrices: dict[str, Tensor], heads: set[str], config: CondLRConfig, energies: Energies
 ) -> tuple[dict[str, int], dict[str, str]]:
     """The rank of every layer to convert, and the layers that stay dense under a budget, with the reason.
 
@@ -27,14 +29,17 @@ def requested_ranks(
     """
     found = {name: _explicit_rank(name, min(W.shape), config, name in heads) for name, W in matrices.items()}
     explicit = {name: r for name, r in found.items() if r is not None}
-    if larger := [name for name, r in explicit.items() if r > break_even_rank(*matrices[name].shape)]:
+    form = config.compression_form
+    least_useless = {name: break_even_rank(W.shape[0], W.shape[1], form) + 1 for name, W in matrices.items()}
+    if larger := [name for name, r in explicit.items() if r >= least_useless[name]]:
         logger.warning(
             "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
-            "weights, which for a square layer are those below rank_ratio=0.41",
+            "weights, which for a square layer are those below rank_ratio=%s",
             listed(larger),
+            "0.41" if form == "training" else "0.5",
         )
     budgeted = {name: W for name, W in matrices.items() if name not in explicit}
-    ranks: Ranks = {**explicit, **(_allocate(budgeted, config, calibration) if budgeted else {})}
+    ranks: Ranks = {**explicit, **(_allocate(budgeted, config, energies) if budgeted else {})}
     left_dense = {name: "its factors would not be smaller" for name, r in ranks.items() if r is None}
     return {name: r for name in matrices if (r := ranks[name]) is not None}, left_dense
 
@@ -56,22 +61,13 @@ def _explicit_rank(name: str, full: int, config: CondLRConfig, is_head: bool) ->
     return full if r == full else round_down(r, config.rank_multiple)
 
 
-def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, calibration: Calibration) -> Ranks:
+def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, energies: Energies) -> Ranks:
     assert config.compression_ratio is not None
     shapes = {name: (W.shape[0], W.shape[1]) for name, W in matrices.items()}
+    ratio, multiple, form = config.compression_ratio, config.rank_multiple, config.compression_form
     if config.rank_allocation == "uniform":
-        return allocate_uniform(shapes, config.compression_ratio, config.rank_multiple)
-    energies = {
-        name: spectral_energy(_in_metric(matrices[name], second_moments))
-        for name, second_moments in calibration.second_moments(matrices)
-    }
+        return allocate_uniform(shapes, ratio, multiple, form=form)
     # A dense layer has no bound on κ; and where the error is a loss, no layer needs to stay dense.
     leave_dense = config.rank_allocation == "energy"
-    return allocate_by_energy(shapes, energies, config.compression_ratio, config.rank_multiple, leave_dense=leave_dense)
-
-
-def _in_metric(W: Tensor, second_moments: SecondMoments) -> Tensor:  # (m, n) -> (m, n)
-    """F̃^{1/2} W C^{1/2}, without the factor that was not measured."""
-    C, F = second_moments
-    W = W if C is None else whiten(W, C)
-    return W if F is None else fisher_root(F) @ W
+    found = dict(energies(matrices))
+    return allocate_by_energy(shapes, found, ratio, multiple, form=form, leave_dense=leave_dense)

@@ -32,6 +32,7 @@ class LayerRecord:
     orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F; of V alone where U S is one matrix
     singular_values: list[float]  # the r of W, descending
     parameters: int  # r(m + n) + r², or r(m + n) of a folded layer, and the bias
+    folded_parameters: int  # r(m + n), and the bias: once folded for inference
     dense_parameters: int  # mn, and the bias
 
 
@@ -41,6 +42,7 @@ class ConditionReport:
 
     layers: list[LayerRecord]
     parameters: int  # of the full model
+    folded_parameters: int  # the same once folded for inference
     dense_parameters: int  # the same if its factored layers were dense
 
     @property
@@ -63,6 +65,11 @@ class ConditionReport:
         """Share of the full model's parameters that factoring removed."""
         return 1 - self.parameters / self.dense_parameters
 
+    @property
+    def folded_compression(self) -> float:
+        """Share of the full model's parameters that is removed once the model is folded."""
+        return 1 - self.folded_parameters / self.dense_parameters
+
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite or undefined number is None."""
         names = ("max_condition_number", "mean_condition_number", "max_orthonormality_error")
@@ -82,7 +89,8 @@ class ConditionReport:
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {self.compression:.1%} removed"
+            f"parameters, {self.compression:.1%} removed; folded for inference: {self.folded_parameters:,}, "
+            f"{self.folded_compression:.1%} removed"
         )
         return "\n".join([header, rule, *rows, rule, totals])
 
@@ -145,7 +153,8 @@ def condition_report(model: nn.Module) -> ConditionReport:
     require(records, "the model must have factored layers", received="none", remedy=remedy)
     parameters = sum(p.numel() for p in model.parameters())
     dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
-    return ConditionReport(records, parameters, dense)
+    folded = parameters - sum(record.parameters - record.folded_parameters for record in records)
+    return ConditionReport(records, parameters, folded, dense)
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
@@ -164,6 +173,7 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=factored_size(m, n, layer.r) + bias,
+        folded_parameters=factored_size(m, n, layer.r, "folded") + bias,
         dense_parameters=m * n + bias,
     )
 
@@ -185,6 +195,7 @@ def _folded_record(name: str, layer: FoldedLayer) -> LayerRecord:
         orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
         parameters=r * (m + n) + bias,
+        folded_parameters=r * (m + n) + bias,
         dense_parameters=m * n + bias,
     )
 

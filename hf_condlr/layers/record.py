@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hf_condlr.config import CondLRConfig
+from hf_condlr.config import CompressionForm, CondLRConfig
 
 
-def factored_size(m: int, n: int, r: int) -> int:
-    """Number of weights in the three factors, r(m + n) + r²."""
-    return r * (m + n) + r * r
+def factored_size(m: int, n: int, r: int, form: CompressionForm = "training") -> int:
+    """Number of weights in the factors: r(m + n) + r² of U, S, V in training, r(m + n) of U S and V once folded."""
+    return r * (m + n) + (r * r if form == "training" else 0)
 
 
 @dataclass
@@ -27,8 +27,13 @@ class LayerConversion:
 
     @property
     def parameters(self) -> int:
-        """r(m + n) + r², without the bias."""
+        """r(m + n) + r², without the bias: while the layer trains."""
         return factored_size(*self.shape, self.r)
+
+    @property
+    def folded_parameters(self) -> int:
+        """r(m + n), without the bias: once the layer is folded for inference."""
+        return factored_size(*self.shape, self.r, "folded")
 
 
 @dataclass
@@ -41,7 +46,9 @@ class ConversionReport:
     def __str__(self) -> str:
         dense = sum(math.prod(layer.shape) for layer in self.converted.values())
         factored = sum(layer.parameters for layer in self.converted.values())
-        lines = [f"{len(self.converted)} layers converted, {dense:,} weights became {factored:,}"]
+        folded = sum(layer.folded_parameters for layer in self.converted.values())
+        sizes = f"{dense:,} weights became {factored:,}, {folded:,} once folded"
+        lines = [f"{len(self.converted)} layers converted, {sizes}"]
         return "\n".join(lines + [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()])
 
 

@@ -24,7 +24,14 @@ from hf_condlr.linalg.stiefel import (
     retract_polar,
     retract_qr,
 )
-from hf_condlr.linalg.svd import condition_number, robust_svd, singular_value_range, singular_values, truncated_svd
+from hf_condlr.linalg.svd import (
+    condition_number,
+    robust_eigh,
+    robust_svd,
+    singular_value_range,
+    singular_values,
+    truncated_svd,
+)
 
 __all__ = [
     "CENTERS",
@@ -49,6 +56,7 @@ __all__ = [
     "retract_cholesky",
     "retract_polar",
     "retract_qr",
+    "robust_eigh",
     "robust_svd",
     "singular_value_range",
     "singular_values",

@@ -101,6 +101,25 @@ def robust_svd(X: Tensor) -> SVD:  # (*, m, n)
     return P.to(X.dtype), sigma.to(X.dtype), Qh.to(X.dtype)
 
 
+def robust_eigh(G: Tensor, *, vectors: bool = True) -> tuple[Tensor, Tensor | None]:  # (n, n) -> (n,), (n, n)
+    """Eigenvalues, ascending, and eigenvectors if wanted of a positive semidefinite G, symmetric up to rounding.
+
+    From the SVD where LAPACK's eigh fails.
+
+    Raises:
+        ConvergenceError: G is not finite, or the SVD failed, too.
+    """
+    G = (G + G.mT) / 2
+    try:
+        values, Q = torch.linalg.eigh(G) if vectors else (torch.linalg.eigvalsh(G), None)
+    except LinAlgError:
+        values, Q = G.new_full(G.shape[:1], torch.nan), None
+    if not _finite(values.unsqueeze(-1)) or (Q is not None and not _finite(Q)):
+        Q, values, _ = robust_svd(G)
+        values, Q = values.flip(0), Q.flip(1)
+    return values, Q if vectors else None
+
+
 def _svd_of_one(X: Tensor, attempts: int = 8) -> SVD:  # (m, n) float64
     if X.shape[0] < X.shape[1]:
         P, sigma, Qh = _svd_of_one(X.mT, attempts)

@@ -28,7 +28,7 @@ class RobustAccuracy(evaluate.Metric):
         config_name: None for predictions under attack and references; `with_clean` for the clean predictions as well.
         options: Options of `evaluate.Metric`.
 
-    Example:
+    Examples:
         >>> RobustAccuracy().compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
         {'robust_accuracy': 0.75}
         >>> attacked, clean, labels = [0, 1, 1, 0], [0, 1, 0, 2], [0, 1, 0, 0]
@@ -62,7 +62,7 @@ class AttackSuccessRate(evaluate.Metric):
     It is 1 − `RobustAccuracy("with_clean")`/clean accuracy; nan where no sample is classified correctly without the
     attack.
 
-    Example:
+    Examples:
         >>> attacked, clean, labels = [0, 1, 1, 0], [0, 1, 0, 2], [0, 1, 0, 0]
         >>> AttackSuccessRate().compute(predictions=attacked, references=labels, clean_predictions=clean)
         {'attack_success_rate': 0.3333333333333333}

@@ -35,7 +35,7 @@ class ScriptParser(HfArgumentParser):
         dataclass_types: A dataclass, or several; each becomes a group of options under the first line of its docstring.
         description: Text for `--help`.
 
-    Example:
+    Examples:
         >>> parser = ScriptParser((ModelArguments, DatasetArguments, CondLRTrainingArguments))
         >>> model_args, data_args, training_args = parser.parse(["run.yaml", "--learning_rate", "1e-3"])
     """

@@ -41,7 +41,7 @@ def checkpoint_to_resume(args: TrainingArguments, *settings: Any) -> str | None:
     Raises:
         CheckpointError: The checkpoints in `output_dir` are of a training with other settings; or there is none.
 
-    Example:
+    Examples:
         >>> trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args, model_args, data_args))
     """
     folder, asked = Path(str(args.output_dir)), str(args.resume_from_checkpoint or "auto")

@@ -45,6 +45,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None = None) -> None:
     if factored_layers(model):
         report = condition_report(model)
         sizes = f"{report.parameters:,} of {report.dense_parameters:,} parameters"
+        sizes += f", {report.folded_parameters:,} once folded"
         trainer.accelerator.print(f"{len(report.layers)} layers are factored: {sizes}")
     # Read now: training may delete the checkpoint that it resumes from (save_total_limit).
     done = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"] if checkpoint else 0

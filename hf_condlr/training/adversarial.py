@@ -66,7 +66,7 @@ class AdversarialTraining:
             perturbed.
         seed: Seed of the random starts, and of the choice of samples.
 
-    Example:
+    Examples:
         >>> arguments = AdversarialArguments(adversarial_attack="pgd", adversarial_epsilon="8/255")
         >>> adversary = AdversarialTraining(arguments, processor=processor)
         >>> for step, inputs in enumerate(loader):

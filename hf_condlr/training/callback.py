@@ -61,7 +61,7 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
     Attributes:
         handle: The `ManifoldStep` of the present or the last training; None before the first one.
 
-    Example:
+    Examples:
         >>> trainer = SFTTrainer(model=model, args=SFTConfig("out"), train_dataset=data, callbacks=[CondLRCallback()])
     """
 

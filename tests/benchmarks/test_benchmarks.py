@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging as verbosity
 
 from benchmarks import (
+    conversion,
     inference,
     loading,
     long_run,
@@ -132,6 +133,23 @@ def test_manifold_step(run, monkeypatch):
     assert [row[0] for row in rows] == list(results["vit-b, rank ratio 0.2"]["seconds"])
     assert len(rows) == 8 and rows[0][3] == "1.00 ×"
     assert 1 < results["vit-b, rank ratio 0.2"]["copies_of_factors"] < 5
+
+
+def test_conversion(run):
+    options = ["--models", "tiny", "--samples", "4", "--batch_size", "2", "--tokens", "8", "--starts", "svd", "fisher"]
+    rows, results = run(conversion, *options)
+    assert [row[0] for row in rows] == ["tiny, svd", "tiny, fisher"]
+    assert [results[row[0]]["passes"] for row in rows] == [0, 1]
+    assert 0 < results["tiny, fisher"]["in_passes"] < results["tiny, fisher"]["seconds"]
+
+
+def test_conversion_counts_operations_of_llamas(run):
+    rows, results = run(conversion, "--llamas", "7B", "--samples", "256", "--tokens", "2048")
+    assert [row[0] for row in rows] == ["7B, activation_aware", "7B, fisher"]
+    found = results["formula"]["7B, fisher"]
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert found["weights"] == weights == pytest.approx(6.5e9, rel=0.01)
+    assert 4 * weights * 256 * 2048 < found["float32"] < 10 * weights * 256 * 2048
 
 
 def test_projection_interval(run):

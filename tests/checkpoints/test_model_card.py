@@ -1,5 +1,6 @@
 """`write_model_card`: what it states against the report, and what it leaves alone."""
 
+import copy
 import os
 import re
 import sys
@@ -11,7 +12,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
 
-from hf_condlr import CondLRConfig, LowRankLinear, attach_manifold_step, condition_report, get_robust_lowrank_model
+from hf_condlr import (
+    CondLRConfig,
+    LowRankLinear,
+    attach_manifold_step,
+    condition_report,
+    fold_model,
+    get_robust_lowrank_model,
+)
 from hf_condlr.checkpoints.card import BEGIN, END, write_model_card
 from hf_condlr.checkpoints.card_header import SOURCE
 from hf_condlr.errors import CondLRError
@@ -87,6 +95,8 @@ def test_sizes_and_layers_are_those_of_the_report(tmp_path):
     report, text = condition_report(model), ModelCard.load(write(tmp_path, model)).text
     count, full = (sum(p.numel() for p in m.parameters()) for m in (model, dense))
     assert f"| parameters | {count:,} | {full:,} | {1 - count / full:.1%} |" in text
+    folded = sum(p.numel() for p in fold_model(copy.deepcopy(model)).parameters())
+    assert f"| parameters, folded for inference | {folded:,} | {full:,} | {1 - folded / full:.1%} |" in text
     for row, layer in zip(table(text, "layer"), report.layers, strict=True):
         shape = f"{layer.shape[0]} × {layer.shape[1]}"
         share = f"{layer.parameters / layer.dense_parameters:.1%}"

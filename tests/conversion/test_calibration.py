@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.second_moments import input_covariances, output_fisher
+from hf_condlr.conversion.measuring import input_covariances, output_fisher
 from hf_condlr.errors import ConversionError
 from tests.conversion.test_architectures import build
 from tests.models import bert

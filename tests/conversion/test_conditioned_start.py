@@ -7,10 +7,11 @@ import torch
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
 from hf_condlr.conversion.conditioned_start import nearest_conditioned
-from hf_condlr.conversion.factorizations import activation_aware, fisher, fisher_root, whiten
+from hf_condlr.conversion.spectra import activation_aware, fisher
 from hf_condlr.errors import ConfigError
 from hf_condlr.linalg import clamp_singular_values, condition_number, truncated_svd
 from tests.conversion.calibration_data import batches, make_bert
+from tests.conversion.reference import fisher_root, whiten
 
 SIZE = 24
 

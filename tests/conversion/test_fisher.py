@@ -8,10 +8,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion.factorizations import activation_aware, fisher, fisher_root, whiten
-from hf_condlr.conversion.second_moments import output_fisher
+from hf_condlr.conversion.measuring import output_fisher
+from hf_condlr.conversion.spectra import activation_aware, fisher
 from hf_condlr.errors import ConfigError, ConversionError
 from tests.conversion.calibration_data import batches, make_bert
+from tests.conversion.reference import fisher_root, whiten
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

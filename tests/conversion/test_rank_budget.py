@@ -12,8 +12,8 @@ from hf_condlr.errors import ConfigError
 BERT = {f"a{i}": (768, 768) for i in range(8)} | {f"b{i}": (3072, 768) for i in range(4)}
 
 
-def size(shapes, ranks):
-    return sum(m * n if ranks[k] is None else factored_size(m, n, ranks[k]) for k, (m, n) in shapes.items())
+def size(shapes, ranks, form="training"):
+    return sum(m * n if ranks[k] is None else factored_size(m, n, ranks[k], form) for k, (m, n) in shapes.items())
 
 
 def error(energies, ranks):
@@ -24,29 +24,43 @@ def dense_size(shapes):
     return sum(m * n for m, n in shapes.values())
 
 
+@pytest.mark.parametrize("form", ["training", "folded"])
 @pytest.mark.parametrize("shape", [(8, 8), (100, 3), (3, 100), (1, 5), (768, 3072), (32, 32), (2, 2)])
-def test_break_even_rank(shape):
+def test_break_even_rank(shape, form):
     m, n = shape
-    pays = [r for r in range(1, min(m, n) + 1) if factored_size(m, n, r) < m * n]
-    assert break_even_rank(m, n) == max(pays, default=0)
+    pays = [r for r in range(1, min(m, n) + 1) if r * (m + n) + (r * r if form == "training" else 0) < m * n]
+    assert break_even_rank(m, n, form) == max(pays, default=0)
 
 
+def test_a_square_layer_that_pays_folded_only():
+    """At 20 % removed a square layer has r = 0.35 n in the training form and 0.4 n folded, below n/2."""
+    shapes = {"square": (1000, 1000)}
+    assert allocate_uniform(shapes, 0.2) == {"square": pytest.approx(1000 * (0.8 + 1) ** 0.5 - 1000, abs=1)}
+    assert allocate_uniform(shapes, 0.2, form="folded") == {"square": 400}
+    assert (break_even_rank(1000, 1000), break_even_rank(1000, 1000, "folded")) == (414, 499)
+
+
+@pytest.mark.parametrize("form", ["training", "folded"])
 @pytest.mark.parametrize("ratio", [0.01, 0.2, 0.5, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("allocation", ["uniform", "energy"])
-def test_budget_is_met_and_never_exceeded(allocation, ratio):
+def test_budget_is_met_and_never_exceeded(allocation, ratio, form):
     generator = torch.Generator().manual_seed(0)
     shapes = BERT | {"small": (40, 30), "thin": (200, 3)}
     energies = {k: (torch.rand(min(s), generator=generator) ** 8).sort().values.flip(0) for k, s in shapes.items()}
     uniform = allocation == "uniform"
-    ranks = allocate_uniform(shapes, ratio) if uniform else allocate_by_energy(shapes, energies, ratio)
+    ranks = (
+        allocate_uniform(shapes, ratio, form=form)
+        if uniform
+        else allocate_by_energy(shapes, energies, ratio, form=form)
+    )
     budget = (1 - ratio) * dense_size(shapes)
     one_more = [
-        factored_size(*shapes[k], r + 1) - factored_size(*shapes[k], r)
+        factored_size(*shapes[k], r + 1, form) - factored_size(*shapes[k], r, form)
         for k, r in ranks.items()
-        if r is not None and r < break_even_rank(*shapes[k])
+        if r is not None and r < break_even_rank(*shapes[k], form)
     ]
-    assert size(shapes, ranks) <= budget
-    assert size(shapes, ranks) >= min(0.99 * budget, budget - min(one_more, default=budget))
+    assert size(shapes, ranks, form) <= budget
+    assert size(shapes, ranks, form) >= min(0.99 * budget, budget - min(one_more, default=budget))
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.6, 0.9])

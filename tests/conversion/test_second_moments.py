@@ -1,50 +1,183 @@
-"""Second moments for many layers: in turns where memory is short, and only where the config needs them."""
+"""Second moments for many layers: in turns where memory is short, once where they are shared or remembered."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.conversion import second_moments
-from hf_condlr.conversion.second_moments import Calibration
-from hf_condlr.errors import ConfigError
+from hf_condlr import Calibration, CondLRConfig, get_robust_lowrank_model
+from hf_condlr.conversion import second_moments, spectra
+from hf_condlr.conversion.grams import Gram, gram_bytes
+from hf_condlr.conversion.measuring import measure
+from hf_condlr.errors import ConfigError, ConversionError
 from tests.conversion.calibration_data import batches, make_bert
+from tests.models import gpt2, llama
+
+ATTENTION = "bert.encoder.layer.0.attention"
 
 
-def linear_layers(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layer" in name]
+def count(monkeypatch, module, name):
+    """The calls of a function, by their first two arguments."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(a[:2]) or function(*a, **k))
+    return calls
+
+
+def converted(model, data, **config):
+    config = CondLRConfig(**({"compression_ratio": 0.4, "rank_multiple": 2} | config))
+    model = get_robust_lowrank_model(copy.deepcopy(model), config, calibration_data=data)
+    return model, {name: layer.matrix() for name, layer in model.named_modules() if hasattr(layer, "matrix")}
 
 
 @pytest.mark.parametrize("start", ["activation_aware", "fisher"])
 def test_layers_take_turns_when_memory_is_short(start, monkeypatch):
-    """C is 16² or 32² floats a layer, F as many, so that memory holds a few layers at a time."""
-    model, config = make_bert(), CondLRConfig(r=2, init_weights=start)
-    names, turns = linear_layers(model), []
-    measure = second_moments.input_covariances
-    monkeypatch.setattr(second_moments, "input_covariances", lambda m, n, d: turns.append(n) or measure(m, n, d))
-    data = batches()
-    at_once = dict(Calibration(model, config, data).second_moments(names))
-    assert turns == [names]
-    calibration = Calibration(model, config, (batch for batch in data), max_bytes=9000)
-    found = []
-    for name, of_layer in calibration.second_moments(names):
-        found.append(name)
-        held = [X for pair in calibration._kept.values() for X in pair if X is not None]
-        assert sum(X.numel() * 4 for X in held) <= 9000 or len(calibration._kept) == 1
-        for X, expected in zip(of_layer, at_once[name], strict=True):
-            assert (X is None) == (expected is None)
-            if X is not None:
-                torch.testing.assert_close(X, expected)
-    assert found == names and len(turns) > 3
+    """A layer has C of 16² or 32² floats and F of as many, and memory is for a few of them: the result is the same."""
+    model, data, passes = make_bert(), batches(), count(monkeypatch, second_moments, "measure")
+    options = {"init_weights": start, "rank_allocation": "fisher" if start == "fisher" else "energy"}
+    _, at_once = converted(model, data, **options)
+    assert len(passes) == 1
+    short = Calibration((batch for batch in data), max_bytes=9000, remember=False)
+    groups = short.groups(model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)], gradients=True)
+    assert max(map(len, groups)) > 1
+    for group in groups:
+        size = sum(second_moments._bytes(model, name, True) for name in group)
+        assert size <= 9000 or len(group) == 1
+    passes.clear()
+    _, in_turns = converted(model, short, **options)
+    assert len(passes) > 4  # for the ranks, and once more for the start
+    assert at_once.keys() == in_turns.keys()
+    for name, W in at_once.items():
+        torch.testing.assert_close(in_turns[name], W, rtol=1e-4, atol=1e-5)
+    assert len(short._kept) == 0
 
 
-def test_what_fits_into_memory_is_measured_once_for_ranks_and_start(monkeypatch):
-    calls = []
-    measure = second_moments.input_covariances
-    monkeypatch.setattr(second_moments, "input_covariances", lambda *args: calls.append(args[1]) or measure(*args))
-    config = CondLRConfig(compression_ratio=0.4, rank_allocation="energy", init_weights="activation_aware")
-    get_robust_lowrank_model(make_bert(), config, calibration_data=batches())
-    assert len(calls) == 1
+@pytest.mark.parametrize("start", ["activation_aware", "fisher"])
+def test_what_fits_into_memory_is_measured_and_decomposed_once(start, monkeypatch):
+    passes = count(monkeypatch, second_moments, "measure")
+    eigh = count(monkeypatch, spectra, "robust_eigh")
+    allocation = "fisher" if start == "fisher" else "energy"
+    _, weights = converted(make_bert(), batches(), init_weights=start, rank_allocation=allocation)
+    assert len(passes) == 1
+    assert len(weights) <= len(eigh) <= 13  # one for each of the two layers' six and the pooler
+
+
+def test_a_calibration_remembers_for_other_ratios_and_starts(monkeypatch):
+    passes = count(monkeypatch, second_moments, "measure")
+    model, calibration = make_bert(), Calibration(batches())
+    for ratio, start in ((0.2, "fisher"), (0.5, "fisher"), (0.5, "activation_aware"), (0.5, "svd")):
+        options = {"compression_ratio": ratio, "init_weights": start, "rank_allocation": "fisher"}
+        _, found = converted(model, calibration, **options)
+        seen = len(passes)
+        _, expected = converted(model, calibration.data, **options)
+        assert seen == 1 and found.keys() == expected.keys()
+        del passes[seen:]
+        for name, W in expected.items():
+            torch.testing.assert_close(found[name], W)
+
+
+def test_a_calibration_measures_what_it_has_not_yet(monkeypatch):
+    passes = count(monkeypatch, second_moments, "measure")
+    model, calibration = make_bert(), Calibration(batches())
+    aware = "activation_aware"
+    for targets, start in ((["query"], aware), (["query", "key"], aware), (["key"], "fisher")):
+        converted(model, calibration, target_modules=targets, init_weights=start, compression_ratio=0.3)
+    layers = [f"bert.encoder.layer.{i}.attention.self." for i in (0, 1)]
+    expected = [[f"{layer}{name}" for layer in layers] for name in ("query", "key", "key")]
+    assert [names for _, names in passes] == expected
+
+
+def test_a_calibration_of_another_model_is_refused():
+    calibration = Calibration(batches())
+    converted(make_bert(), calibration, init_weights="activation_aware")
+    with pytest.raises(ConversionError, match="remembers second moments of one dense model; received other weights in"):
+        converted(make_bert(), calibration, init_weights="activation_aware")
+
+
+# ------------------------------------------------------------------------------------------------------ shared inputs
+
+
+def shared(model, data, names):
+    """Sets of names with one Gram matrix."""
+    inputs, _ = measure(model, names, data)
+    groups = {}
+    for name, gram in inputs.items():
+        groups.setdefault(id(gram), set()).add(name)
+    return sorted(groups.values(), key=min)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_layers_that_read_the_same_tensor_share_a_matrix(gradients):
+    model, data = make_bert(), batches()
+    names = [f"{ATTENTION}.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")]
+    inputs, _ = measure(model, names, data, gradients=gradients)
+    assert inputs[names[0]] is inputs[names[1]] is inputs[names[2]] is not inputs[names[3]]
+    alone = measure(model, names[2:3], data)[0][names[2]]
+    assert torch.equal(inputs[names[2]].mean(), alone.mean())
+
+
+def test_gate_and_up_share_and_down_does_not():
+    model = llama()
+    names = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert shared(model, [{"input_ids": torch.arange(2, 14).reshape(2, 6)}], names) == [{names[2]}, set(names[:2])]
+
+
+class Switching(nn.Module):
+    """Two layers that read the same tensor, or from the second batch on different ones; or one more often."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), how, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.how == "freed":  # the second may lie where the first one lay
+            return self.a(x * 2) + self.b(x * 3)
+        y = self.a(x)
+        if self.how == "in place":
+            x.mul_(2)
+        elif self.how == "later" and self.calls > 2:
+            x = x * 2
+        elif self.how == "twice" and self.calls > 2:
+            self.a(x + 1)
+        return self.b(x) + y
+
+
+@pytest.mark.parametrize("how", ["same", "in place", "freed", "later", "twice"])
+def test_inputs_are_shared_only_where_every_batch_has_them_equal(how):
+    data = [torch.randn(6, 4) for _ in range(4)]
+    model = Switching(how)
+    groups = shared(model, [x.clone() for x in data], ["a", "b"])
+    assert groups == ([{"a", "b"}] if how == "same" else [{"a"}, {"b"}])
+    found = measure(Switching(how), ["a", "b"], [x.clone() for x in data])[0]
+    for name in "ab":  # each alone, where nothing can be shared
+        expected = measure(Switching(how), [name], [x.clone() for x in data])[0][name].mean()
+        if how in ("same", "in place", "freed"):
+            torch.testing.assert_close(found[name].mean(), expected)
+
+
+def test_the_head_is_not_computed_for_inputs_of_layers_before_it():
+    model, rows = gpt2(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    data = [{"input_ids": torch.arange(2, 14).reshape(2, 6)}]
+    measure(model, ["transformer.h.0.mlp.c_fc"], data)
+    measure(model, ["lm_head"], data)
+    measure(model, ["transformer.h.0.mlp.c_fc"], data, gradients=True)
+    assert rows == [1, 6, 6]
+
+
+@pytest.mark.parametrize("size", [5, 192, 400])
+def test_the_blocks_of_a_gram_matrix_are_the_product(size):
+    gram, X = Gram(size), torch.randn(50, size)
+    assert gram.obstacle() == "none"
+    for rows in X.split(20):
+        gram.add(rows)
+    gram.count = 50
+    torch.testing.assert_close(gram.mean(), X.mT @ X / 50, rtol=1e-5, atol=1e-5)
+    assert gram_bytes(size) == sum(block.nbytes for block in gram._blocks) <= 4 * (size**2 / 2 + 96 * size)
+
+
+# --------------------------------------------------------------------------------------------------------------- misuse
 
 
 def test_budgets_with_calibration_convert_fewer_parameters():

@@ -1,5 +1,6 @@
 """`condition_report` against NumPy's SVD of the dense weight, in float64."""
 
+import copy
 import json
 import math
 import sys
@@ -104,9 +105,13 @@ def test_sizes_are_those_of_the_model_factored_and_dense():
     assert report.dense_parameters == dense
     assert report.parameters == sum(p.numel() for p in model.parameters())
     assert report.compression == pytest.approx(1 - report.parameters / dense)
+    folded = fold_model(copy.deepcopy(model))
+    assert report.folded_parameters == sum(p.numel() for p in folded.parameters())
+    assert report.folded_compression == pytest.approx(1 - report.folded_parameters / dense)
     record = next(layer for layer in report.layers if layer.name.endswith("layer.1.intermediate.dense"))
     assert (record.shape, record.r) == ((24, 16), 3)
     assert record.parameters == 3 * (24 + 16) + 9 + 24
+    assert record.folded_parameters == 3 * (24 + 16) + 24
     assert record.dense_parameters == 24 * 16 + 24
 
 
@@ -198,6 +203,7 @@ def test_dictionary_is_strict_json_and_holds_the_numbers():
     values = strict_json(report.to_dict())
     assert values["parameters"] == report.parameters
     assert values["dense_parameters"] == report.dense_parameters
+    assert values["folded_parameters"] == report.folded_parameters
     assert values["max_condition_number"] == report.max_condition_number
     assert values["mean_condition_number"] == report.mean_condition_number
     assert values["max_orthonormality_error"] == report.max_orthonormality_error
@@ -211,6 +217,7 @@ def test_dictionary_is_strict_json_and_holds_the_numbers():
             "orthonormality_error": layer.orthonormality_error,
             "singular_values": layer.singular_values,
             "parameters": layer.parameters,
+            "folded_parameters": layer.folded_parameters,
             "dense_parameters": layer.dense_parameters,
         }
 

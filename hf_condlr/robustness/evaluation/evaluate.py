@@ -85,7 +85,7 @@ def evaluate_robustness(
         EvaluationError: The data do not fit, or hold labels that are not class numbers.
         AttackError: An attack does not fit the model or its inputs.
 
-    Example:
+    Examples:
         >>> report = evaluate_robustness(model, test, [PGD(4 / 255, steps=20)], processor=processor, max_samples=1000)
         >>> print(report)
     """
