@@ -27,7 +27,7 @@ def parameters_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _ordinary_tensors(value: Any) -> Iterator[Tensor]:
+def _ordinary_tensors(value: Any) -> Iterator[Any]:
     """The tensor itself, or those that a quantized one consists of."""
     if is_traceable_wrapper_subclass(value):
         for name in value.__tensor_flatten__()[0]:
