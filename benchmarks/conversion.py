@@ -149,8 +149,8 @@ def llama_layers(name: str, ratio: float) -> list[tuple[int, int, int]]:
     return [(m, n, int((((m + n) ** 2 + 4 * (1 - ratio) * m * n) ** 0.5 - m - n) / 2)) for m, n in shapes]
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Results of every model and start; or the formula."""
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    """Results of more and more models and starts; or the formula."""
     if options.llamas:
         tokens = options.samples * options.tokens
         found = {}
@@ -163,14 +163,16 @@ def measure(options: Options) -> dict[str, Any]:
                     "weights": weights,
                     "bytes": held if gradients else 4 * sum(n * n / 2 for _, n, _ in layers),
                 }
-        return {"formula": found}
-    spawn, results = multiprocessing.get_context("spawn"), {}
+        yield {"formula": found}
+        return
+    spawn = multiprocessing.get_context("spawn")
+    results: dict[str, Any] = {}
     for name in options.models:
         for start in options.starts:
             with GIVING_BACK, ProcessPoolExecutor(1, mp_context=spawn) as process:
                 found = process.submit(convert, name, start, options).result()
             results[f"{Path(name).name}, {start}"] = found
-    return results
+            yield results
 
 
 def table(results: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def layers(draw: Any) -> Layer:
     full = min(m, n * max(kernel, 1) ** 2)
     r = draw(st.sampled_from(sorted({max(1, full // 2), 1, full})))
     tau, core = draw(st.sampled_from(TAUS)), draw(st.sampled_from(["as it is", *CORES]))
-    return Layer(m, n, r, tau, kernel, kind == "conv1d", core)
+    return Layer(m, n, r, tau, kernel, kind == "conv1d", core, not kernel and draw(st.booleans()))
 
 
 def steps(most: int) -> st.SearchStrategy[Step]:

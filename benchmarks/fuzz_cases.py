@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.fuzz_optimizers import OPTIMIZERS
 from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
+from hf_condlr.adapters.layer import CondLRLinear
 from hf_condlr.errors import ConditioningError
 from hf_condlr.layers import factored_layers
 
@@ -30,7 +31,7 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer before its conversion; `kernel` makes it a convolution."""
+    """A layer before its conversion; `kernel` makes it a convolution, `adapter` gives it an update beside it."""
 
     m: int
     n: int
@@ -39,6 +40,7 @@ class Layer:
     kernel: int = 0
     conv1d: bool = False
     core: str = "as it is"
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,22 @@ def build(case: Case) -> nn.ModuleList:
     for x in case.layers:
         linear = Conv1D(x.m, x.n) if x.conv1d else nn.Linear(x.n, x.m)
         model.append(nn.Conv2d(x.n, x.m, x.kernel) if x.kernel else linear)
+    model.to(torch.float64 if case.double else torch.float32)
+    converted = [str(i) for i, layer in enumerate(case.layers) if not layer.adapter]
     config = CondLRConfig(
-        target_modules=[str(i) for i in range(len(model))],
+        target_modules=converted or ["none"],
         rank_ratio=0.5,
         rank_pattern={f"^{i}$": layer.r for i, layer in enumerate(case.layers)},
         tau_pattern={f"^{i}$": layer.tau for i, layer in enumerate(case.layers)},
         center=case.center,  # type: ignore[arg-type]
     )
-    model.to(torch.float64 if case.double else torch.float32)
-    get_robust_lowrank_model(model, config)
+    if converted:
+        get_robust_lowrank_model(model, config)
+    for i, x in enumerate(case.layers):
+        if x.adapter:
+            model[i] = CondLRLinear(model[i].requires_grad_(False))
+            model[i].update_layer("default", r=x.r, tau=x.tau, scale=1.0)
+            model[i].condlr_factors["default"].center = case.center
     with torch.no_grad():
         for module, layer in zip(factored_layers(model).values(), case.layers, strict=True):
             module.S.copy_(CORES[layer.core](module.S.detach()))
@@ -230,7 +239,7 @@ class Run:
             yield
         except ConditioningError as error:
             self.refused += 1
-            named = re.search(r"a core S must not vanish.* in ([\d, ]+)\. Lower", str(error))
+            named = re.search(r"a core S must not vanish.* in ([\w., ]+)\. Lower", str(error))
             assert named, error
             self.vanished |= set(named.group(1).split(", "))
 

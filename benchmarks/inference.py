@@ -6,7 +6,7 @@ own width) and for the whole model:
 - `dense`: the model before conversion;
 - `three factors`: as it is trained;
 - `folded`: `fold_model`, two matrix products a layer;
-- `folded, compiled`: the same under `torch.compile`, where a compiler works.
+- `dense, compiled` and `folded, compiled`: the same under `torch.compile`, where a compiler works.
 
 The limit is the ratio of the operations that the linear layers of both take, as `FlopCounterMode` counts them: what a
 form can gain in the linear layers if every operation took equally long.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,8 +89,8 @@ class Forms:
         self.whole: dict[str, Any] = dict(models)
         if with_compiler:
             # With constant shapes: after one batch size torch would otherwise compile for any.
-            for forms in (self.whole, self.linear):
-                forms["folded, compiled"] = torch.compile(copy.deepcopy(forms["folded"]), dynamic=False)
+            for form in ("dense", "folded"):
+                self.whole[f"{form}, compiled"] = torch.compile(copy.deepcopy(models[form]), dynamic=False)
 
     def limits(self, inputs: dict[int, Tensor]) -> dict[str, float]:
         """Operations of the dense linear layers over those of each form."""
@@ -99,15 +99,14 @@ class Forms:
             with FlopCounterMode(display=False) as counter:
                 self.linear[form](inputs)
             counts[form] = counter.get_total_flops()
-        return {form: counts["dense"] / counts[form.partition(",")[0]] for form in self.linear}
+        return {form: counts["dense"] / counts[form.partition(",")[0]] for form in self.whole}
 
 
 def measure_ratio(
     dense: PreTrainedModel, ratio: float, options: Options, with_compiler: bool, device: torch.device
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Seconds of every form, for every batch size: of the linear layers, then of the whole model."""
     forms = Forms(dense, ratio, options.rank_multiple, with_compiler)
-    results = []
     for batch_size in options.batch_sizes:
         batch = batch_for(dense, batch_size, options.tokens, device)
         batch = {key: x.to(dense.dtype) if x.is_floating_point() else x for key, x in batch.items()}
@@ -120,12 +119,11 @@ def measure_ratio(
         for part, of_forms in calls.items():
             times = interleaved(of_forms, options.rounds, device)
             result = {"compression_ratio": ratio, "batch_size": batch_size, "part": part, "seconds": times}
-            results.append(result | {"limits": forms.limits(inputs)})
-    return results
+            yield result | {"limits": forms.limits(inputs)}
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Every compression ratio; `why_no_compiler` where compiled forms are missing."""
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    """Row after row for every compression ratio; `why_no_compiler` where compiled forms are missing."""
     device = any_device()
     reason = why_no_compiler(device) if options.compiled else "not asked for"
     dense: Any = build(options.model, options.layers).to(device, DTYPES[options.dtype]).eval()
@@ -133,8 +131,9 @@ def measure(options: Options) -> dict[str, Any]:
     for ratio in options.compression_ratios:
         torch.compiler.reset()  # each ratio's graphs are its own: torch stops at 8 of one function
         with torch.inference_mode():
-            rows += measure_ratio(dense, ratio, options, reason is None, device)
-    return {"rows": rows, "why_no_compiler": reason}
+            for row in measure_ratio(dense, ratio, options, reason is None, device):
+                rows.append(row)
+                yield {"rows": rows, "why_no_compiler": reason}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def batches(split: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
             yield (X[index] + NOISE * noise).clamp(0, 1), y[index]
 
 
-def measure(options: Options) -> list[dict[str, float]]:
+def measure(options: Options) -> Iterator[list[dict[str, float]]]:
     """A row for each window."""
     data, model = projection_interval.load(), projection_interval.build(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -93,7 +93,7 @@ def measure(options: Options) -> list[dict[str, float]]:
             )
     if options.picture:
         draw(rows, options.picture)
-    return rows
+    yield rows
 
 
 def draw(rows: list[dict[str, float]], path: str) -> None:

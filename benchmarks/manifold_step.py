@@ -7,32 +7,42 @@ Compared, interleaved in one run, per round once each in turn:
 - `loop of QR and SVD`: the same mathematics layer by layer, Householder QR for the bases, an SVD clip for the core;
 - `published update`: a transcription of the paper's formulas: dense m×m projector, QR, SVD, layer by layer;
 - `stacked SVD polar`: stacked polar retraction by SVD, no conditioning at all;
-- `matrix products`: the eleven products of the step and nothing else, the floor.
+- `matrix products`: the eleven products of the step and nothing else, the floor;
+- on a GPU `manifold step, TF32` and `matrix products, TF32`: what products of 10 bits would gain. The library never
+  computes so; how far the constraint is missed then is recorded.
+
+The manifold step goes on from where its last step left the factors, since values that other code wrote would be brought
+back to the constraint first; the others start each time from the same values, on copies.
 
 Besides, the largest number of bytes that the first one holds at once, in copies of the factors.
 
     python -m benchmarks.manifold_step --models bert-base-3-layers --rank_ratios 0.2
     python -m benchmarks.manifold_step --models vit-b vit-l llama-1b --rank_ratios 0.25 0.5 --blocks 1
+    python -m benchmarks.manifold_step --models vit-b vit-l llama-1b --compression_ratio 0.6 --longest 1
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
 import statistics
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks.timing import CommonOptions, in_turn, ratios, run, seconds
+from benchmarks.models import worst_errors
+from benchmarks.timing import CommonOptions, in_turn, run, seconds
 from hf_condlr import LowRankLinear, attach_manifold_step
 from hf_condlr.config import option
-from hf_condlr.linalg import clamp_singular_values, clip_core_by_products, project_horizontal
+from hf_condlr.conversion.rank_budget import allocate_uniform
+from hf_condlr.linalg import clamp_singular_values, clip_core_by_products, precision, project_horizontal
 from hf_condlr.tables import markdown_table
 from studies.record import any_device
 
@@ -42,9 +52,19 @@ SHAPES = {
     "bert-base": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 12),
     "vit-b": ([(768, 768)] * 4 + [(3072, 768), (768, 3072)], 12),
     "vit-l": ([(1024, 1024)] * 4 + [(4096, 1024), (1024, 4096)], 24),
+    "tiny": ([(16, 16), (24, 16)], 1),  # to see whether a script runs
     "llama-1b": ([(2048, 2048)] * 2 + [(512, 2048)] * 2 + [(8192, 2048)] * 2 + [(2048, 8192)], 16),
 }
 LEARNING_RATE = 1e-3
+STEP, STEP_TF32 = "manifold step", "manifold step, TF32"
+KINDS = {
+    "step": (STEP, "projection every 4th", STEP_TF32),
+    "loop": ("loop of QR and SVD",),
+    "published": ("published update",),
+    "polar": ("stacked SVD polar",),
+    "products": ("matrix products", "matrix products, TF32"),
+}
+Shape = tuple[int, int, int]  # m, n, r
 
 
 @dataclass
@@ -53,23 +73,45 @@ class Options(CommonOptions):
 
     models: list[str] = option(["bert-base-3-layers"], ", ".join(SHAPES))
     rank_ratios: list[float] = option([0.2], "Rank over min(m, n).")
+    compression_ratio: float | None = option(None, "In place of rank_ratios: share of the weights removed.")
     blocks: int | None = option(None, "Blocks of a model; all of it if not given.")
     tau: float = option(0.1, "Conditioning tolerance.")
     rounds: int = option(7, "Interleaved repetitions; medians are printed.")
+    methods: list[str] = option(list(KINDS), "Which comparisons: " + ", ".join(KINDS))
     conditioning: bool = option(False, "Also the conditioning alone, by eigh and by matrix products.")
+    longest: float | None = option(None, "Calls that took more seconds when they warmed up are not repeated.")
     threads: int = option(2, "Threads of torch on a CPU.")
 
 
-def shapes_of(name: str, rank_ratio: float, blocks: int | None) -> list[tuple[int, int, int]]:
+def shapes_of(name: str, rank_ratio: float, blocks: int | None = None) -> list[Shape]:
     """(m, n, r) of every linear layer in `blocks` blocks of a model, or in all of it."""
     block, repeats = SHAPES[name]
     return [(m, n, max(1, round(rank_ratio * min(m, n)))) for m, n in block * (blocks or repeats)]
 
 
+def rank_ratio_at(name: str, compression_ratio: float) -> float:
+    """The rank ratio, uniform over the layers, at which that share of the linear layers' weights is removed."""
+    layers = {str(i): shape for i, shape in enumerate(SHAPES[name][0])}
+    ranks = allocate_uniform(layers, compression_ratio)
+    return min((ranks[i] or min(layers[i])) / min(layers[i]) for i in layers)
+
+
+@contextmanager
+def in_tf32() -> Iterator[None]:
+    """Products of float32 matrices on tensor cores, of 10 bits, in the step as well, which forbids it."""
+    matmul: Any = torch.backends.cuda.matmul
+    matmul.fp32_precision = "tf32"
+    try:
+        with mock.patch.object(precision, "_settings", list):
+            yield
+    finally:
+        matmul.fp32_precision = "none"  # follows the wider settings again
+
+
 class Case:
     """Layers of the given shapes, their gradients, and every way to take the step, with its time in seconds."""
 
-    def __init__(self, shapes: list[tuple[int, int, int]], tau: float, device: torch.device) -> None:
+    def __init__(self, shapes: list[Shape], tau: float, device: torch.device) -> None:
         self.layers = nn.ModuleList(LowRankLinear(n, m, r, False, tau=tau, device=device) for m, n, r in shapes)
         self.tau, self.device = tau, device
         self.factors = list(self.layers.parameters())
@@ -77,53 +119,77 @@ class Case:
         self.handle = attach_manifold_step(self.optimizer, self.layers, metric_scaling=False)
         self.start = [p.detach().clone() for p in self.factors]
         self.gradients = [torch.randn_like(p) / p.shape[0] ** 0.5 for p in self.start]
+        self.copies: Any = copy.deepcopy(self.layers)
+
+    def give_gradients(self) -> None:
+        """The same for every step: the last one projected those that it got."""
+        for p, gradient in zip(self.factors, self.gradients, strict=True):
+            p.grad = gradient.clone()
 
     def reset(self) -> None:
-        """The same problem for every method and round."""
-        for p, value, gradient in zip(self.factors, self.start, self.gradients, strict=True):
+        """The same problem on the copies for every method and round."""
+        for p, value, gradient in zip(self.copies.parameters(), self.start, self.gradients, strict=True):
             p.data.copy_(value)
             p.grad = gradient.clone()
 
     def timed(self, step: Callable[[], None]) -> float:
-        """Seconds of a step from the start."""
+        """Seconds of a step of the copies from the start."""
         self.reset()
         with torch.no_grad():
             return seconds(step, self.device)
 
-    def methods(self, conditioning: bool) -> dict[str, Callable[[], float]]:
-        """{name: a call that takes one step from the start and returns its seconds}."""
+    def methods(self, kinds: Sequence[str], conditioning: bool = False) -> dict[str, Callable[[], float]]:
+        """{name: a call that takes one step and returns its seconds}, of some of `KINDS`."""
         alone = {
             "conditioning by eigh": lambda: self.timed(lambda: self.condition(by_products=False)),
             "conditioning by products": lambda: self.timed(lambda: self.condition(by_products=True)),
         }
-        return {
-            "manifold step": lambda: self.every(1),
+        tf32 = {
+            STEP_TF32: lambda: within(in_tf32, lambda: self.every(1)),
+            "matrix products, TF32": lambda: within(in_tf32, lambda: self.timed(self.products)),
+        }
+        every_kind = {
+            STEP: lambda: self.every(1),
             "projection every 4th": lambda: self.every(4),
             "loop of QR and SVD": lambda: self.timed(lambda: self.loop(project_horizontal)),
             "published update": lambda: self.timed(lambda: self.loop(project_densely)),
             "stacked SVD polar": lambda: self.timed(self.stacked_svd_polar),
             "matrix products": lambda: self.timed(self.products),
-            **(alone if conditioning else {}),
+            **(tf32 if self.device.type == "cuda" else {}),
         }
+        wanted = {name for kind in kinds for name in KINDS[kind]}
+        return {name: x for name, x in every_kind.items() if name in wanted} | (alone if conditioning else {})
 
     def every(self, interval: int) -> float:
         """One of `interval` steps, the last of which projects; without the optimizer."""
         self.handle.projection_interval, self.handle.step_count = interval, 0
-        elapsed = self.timed(lambda: [self.optimizer.step() for _ in range(interval)] and None)
-        plain = self.timed(lambda: torch._foreach_add_(self.factors, self.gradients, alpha=-LEARNING_RATE))
+        self.give_gradients()
+        elapsed = seconds(lambda: [self.optimizer.step() for _ in range(interval)] and None, self.device)
+        copies = list(self.copies.parameters())
+        plain = self.timed(lambda: torch._foreach_add_(copies, self.gradients, alpha=-LEARNING_RATE))
         return elapsed / interval - plain
 
     def peak_copies(self) -> float:
         """Bytes that a step holds at most, over those of the factors."""
-        self.reset()
-        with LiveBytes() as live, torch.no_grad():
-            self.handle.projection_interval = 1
+        self.every(1)
+        self.give_gradients()
+        with LiveBytes() as live:
             self.optimizer.step()
         return live.peak / sum(p.nbytes for p in self.factors)
 
+    def errors(self) -> dict[str, dict[str, float]]:
+        """What the constraint misses after a step, in float64: ‖UᵀU − I‖_F/√r, and κ(S) over its bound."""
+        found = {}
+        for name, call in self.methods(["step"]).items():
+            if name in (STEP, STEP_TF32):
+                call()
+                layers: Any = dict(enumerate(self.layers))
+                found[name] = dict(zip(("orthonormality", "kappa_over_bound"), worst_errors(layers), strict=True))
+        return found
+
     def loop(self, project: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Layer by layer: project, step, project the displacement, QR, SVD clip around the mean."""
-        for layer in self.layers:
+        for layer in self.copies:
             for p in (layer.U, layer.V):
                 new = p - LEARNING_RATE * project(p, p.grad)
                 Q, R = torch.linalg.qr(p + project(p, new - p))
@@ -135,7 +201,7 @@ class Case:
     def stacks(self, kinds: str) -> list[tuple[Tensor, Tensor]]:
         """Factors of equal shape and their gradients, stacked."""
         groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for layer in self.layers:
+        for layer in self.copies:
             for kind in kinds:
                 p = getattr(layer, kind)
                 groups.setdefault(tuple(p.shape), []).append(p)
@@ -146,7 +212,7 @@ class Case:
         for U, G in self.stacks("UV"):
             P, _, Qh = torch.linalg.svd(U - LEARNING_RATE * project_horizontal(U, G), full_matrices=False)
             P @ Qh
-        torch._foreach_add_([x.S for x in self.layers], [x.S.grad for x in self.layers], alpha=-LEARNING_RATE)
+        torch._foreach_add_([x.S for x in self.copies], [x.S.grad for x in self.copies], alpha=-LEARNING_RATE)
 
     def condition(self, by_products: bool) -> None:
         """Cores that a step moved, conditioned in stacks of equal rank."""
@@ -166,6 +232,12 @@ class Case:
             U @ (U.mT @ U)
         for S, _ in self.stacks("S"):
             S @ (S @ (S.mT @ S))
+
+
+def within(context: Callable[[], Any], call: Callable[[], float]) -> float:
+    """The result of a call inside of a context."""
+    with context():
+        return call()
 
 
 def project_densely(U: Tensor, G: Tensor) -> Tensor:
@@ -198,27 +270,34 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= size
 
 
-def measure(options: Options) -> dict[str, dict[str, Any]]:
-    """Seconds of every method and round, and the copies, for each model."""
+def measure(options: Options) -> Iterator[dict[str, dict[str, Any]]]:
+    """Seconds of every method and round, the copies, and what the constraint misses, of more and more models."""
     results = {}
-    for name, rank_ratio in itertools.product(options.models, options.rank_ratios):
-        case = Case(shapes_of(name, rank_ratio, options.blocks), options.tau, any_device())
-        times = in_turn(case.methods(options.conditioning), options.rounds)
-        results[f"{name}, rank ratio {rank_ratio:g}"] = {"seconds": times, "copies_of_factors": case.peak_copies()}
-    return results
+    for name in options.models:
+        given = options.compression_ratio
+        for ratio in options.rank_ratios if given is None else [rank_ratio_at(name, given)]:
+            case = Case(shapes_of(name, ratio, options.blocks), options.tau, any_device())
+            times = in_turn(case.methods(options.methods, options.conditioning), options.rounds, options.longest)
+            result = {"seconds": times, "copies_of_factors": case.peak_copies(), "errors": case.errors()}
+            results[f"{name}, rank ratio {ratio:.4g}"] = result
+            del case
+            yield results
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each method: median, least and most, and the median of the ratios to ours, round by round."""
+    """A line for each method: median, least and most, and the ratio to ours."""
     parts = []
     for label, result in results.items():
-        lines = []
+        lines, ours = [], statistics.median(result["seconds"][STEP])
         for method, values in result["seconds"].items():
-            against = statistics.median(ratios(values, result["seconds"]["manifold step"]))
-            least_and_most = f"{1e3 * min(values):.0f} … {1e3 * max(values):.0f}"
-            lines.append([method, f"{1e3 * statistics.median(values):.0f}", least_and_most, f"{against:.2f} ×"])
+            median = statistics.median(values)
+            least_and_most = f"{1e3 * min(values):.3g} … {1e3 * max(values):.3g}"
+            lines.append([method, f"{1e3 * median:.3g}", least_and_most, f"{median / ours:.2f} ×"])
         parts.append(markdown_table([label, "ms (median)", "spread", "against ours"], lines))
         parts.append(f"at most {result['copies_of_factors']:.2f} copies of the factors at once")
+        if STEP_TF32 in result["errors"]:
+            missed = [f"{name}: {x['orthonormality']:.1e}" for name, x in result["errors"].items()]
+            parts.append(f"largest ‖UᵀU − I‖_F/√r after {'; after '.join(missed)}")
     return "\n\n".join(parts)
 
 

@@ -12,20 +12,29 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
+from hf_condlr.config import Start
 from hf_condlr.layers import LowRankLayer
 from hf_condlr.linalg import condition_number, orthonormality_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+LLAMA = {
+    **{"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "vocab_size": 32_000},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "pad_token_id": 0},
+}
 CONFIGS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, int]]] = {
     "vit-b16": (ViTForImageClassification, ViTConfig, {"num_labels": 10}),
+    "llama-1b": (LlamaForSequenceClassification, LlamaConfig, LLAMA),  # the blocks of Llama-3.2-1B, fewer tokens
+    "tiny-llama": (LlamaForSequenceClassification, LlamaConfig, LLAMA | TINY | {"num_key_value_heads": 1}),
     "minilm": (BertForSequenceClassification, BertConfig, MINILM),  # the shape of all-MiniLM-L6-v2
     "tiny": (BertForSequenceClassification, BertConfig, TINY),  # to see whether a script runs
 }
@@ -37,15 +46,25 @@ def build(name: str, layers: int | None = None) -> PreTrainedModel:
     return model_class(config_class(**values | ({"num_hidden_layers": layers} if layers else {})))
 
 
+HEADS: dict[type, str] = {model_class: "classifier" for model_class, _, _ in CONFIGS.values()}
+HEADS[LlamaForSequenceClassification] = "score"
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers, without the head."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "classifier"]
+    head = HEADS[type(model)]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
 
 
-def factor(model: PreTrainedModel, compression_ratio: float, rank_multiple: int = 1) -> PreTrainedModel:
+def factor(
+    model: PreTrainedModel, compression_ratio: float, rank_multiple: int = 1, init_weights: Start = "svd"
+) -> PreTrainedModel:
     """All linear layers but the head as U S Vᵀ, `compression_ratio` of their weights removed; in place."""
     config = CondLRConfig(
-        target_modules=linear_names(model), compression_ratio=compression_ratio, rank_multiple=rank_multiple
+        target_modules=linear_names(model),
+        compression_ratio=compression_ratio,
+        rank_multiple=rank_multiple,
+        init_weights=init_weights,
     )
     return get_robust_lowrank_model(model, config)
 

@@ -119,15 +119,16 @@ def bare_products(model: torch.nn.Module) -> None:
                     U @ (U.mT @ U)
 
 
-def measure(options: Options) -> dict[str, list[dict[str, float]]]:
-    """Seconds of every part, for each model and round, after two that warm up."""
-    device, results = any_device(), {}
+def measure(options: Options) -> Iterator[dict[str, list[dict[str, float]]]]:
+    """Seconds of every part and round, after two that warm up, of more and more models."""
+    device: torch.device = any_device()
+    results: dict[str, list[dict[str, float]]] = {}
     for name in options.models:
         step = Step("low rank", name, options, device)
         attach_in_ranges(step, device)
         title = f"{name}, {step.tokens:,} tokens, {options.dtype}, {device.type}"
         results[title] = [profiled(step, device) for _ in range(options.rounds + 2)][2:]
-    return results
+        yield results
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ def accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
     return (model(split[0]).argmax(-1) == split[1]).float().mean().item()
 
 
-def measure(options: Options) -> dict[str, Any]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """Sweep with the first seed, then all seeds at the choice."""
     data, attack, models = load(), PGD(epsilon=0.1, norm="linf", steps=20), {}
 
@@ -109,7 +110,7 @@ def measure(options: Options) -> dict[str, Any]:
         kappa = condition_report(model.model).max_condition_number
         return {"clean": accuracy(model, (X, y)), "robust": accuracy(model, (attack(model, X, y), y)), "kappa": kappa}
 
-    return sweep(options.intervals, options.learning_rates, options.seeds, train=trained, test=tested)
+    yield sweep(options.intervals, options.learning_rates, options.seeds, train=trained, test=tested)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,20 @@ class CommonOptions:
     output: str = option("", "Where the record goes; outputs/NAME.json if not given.")
 
 
-def run(options_class: type, measure: Callable[[Any], dict[str, Any]], table: Callable[[Any], str]) -> None:
-    """The `main` of a benchmark: measure, print the table, write `results` and how they were made."""
+def run(options_class: type, measure: Callable[[Any], Iterator[Any]], table: Callable[[Any], str]) -> None:
+    """The `main` of a benchmark: measure, print the table, write `results` and how they were made.
+
+    `measure` yields more and more complete results. Each time the record is written: one that is killed leaves what it
+    had, with the table.
+    """
     (options,) = parse(options_class)
     set_up(options.threads)
     torch.manual_seed(0)
-    results = measure(options)
     name = sys.modules[options_class.__module__].__spec__.name.rpartition(".")[2]
-    path = write_record(options.output or f"outputs/{name}.json", {"results": results}, options)
-    print(f"{table(results)}\n\nwrote {path}")
+    for results in measure(options):
+        record = {"results": results, "table": table(results)}
+        path = write_record(options.output or f"outputs/{name}.json", record, options)
+    print(f"{record['table']}\n\nwrote {path}")
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -49,14 +54,17 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return clock() - start
 
 
-def in_turn(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each call returns, `rounds` of each in turn, after one that warms up."""
-    values: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            value = call()
-            if turn:
-                values[name].append(value)
+def in_turn(calls: dict[str, Callable[[], float]], rounds: int, longest: float | None = None) -> dict[str, list[float]]:
+    """What each call returns, `rounds` of each in turn, after one that warms up.
+
+    Of a call that took more than `longest` seconds when it warmed up, that is the only value.
+    """
+    first = {name: call() for name, call in calls.items()}
+    values = {name: [value] if longest and value > longest else [] for name, value in first.items()}
+    repeated = [name for name in calls if not values[name]]
+    for _ in range(rounds):
+        for name in repeated:
+            values[name].append(calls[name]())
     return values
 
 

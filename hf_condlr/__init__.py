@@ -1,18 +1,23 @@
 """Robust low-rank training for Hugging Face models: W = U S Vᵀ with orthonormal U, V and κ(S) ≤ 1 + τ.
 
-The import registers the loader of factored checkpoints with transformers, and nothing else: every public name is
-imported where it is first used.
+The import registers the loader of factored checkpoints with transformers and the adapter with PEFT, and nothing else:
+every public name is imported where it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_condlr.adapters.lora_registration import register_lora
+from hf_condlr.adapters.registration import register_adapter
 from hf_condlr.checkpoints.registration import register
 
 if TYPE_CHECKING:
+    from hf_condlr.adapters.config import CondLRAdapterConfig
+    from hf_condlr.adapters.gradient_start import start_from_gradient
+    from hf_condlr.adapters.lora import to_lora
     from hf_condlr.checkpoints.card import write_model_card
     from hf_condlr.checkpoints.sharded import load_sharded, save_sharded
+    from hf_condlr.compression import CompressionArguments, CompressionReport, compress
     from hf_condlr.config import CondLRConfig
     from hf_condlr.conversion.convert import get_robust_lowrank_model
     from hf_condlr.conversion.fold import fold_model, to_dense_model
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from hf_condlr.scripts.dataset_arguments import DatasetArguments, readable_rows
     from hf_condlr.scripts.dataset_columns import find_column, labelled
     from hf_condlr.scripts.model_arguments import ModelArguments
+    from hf_condlr.scripts.packing import pack_texts
     from hf_condlr.scripts.parser import ScriptParser, require_one_group
     from hf_condlr.scripts.resuming import checkpoint_to_resume
     from hf_condlr.scripts.runs import train_and_save, trainer_class, write_results
@@ -47,8 +53,12 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "adapters.config": ["CondLRAdapterConfig"],
+    "adapters.gradient_start": ["start_from_gradient"],
+    "adapters.lora": ["to_lora"],
     "checkpoints.card": ["write_model_card"],
     "checkpoints.sharded": ["load_sharded", "save_sharded"],
+    "compression": ["CompressionArguments", "CompressionReport", "compress"],
     "config": ["CondLRConfig"],
     "conversion.convert": ["get_robust_lowrank_model"],
     "conversion.fold": ["fold_model", "to_dense_model"],
@@ -65,6 +75,7 @@ _MODULES = {
     "scripts.dataset_arguments": ["DatasetArguments", "readable_rows"],
     "scripts.dataset_columns": ["find_column", "labelled"],
     "scripts.model_arguments": ["ModelArguments"],
+    "scripts.packing": ["pack_texts"],
     "scripts.parser": ["ScriptParser", "require_one_group"],
     "scripts.resuming": ["checkpoint_to_resume"],
     "scripts.runs": ["train_and_save", "trainer_class", "write_results"],
@@ -86,6 +97,8 @@ _MODULES = {
 _PACKAGES = (
     "adapters",
     "checkpoints",
+    "cli",
+    "compression",
     "conversion",
     "distributed",
     "layers",
@@ -102,6 +115,9 @@ __all__ = [
     "AttackArguments",
     "AttackSuccessRate",
     "Calibration",
+    "CompressionArguments",
+    "CompressionReport",
+    "CondLRAdapterConfig",
     "CondLRArguments",
     "CondLRCallback",
     "CondLRConfig",
@@ -122,6 +138,7 @@ __all__ = [
     "attach_manifold_step",
     "checkpoint_to_resume",
     "compare",
+    "compress",
     "condition_report",
     "evaluate_robustness",
     "export_onnx",
@@ -132,10 +149,13 @@ __all__ = [
     "labelled",
     "load_sharded",
     "load_split",
+    "pack_texts",
     "readable_rows",
     "require_one_group",
     "save_sharded",
+    "start_from_gradient",
     "to_dense_model",
+    "to_lora",
     "train_and_save",
     "trainer_class",
     "write_model_card",
@@ -144,6 +164,7 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 register()
+register_adapter()
 register_lora()
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's

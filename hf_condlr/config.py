@@ -30,6 +30,9 @@ Start = Literal["svd", "randomized_svd", "activation_aware", "fisher", "orthogon
 CompressionForm = Literal["training", "folded"]
 Trainable = Literal["all", "factors"]
 
+DATA_AWARE = ("activation_aware", "fisher")
+"""The starts that look at calibration data."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "head": get_args(Head),
     "rank_allocation": get_args(RankAllocation),
@@ -90,7 +93,7 @@ class CondLRConfig(PeftConfig):
         "uniform",
         "How compression_ratio is spread over the layers: one rank ratio for all; the ranks that minimise the summed "
         "squared truncation error; or those that change the predictions of a fine-tuned model least, measured on "
-        "calibration data.",
+        "calibration data. The last one leaves layers dense with an infinite tau only.",
     )
     rank_multiple: int = option(
         1,
@@ -111,6 +114,11 @@ class CondLRConfig(PeftConfig):
         "calibration data, or for a fine-tuned model by its gradients too; or random orthonormal factors (training "
         "from scratch).",
     )
+    sequential_calibration: bool = option(
+        False,
+        "Factor the layers one after the other, each for the inputs that the compressed layers before it give, to put "
+        "out what the dense model does; with init_weights='activation_aware' or 'fisher'.",
+    )
     conditioned_start: bool = option(
         False, "Start from the best factors with κ ≤ 1 + tau, instead of letting a warm-up bring κ down."
     )
@@ -123,7 +131,7 @@ class CondLRConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-            setattr(self, name, _as_list(getattr(self, name)))
+            setattr(self, name, as_list(getattr(self, name)))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
         _validate_choices(self)
@@ -131,26 +139,30 @@ class CondLRConfig(PeftConfig):
         _validate_patterns(self)
         _validate_ranks(self)
         self.rank_ratio = None if self.rank_ratio is None else float(self.rank_ratio)
-        self.tau = _as_tau("tau", self.tau)
-        self.tau_pattern = {key: _as_tau(f"tau_pattern[{key!r}]", value) for key, value in self.tau_pattern.items()}
+        self.tau = as_tau("tau", self.tau)
+        self.tau_pattern = {key: as_tau(f"tau_pattern[{key!r}]", value) for key, value in self.tau_pattern.items()}
 
     @property
     def needs_calibration_data(self) -> bool:
         """Whether the start or the ranks depend on data, as those of `activation_aware` and `fisher` do."""
-        return self.init_weights in ("activation_aware", "fisher") or self.rank_allocation == "fisher"
+        return self.init_weights in DATA_AWARE or self.rank_allocation == "fisher"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as strict JSON values; an infinite τ is the string "inf"."""
         values = super().to_dict()
-        values["tau"] = _as_json(self.tau)
-        values["tau_pattern"] = {key: _as_json(value) for key, value in self.tau_pattern.items()}
+        values["tau"] = as_json(self.tau)
+        values["tau_pattern"] = {key: as_json(value) for key, value in self.tau_pattern.items()}
         return values
 
     @property
     def is_prompt_learning(self) -> bool:
         """Raise ConfigError: only `peft.get_peft_model` asks for this, and it cannot use this config."""
-        rule, remedy = "a CondLRConfig makes no PEFT adapter", "Call hf_condlr.get_robust_lowrank_model(model, config)."
-        raise ConfigError(rule, received="a call of get_peft_model", remedy=remedy)
+        raise ConfigError(
+            "a CondLRConfig compresses a model and makes no PEFT adapter",
+            received="a call of get_peft_model",
+            remedy="To compress, call hf_condlr.get_robust_lowrank_model(model, config). To adapt, give get_peft_model "
+            "a hf_condlr.CondLRAdapterConfig.",
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `condlr_config.json`. Patterns keep their order, in which the first match wins."""
@@ -191,8 +203,11 @@ def _validate_choices(config: CondLRConfig) -> None:
     _check(config, "peft_type", config.peft_type == PEFT_TYPE, f"be {PEFT_TYPE}", "Load other PEFT methods with peft.")
     for name, choices in CHOICES.items():
         _check(config, name, getattr(config, name) in choices, f"be one of {', '.join(choices)}", "Choose one.")
-    is_bool = isinstance(config.conditioned_start, bool)
-    _check(config, "conditioned_start", is_bool, "be true or false", "Choose one.")
+    for name in ("conditioned_start", "sequential_calibration"):
+        _check(config, name, isinstance(getattr(config, name), bool), "be true or false", "Choose one.")
+    valid = not config.sequential_calibration or config.init_weights in DATA_AWARE
+    rule = f"be false with init_weights={config.init_weights!r}, which looks at no data"
+    _check(config, "sequential_calibration", valid, rule, f"Choose a start of {', '.join(DATA_AWARE)}.")
 
 
 def _validate_targets(config: CondLRConfig) -> None:
@@ -269,7 +284,8 @@ def _is(kind: type, value: object) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool)
 
 
-def _as_tau(name: str, value: object) -> float:
+def as_tau(name: str, value: object) -> float:
+    """τ as a number; "inf", as which strict JSON holds an infinite one, is a number too."""
     value = math.inf if value == "inf" else value
     valid = _is(float, value) and value >= 0  # type: ignore[operator]  # NaN fails the comparison
     rule, remedy = f"{name} must be a number ≥ 0 or 'inf'", "tau = 0.1 bounds κ by 1.1."
@@ -277,12 +293,13 @@ def _as_tau(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """Sets in a fixed order, tuples and ranges as the lists that JSON gives back."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, (tuple, range)) else value
 
 
-def _as_json(tau: float) -> float | str:
+def as_json(tau: float) -> float | str:
+    """τ as a value of strict JSON, which has no infinity."""
     return "inf" if math.isinf(tau) else tau

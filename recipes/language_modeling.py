@@ -12,12 +12,11 @@ checkpoint. Copy this file and change it: it needs no other.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -40,6 +39,7 @@ from hf_condlr import (
     checkpoint_to_resume,
     find_column,
     get_robust_lowrank_model,
+    pack_texts,
     readable_rows,
     train_and_save,
     trainer_class,
@@ -81,37 +81,6 @@ def load_data(args: TextArguments) -> DatasetDict:
     if empty:
         raise ValueError(f"a split must hold text; received none in {', '.join(empty)}")
     return args.hold_out(data)
-
-
-def pack(rows: Dataset, tokenizer: Any, block_size: int, split: str) -> Dataset:
-    """Documents one after the other, each ended by the end-of-text token, cut into blocks without padding.
-
-    What does not fill a block at the end of the split is left out.
-
-    Returns:
-        Columns input_ids and labels, both the block: models shift the labels themselves. Its first token, which nothing
-        predicts, is labelled -100, for Trainer divides some models' loss by the number of labels (GPT-2's).
-    """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("documents are separated by the tokenizer's end-of-text token; received None. Set eos_token.")
-    rest: list[int] = []
-
-    def blocks(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        for ids in tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]:
-            rest.extend(ids if ids and ids[-1] == end else [*ids, end])
-        full = len(rest) - len(rest) % block_size
-        packed = [rest[i : i + block_size] for i in range(0, full, block_size)]
-        del rest[:full]
-        return {"input_ids": packed, "labels": [[-100, *block[1:]] for block in packed]}
-
-    features = Features(dict.fromkeys(("input_ids", "labels"), List(Value("int64"))))
-    uncached = {"keep_in_memory": True, "load_from_cache_file": False}
-    packed = rows.map(blocks, batched=True, remove_columns=rows.column_names, features=features, **uncached)
-    if not len(packed):
-        remedy = "Lower block_size, or give more text."
-        raise ValueError(f"the {split} split must fill a block of {block_size} tokens; received {len(rest)}. {remedy}")
-    return packed
 
 
 def build_tokenizer(args: ModelArguments, train: Dataset) -> Any:
@@ -194,7 +163,7 @@ def main(model_args: ModelArguments, data_args: TextArguments, training_args: Co
     tokenizer = build_tokenizer(model_args, data["train"])
     model = load_model(model_args, tokenizer)
     block_size = choose_block_size(data_args.block_size, model)
-    blocks = {split: pack(rows, tokenizer, block_size, split) for split, rows in data.items()}
+    blocks = {split: pack_texts(rows, tokenizer, block_size, split) for split, rows in data.items()}
 
     # Conversion: each linear layer becomes U S Vᵀ; embeddings that are also the output layer stay dense and tied
     if model_args.converts(model):

@@ -11,10 +11,10 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from transformers import HfArgumentParser
@@ -23,6 +23,7 @@ import hf_condlr
 from hf_condlr.files import replacing
 
 logger = logging.getLogger("studies")
+PACKAGES = ("hf_condlr", "torch", "transformers", "datasets")
 
 
 def parse(*dataclasses: type) -> tuple[Any, ...]:
@@ -51,16 +52,23 @@ def any_device() -> torch.device:
 
 def environment(*options: Any) -> dict[str, Any]:
     """Command, versions, kind of machine, and the fields of the dataclasses `options`."""
-    modules = {"hf_condlr": hf_condlr, "torch": torch, "transformers": transformers, "datasets": datasets}
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
     return {
         "command": shlex.join(["python", *program, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{n: m.__version__ for n, m in modules.items()}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads{gpu}",
         "options": {name: value for part in options for name, value in asdict(part).items()},
     }
+
+
+def version_of(package: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return hf_condlr.__version__ if package == "hf_condlr" else version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def write_record(path: str | Path, results: dict[str, Any], *options: Any) -> Path:

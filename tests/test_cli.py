@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_condlr import (
+    CompressionReport,
     CondLRConfig,
     RobustnessReport,
     condition_report,
@@ -56,6 +57,28 @@ def test_convert(dense, tmp_path, capsys):
     fc1 = model.vit.layers[0].mlp.fc1
     assert fc1.tau == float("inf") and fc1.r % 3 == 0
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()  # of the model it was made from
+
+
+def test_compress(dense, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = f"--ratio 0.4 --tau 1 --output {out} --attack pgd-linf --epsilon 1/255 --steps 2 --target_modules fc1 fc2"
+    assert call("compress", dense, "--dataset", pictures, *options.split()) == 0
+    report = CompressionReport.load(out)
+    said = capsys.readouterr().out
+    assert str(report) in said and f"wrote {out}: " in said
+    assert list(report.dense.robust) == ["pgd-linf, ε = 1/255"] and report.tau == 1
+    assert condition_report(load(out)).max_condition_number <= 2 * (1 + 1e-4)
+    assert len(condition_report(load(out)).layers) == 4
+    options = f"--max_drop 50 --fold --output {out}2 --attack none"
+    assert call("compress", dense, "--dataset", pictures, *options.split()) == 0
+    assert CompressionReport.load(f"{out}2").max_drop == 50
+
+
+def test_convert_with_calibration_data(dense, pictures, tmp_path):
+    options = "--compression_ratio 0.4 --init_weights fisher --rank_allocation fisher --conditioned_start --tau 1"
+    assert call("convert", dense, tmp_path / "out", *options.split(), "--dataset", pictures, "--batch_size", 4) == 0
+    assert condition_report(load(tmp_path / "out")).max_condition_number <= 2 * (1 + 1e-4)
+    assert load(tmp_path / "out").condlr.config.init_weights == "fisher"
 
 
 def test_convert_from_a_saved_config(dense, tmp_path):
@@ -131,7 +154,7 @@ def test_an_unreachable_hub_is_said_without_a_traceback(factored, monkeypatch, c
     def fail(*_, **__):
         raise HfHubHTTPError.__bases__[0]("no such host")  # of the HTTP library in use
 
-    monkeypatch.setattr("hf_condlr.cli.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("hf_condlr.cli.models.AutoConfig.from_pretrained", fail)
     assert call("push", factored, "me/vit") == 1
     assert capsys.readouterr().err.startswith("condlr push: the Hub cannot be reached: no such host.")
 
@@ -171,6 +194,9 @@ def test_a_folded_model_is_named_as_such(factored, tmp_path, capsys):
         assert "folded" in capsys.readouterr().err
 
 
+COMPRESS = ("--dataset", "{data}", "--output", "{out}", "--ratio", 0.4)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -178,6 +204,12 @@ def test_a_folded_model_is_named_as_such(factored, tmp_path, capsys):
         (("convert", "{dense}", "{out}", "--r", 99), r"received r=99"),
         (("convert", "{dense}", "{out}", "--config", "{dense}"), "condlr_config.json"),
         (("convert", "{dense}", "{out}", "--config", "c", "--r", 2), "--config holds all settings; received r"),
+        (("convert", "{dense}", "{out}", "--r", 2, "--init_weights", "fisher"), "no calibration_data"),
+        (("convert", "{dense}", "{out}", "--r", 2, "--max_length", 9), "these need --dataset; received --max_length"),
+        (("convert", "{dense}", "{out}", "--r", 2, "--dataset", "{data}"), "with calibration_data"),
+        (("compress", "{dense}", "--dataset", "{data}", "--output", "{out}"), "exactly one of ratio and max_drop"),
+        (("compress", "{dense}", *COMPRESS, "--steps", 3), "--attack and --epsilon belong together"),
+        (("compress", "{dense}", *COMPRESS, "--attack", "none", "--steps", 3), "--attack none takes no budgets"),
         (("report", "{dense}"), "the model must have factored layers"),
         (("fold", "{dense}", "{out}"), "the model must have factored layers"),
         (("densify", "{dense}", "{out}"), "the model must have factored layers"),
@@ -230,7 +262,7 @@ def test_the_command_is_installed_and_its_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         script.load()(["--help"])
     said = capsys.readouterr().out
-    for command in ("convert", "report", "attack", "fold", "densify", "export", "push"):
+    for command in ("compress", "convert", "report", "attack", "fold", "densify", "export", "push"):
         assert f"condlr {command} " in said  # an example each
         with pytest.raises(SystemExit, match="0"):
             call(command, "--help")

@@ -18,6 +18,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" f
 
 # Pages of docs/ whose Python blocks are one program that needs nothing else, and what it prints.
 PROGRAMS = {
+    "adapters.md": "κ at most",
     "configuration.md": "layers converted",
     "deployment.md": "",
     "robustness.md": "less dense",

@@ -11,7 +11,8 @@ import pytest
 import hf_condlr
 from tests.paths import ROOT
 
-LIGHT = ("adapters", "adapters.lora_registration", "after_import", "checkpoints", "checkpoints.registration")
+LIGHT = ("adapters", "adapters.lora_registration", "adapters.registration", "after_import")
+LIGHT += ("checkpoints", "checkpoints.registration")
 
 pytestmark = pytest.mark.processes
 

@@ -28,6 +28,7 @@ FLOORS = (
     {"conversion", "adapters"},
     {"training"},
     {"scripts"},
+    {"compression"},
     {"cli"},
     {PACKAGE},
 )

@@ -24,6 +24,7 @@ PAGES = {  # file of the repository: page of the site
     "CITATION.cff": "citation.md",
 }
 SECTIONS = {  # package or module that defines a public name: heading in the API reference
+    "compression": "Compression",
     "config": "Configuration",
     "conversion": "Conversion",
     "layers": "Layers and their condition",

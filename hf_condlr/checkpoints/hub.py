@@ -18,7 +18,7 @@ from transformers.utils.hub import create_and_tag_model_card
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.errors import CheckpointError, require
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import converted_layers
 
 
 def push_to_hub(
@@ -68,7 +68,7 @@ def push_to_hub(
         card = card or _card(repo_id, revision, token)
         if card is not None:
             shutil.copyfile(card, folder / REPOCARD_NAME)
-        if factored_layers(model):
+        if converted_layers(model):
             stated: dict[str, Any] = {"base_model": base_model, "metrics": metrics, "dataset": dataset}
             write_model_card(model, folder, robustness=robustness, model_id=repo_id, tags=tags or (), **stated)
         elif card is None:  # folded: there is no κ to report

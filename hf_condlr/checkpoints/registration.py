@@ -1,7 +1,8 @@
 """Makes the loader of factored checkpoints known to transformers, without importing it or transformers.
 
-transformers' quantizers, where loaders are registered, import for more than a second. The first `from_pretrained` needs
-them, so registration waits for their import. Then names stand for the loader until the first checkpoint is read.
+transformers' quantizers, where loaders are registered, import for more than a second. They are needed by the first
+`from_pretrained`, so registration waits for their import (`after_import`). From then on the registered names stand for
+the loader until the first checkpoint is read.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import Any
 from hf_condlr.after_import import after_import
 from hf_condlr.checkpoints import METHOD
 
+REGISTRY = "transformers.quantizers.auto"
+
 
 def register() -> None:
-    """Register the loader, now or when transformers' registry is imported; called again it does nothing."""
-    after_import("transformers.quantizers.auto", _add_loader)
+    """Register the loader, now or when transformers' registry is imported. A second call changes nothing."""
+    after_import(REGISTRY, _add_loader)
 
 
 def _add_loader(registry: Any) -> None:
-    # transformers' functions that register want classes, whose bases would have to be imported: `load` calls them.
+    # Its functions that register want classes, whose bases would have to be imported; so does `load` later.
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Config)
     registry.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _loader)
 

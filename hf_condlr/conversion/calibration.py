@@ -31,7 +31,7 @@ class CalibrationBatch:
 
 def calibration_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[CalibrationBatch]:
     """Iterate over the data with a progress bar; until the end the model is in evaluation mode and frozen."""
-    with _frozen(model):
+    with frozen(model):
         for batch in tqdm(data, desc="calibration", disable=None):
             yield calibration_batch(model, batch)
 
@@ -84,6 +84,11 @@ def calibration_batch(model: nn.Module, batch: Any) -> CalibrationBatch:
     return arguments
 
 
+def accepted(model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that the model's forward has."""
+    return {name: value for name, value in arguments.items() if name in inspect.signature(model.forward).parameters}
+
+
 def skips_head(model: Any, layers: Iterable[nn.Module]) -> dict[str, int]:
     """An argument of forward by which a language model computes the logits of one token only, if it has one.
 
@@ -124,7 +129,7 @@ def _described(batch: Any) -> str:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients of parameters; afterwards every module and parameter is as it was."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

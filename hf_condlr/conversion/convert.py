@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_condlr.checkpoints.save import attach_saving
-from hf_condlr.config import CondLRConfig
+from hf_condlr.config import DATA_AWARE, CondLRConfig
 from hf_condlr.conversion.conditioned_start import nearest_conditioned
 from hf_condlr.conversion.factorizations import FACTORIZATIONS, optimal_truncation_error, truncation_error
 from hf_condlr.conversion.ranks import requested_ranks
@@ -42,9 +43,6 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-Converted = dict[str, tuple[LowRankLayer, LayerConversion]]
-
-
 @torch.no_grad()
 def get_robust_lowrank_model(
     model: Model,
@@ -65,7 +63,8 @@ def get_robust_lowrank_model(
         calibration_data: For the starts `activation_aware` and `fisher` and the allocations that need them: a data
             loader or any iterable of batches, of which the model gets what its forward accepts; texts, images or a
             Dataset with `processing_class`; or a `Calibration`, which remembers what was measured. Some hundred samples
-            of the training data are enough. `fisher` differentiates the model's predictions: fine-tune it first.
+            of the training data are enough. `fisher` differentiates the model's predictions: fine-tune it first. With
+            `sequential_calibration` all batches are kept until the end.
         processing_class: A tokenizer, image processor or processor for calibration data that are no batches yet.
 
     Returns:
@@ -82,9 +81,11 @@ def get_robust_lowrank_model(
     ranks, left_dense = requested_ranks(matrices, targets.heads, config, statistics.energies)
     layers: dict[nn.Module, nn.Module] = {}
     report = ConversionReport(skipped=targets.skipped | left_dense)
-    for group in statistics.groups(ranks):
-        for name, (layer, result) in factored_group(model, group, ranks, config, statistics).items():
-            layers[model.get_submodule(name)], report.converted[name] = layer, result
+    measured = statistics.in_sequence(ranks, layers) if config.sequential_calibration else statistics.in_turns(ranks)
+    for name, second_moments in tqdm(measured, desc="factorization", total=len(ranks), disable=None):
+        dense = model.get_submodule(name)
+        with _naming(name):
+            layers[dense], report.converted[name] = _factored(dense, name, ranks[name], config, second_moments)
     # Nothing has changed so far: an error above leaves the model as it was.
     replace_modules(model, layers)
     _set_trainable(model, config)
@@ -96,17 +97,6 @@ def get_robust_lowrank_model(
     attach_saving(model)
     logger.info("%s", report)
     return model
-
-
-def factored_group(
-    model: nn.Module, group: Collection[str], ranks: Mapping[str, int], config: CondLRConfig, statistics: Statistics
-) -> Converted:
-    """Measure a group of layers and factor them: {name: (the factored layer, its errors)}; the model stays as it is."""
-    found: Converted = {}
-    for name, measured in statistics.of(group):
-        with _naming(name):
-            found[name] = _factored(model.get_submodule(name), name, ranks[name], config, measured)
-    return found
 
 
 def _calibration(config: CondLRConfig, data: Any, processing_class: Any) -> Calibration | None:
@@ -146,10 +136,11 @@ def _factored(
 ) -> tuple[LowRankLayer, LayerConversion]:
     tau = config.tau_pattern.get(get_pattern_key(list(config.tau_pattern), name), config.tau)
     start, C = config.init_weights, measured.C
-    is_aware = start in ("activation_aware", "fisher")  # C may be there for the ranks only
+    is_aware = start in DATA_AWARE  # C may be there for the ranks only
     F = measured.F if start == "fisher" else None
 
     def factorize(W: Tensor, r: int) -> Factors:
+        W = W if measured.target is None else measured.target
         factors = measured.spectrum(W, F).factors(W, r, F) if is_aware else FACTORIZATIONS[start](W, r)
         if config.conditioned_start:
             C_of_start = C if is_aware else None
@@ -159,12 +150,13 @@ def _factored(
     layer_class = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
     layer = layer_class.from_dense(dense, r, factorize=factorize, tau=tau, center=config.center)
     W, factors = weight_matrix(dense), (layer.U, layer.S, layer.V)
+    target = W if measured.target is None else measured.target
     return layer, LayerConversion(
         r=layer.r,
         shape=(W.shape[0], W.shape[1]),
         truncation_error=truncation_error(W, *factors),
         optimal_truncation_error=optimal_truncation_error(W, layer.r) if start == "randomized_svd" else None,
-        whitened_truncation_error=None if C is None else truncation_error(W, *factors, C),
+        whitened_truncation_error=None if C is None else truncation_error(target, *factors, C),
     )
 
 

@@ -8,8 +8,15 @@ from torch import nn
 
 from hf_condlr.checkpoints.save import detach_saving
 from hf_condlr.conversion.convert import Model
-from hf_condlr.errors import ConversionError, require
-from hf_condlr.layers import FoldedLayer, LowRankLayer, factored_layers, replace_modules, set_conversion_record
+from hf_condlr.errors import ConversionError, listed, require
+from hf_condlr.layers import (
+    FoldedLayer,
+    LowRankLayer,
+    LowRankUpdate,
+    factored_layers,
+    replace_modules,
+    set_conversion_record,
+)
 
 
 def to_dense_model(model: Model) -> Model:
@@ -36,6 +43,12 @@ def _replace_layers(model: nn.Module, replace: Callable[[LowRankLayer], nn.Modul
     is_folded = any(isinstance(module, FoldedLayer) for module in model.modules())
     rule, remedy = "a folded layer has lost its U and S", "Fold or multiply out a copy.deepcopy of the factored model."
     require(not is_folded, rule, received="a folded model", remedy=remedy, error=ConversionError)
+    updates = [name for name, layer in factored_layers(model).items() if isinstance(layer, LowRankUpdate)]
+    rule, remedy = (
+        "an adapter is added to a dense weight, and takes no weight's place",
+        "Call merge_and_unload() first.",
+    )
+    require(not updates, rule, received=f"adapters {listed(updates)}", remedy=remedy, error=ConversionError)
     replace_modules(model, {layer: replace(layer) for layer in factored_layers(model).values()})
     for module in model.modules():  # the record may be on a model inside, that of a PeftModel for instance
         set_conversion_record(module, None)

@@ -86,7 +86,7 @@ def measure(
             continue
         found = watch.inputs if inputs else {}, watch.gradients if gradients else {}
         for grams, quantity in zip(found, ("the calibration data", "the gradient of the predictions"), strict=True):
-            _require_values(grams, quantity)
+            require_values(grams, quantity)
         return found
 
 
@@ -159,7 +159,7 @@ class _Pass:
     def _record_inputs(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         # Where the decoder reads the encoder's output, the encoder's tokens count.
         reads_decoder = layer in self.decoder and args[0].data_ptr() != self.encoded
-        rows = _rows(layer, args[0].detach(), self.batch.decoder_mask if reads_decoder else self.batch.mask)
+        rows = layer_rows(layer, args[0].detach(), self.batch.decoder_mask if reads_decoder else self.batch.mask)
         self.rows[name] += len(rows)
         if isinstance(layer, nn.Conv2d) or self.shared.leader(name, args[0]) == name:  # patches are not compared
             self.shared.leaders.setdefault(name, name)
@@ -210,7 +210,8 @@ def _same_memory(x: Tensor, y: Tensor) -> bool:
     return is_same and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
 
 
-def _require_values(grams: Grams, quantity: str) -> None:
+def require_values(grams: Grams, quantity: str) -> None:
+    """Require that each Gram matrix has a mean; `quantity` says in errors what its rows are."""
     for name, gram in grams.items():
         if received := gram.obstacle():
             raise ConversionError(
@@ -220,7 +221,8 @@ def _require_values(grams: Grams, quantity: str) -> None:
             )
 
 
-def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:  # -> (tokens or patches, n)
+def layer_rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:  # -> (tokens or patches, n)
+    """The rows of a layer's input that count: tokens that the mask leaves, or the patches of a convolution."""
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = nn.functional.pad(at_least_float32(x), layer._reversed_padding_repeated_twice, mode=mode)

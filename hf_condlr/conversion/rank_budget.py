@@ -143,13 +143,22 @@ def _spend(
         left -= cost
 
 
+def largest_compression(shapes: Shapes, form: CompressionForm = "training") -> float:
+    """The largest compression_ratio: rank 1 in every layer where that is smaller than the weight."""
+    return 1 - _least(shapes, form) / sum(m * n for m, n in shapes.values())
+
+
+def _least(shapes: Shapes, form: CompressionForm) -> int:
+    return sum(min(m * n, factored_size(m, n, 1, form)) for m, n in shapes.values())
+
+
 def _budget(shapes: Shapes, compression_ratio: float, form: CompressionForm) -> int:
     total = sum(m * n for m, n in shapes.values())
     budget = math.floor((1 - compression_ratio) * total)
-    least = sum(min(m * n, factored_size(m, n, 1, form)) for m, n in shapes.values())
-    rule = f"compression_ratio must leave at least rank 1 in every layer, here at most {1 - least / total:.4f}"
+    most = largest_compression(shapes, form)
+    rule = f"compression_ratio must leave at least rank 1 in every layer, here at most {most:.4f}"
     remedy = "Lower it, or leave small layers out with exclude_modules."
-    require(least <= budget, rule, received=compression_ratio, remedy=remedy, error=ConfigError)
+    require(_least(shapes, form) <= budget, rule, received=compression_ratio, remedy=remedy, error=ConfigError)
     return budget
 
 

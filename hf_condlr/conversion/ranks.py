@@ -67,7 +67,7 @@ def _allocate(matrices: dict[str, Tensor], config: CondLRConfig, energies: Energ
     ratio, multiple, form = config.compression_ratio, config.rank_multiple, config.compression_form
     if config.rank_allocation == "uniform":
         return allocate_uniform(shapes, ratio, multiple, form=form)
-    # A dense layer has no bound on κ; and where the error is a loss, no layer needs to stay dense.
-    leave_dense = config.rank_allocation == "energy"
+    # A dense layer has no bound on κ, which whoever asks for one would miss.
+    leave_dense = config.rank_allocation == "energy" or math.isinf(config.tau)
     found = dict(energies(matrices))
     return allocate_by_energy(shapes, found, ratio, multiple, form=form, leave_dense=leave_dense)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.factorizations import spectral_energy
 from hf_condlr.conversion.second_moments import Calibration, Held
+from hf_condlr.conversion.sequential import corrected_weight, sequential_inputs
 from hf_condlr.conversion.spectra import Spectrum, decompose
 
 
@@ -20,6 +21,7 @@ class Measured:
     C: Tensor | None = None  # E[x xᵀ] (n, n)
     F: Tensor | None = None  # E[Σ g gᵀ] (m, m)
     held: Held | None = None  # where spectra are kept
+    target: Tensor | None = None  # (m, n): what the factors approximate, if not the weight
 
     def spectrum(self, W: Tensor, F: Tensor | None, *, vectors: bool = True) -> Spectrum:
         """The weight (m, n) decomposed in the metric of C and, unless None, of F: once if it is kept."""
@@ -48,7 +50,7 @@ class Statistics:
         self, model: nn.Module, matrices: Mapping[str, Tensor], config: CondLRConfig, calibration: Calibration | None
     ) -> None:
         self._model, self._matrices, self._calibration = model, matrices, calibration
-        self._start = config.init_weights
+        self._start, self._in_sequence = config.init_weights, config.sequential_calibration
         self._needs_gradients = "fisher" in (config.init_weights, config.rank_allocation)
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
@@ -74,6 +76,36 @@ class Statistics:
             if forget:
                 self._calibration.forget(name)
 
+    def in_turns(self, names: Iterable[str]) -> Iterator[tuple[str, Measured]]:
+        """`of` all the groups of the names."""
+        for group in self.groups(names):
+            yield from self.of(group)
+
+    def in_sequence(
+        self, names: Iterable[str], layers: Mapping[nn.Module, nn.Module]
+    ) -> Iterator[tuple[str, Measured]]:
+        """Pairs of a layer's name and its second moments behind compressed layers, in order of execution.
+
+        Args:
+            names: The layers to factor.
+            layers: {dense layer: factored layer}; the caller adds a layer before the next one is asked for.
+
+        Raises:
+            ConversionError: As `of`, or a layer is not called exactly once in a forward pass.
+        """
+        assert self._calibration is not None
+        names = list(names)
+        turns = self.groups(names)
+        held: dict[str, Held] = {}
+        for group, C, E in sequential_inputs(self._model, names, self._calibration.data, layers):
+            for name in group:
+                if self._start == "fisher" and name not in held:
+                    turn = next(turn for turn in turns if name in turn)
+                    held = self._calibration.held(self._model, turn, gradients=True)
+                F = None if (layer := held.pop(name, None)) is None or layer.F is None else layer.F.mean()
+                self._calibration.forget(name)
+                yield name, Measured(C, F, target=corrected_weight(self._matrices[name], C, E))
+
     def energies(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Pairs of a name and σ_i² (min(m, n),) of F̃^{1/2} W C^{1/2}, without the factor that was not measured."""
         if self._calibration is None:
@@ -82,6 +114,7 @@ class Statistics:
         wanted = set(names)
         groups = self.groups(self._matrices)  # the layers that the start needs, too: measured once if they fit
         start_has_it = self._start == ("fisher" if self._needs_gradients else "activation_aware")
+        start_has_it = start_has_it and not self._in_sequence  # there the start is in another metric
         for group in groups:
             for name, measured in self.of(group, forget=False):
                 if name in wanted:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.config import ALL_LINEAR, CondLRConfig
 from hf_condlr.errors import ConversionError, listed, require
-from hf_condlr.layers import FoldedLayer, factored_layers, head_names
+from hf_condlr.layers import FoldedLayer, converted_layers, head_names
 
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that hand their children's weights to fused kernels, without calling the children's forward."""
@@ -133,7 +133,7 @@ def _names_inside_adapters(model: nn.Module) -> set[str]:
 def _no_match(model: nn.Module, config: CondLRConfig, skipped: dict[str, str]) -> ConversionError:
     given = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     received = ", ".join(f"{name}={value!r}" for name in given if (value := getattr(config, name)) is not None)
-    if converted := len(factored_layers(model)):
+    if converted := len(converted_layers(model)):
         received += f" for a model in which {converted} layers are factored already"
     if skipped:
         received += f", which matches only {listed([f'{name} ({reason})' for name, reason in skipped.items()])}"

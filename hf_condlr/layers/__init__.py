@@ -9,7 +9,14 @@ from hf_condlr.layers.condition_report import ConditionReport, condition_report
 from hf_condlr.layers.conv2d import LowRankConv2d
 from hf_condlr.layers.folded import FoldedLayer
 from hf_condlr.layers.linear import LowRankLinear
-from hf_condlr.layers.model import compressed_layers, factored_layers, head_names, is_factored, replace_modules
+from hf_condlr.layers.model import (
+    compressed_layers,
+    converted_layers,
+    factored_layers,
+    head_names,
+    is_factored,
+    replace_modules,
+)
 from hf_condlr.layers.record import (
     ConversionRecord,
     ConversionReport,
@@ -17,6 +24,7 @@ from hf_condlr.layers.record import (
     conversion_record,
     set_conversion_record,
 )
+from hf_condlr.layers.update import LowRankUpdate
 
 __all__ = [
     "ConditionReport",
@@ -29,9 +37,11 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLayer",
     "LowRankLinear",
+    "LowRankUpdate",
     "compressed_layers",
     "condition_report",
     "conversion_record",
+    "converted_layers",
     "factored_layers",
     "head_names",
     "is_factored",

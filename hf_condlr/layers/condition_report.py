@@ -15,7 +15,7 @@ from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
 from hf_condlr.layers.folded import FoldedLayer, quantized_values
-from hf_condlr.layers.model import compressed_layers, loaded_factors
+from hf_condlr.layers.model import compressed_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
@@ -43,7 +43,7 @@ class ConditionReport:
     layers: list[LayerRecord]
     parameters: int  # of the full model
     folded_parameters: int  # the same once folded for inference
-    dense_parameters: int  # the same if its factored layers were dense
+    dense_parameters: int  # the same if its factored layers were dense, and its adapters merged
 
     @property
     def max_condition_number(self) -> float:
@@ -62,7 +62,7 @@ class ConditionReport:
 
     @property
     def compression(self) -> float:
-        """Share of the full model's parameters that factoring removed."""
+        """Share of the full model's parameters that factoring removed; below 0 is the share that adapters add."""
         return 1 - self.parameters / self.dense_parameters
 
     @property
@@ -86,11 +86,14 @@ class ConditionReport:
             f"{layer.parameters:>11,}  {layer.parameters / layer.dense_parameters:>8.1%}"
             for layer in self.layers
         ]
+        folded = f"; folded for inference: {self.folded_parameters:,}, {self.folded_compression:.1%} removed"
+        if self.folded_parameters == self.parameters:  # only adapters, which are merged
+            folded = ""
+        change = f"{abs(self.compression):.1%} {'removed' if self.compression >= 0 else 'added'}"
         totals = (
             f"{len(self.layers)} layers, κ at most {self.max_condition_number:.4g}, "
             f"mean {self.mean_condition_number:.4g}; full model: {self.parameters:,} of {self.dense_parameters:,} "
-            f"parameters, {self.compression:.1%} removed; folded for inference: {self.folded_parameters:,}, "
-            f"{self.folded_compression:.1%} removed"
+            f"parameters, {change}{folded}"
         )
         return "\n".join([header, rule, *rows, rule, totals])
 
@@ -133,7 +136,7 @@ class ConditionReport:
 
 @torch.no_grad()
 def condition_report(model: nn.Module) -> ConditionReport:
-    """Measure every factored and folded layer of `model`, in float64; of quantized weights the values they stand for.
+    """Measure every factored and folded layer, adapters included, in float64; of quantized weights their values.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
     step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Every process of a sharded
@@ -143,17 +146,19 @@ def condition_report(model: nn.Module) -> ConditionReport:
         CondLRError: The model has no factored layers.
     """
     reshard(model)
+    compressed = compressed_layers(model)  # without adapters, which took the place of nothing
     records = [
         _folded_record(name, layer)
         if isinstance(layer, FoldedLayer)
         else _record(name, layer, loaded_factors(model, name))
-        for name, layer in compressed_layers(model).items()
+        for name, layer in (factored_layers(model) | compressed).items()
     ]
     remedy = "Call get_robust_lowrank_model(model, config) first."
     require(records, "the model must have factored layers", received="none", remedy=remedy)
     parameters = sum(p.numel() for p in model.parameters())
-    dense = parameters + sum(record.dense_parameters - record.parameters for record in records)
-    folded = parameters - sum(record.parameters - record.folded_parameters for record in records)
+    dense = parameters - sum(record.parameters for record in records)
+    dense += sum(record.dense_parameters for record in records if record.name in compressed)
+    folded = parameters - sum(x.parameters - x.folded_parameters for x in records if x.name in compressed)
     return ConditionReport(records, parameters, folded, dense)
 
 

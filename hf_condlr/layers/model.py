@@ -11,21 +11,28 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_condlr.layers.base import Factors, LowRankLayer
 from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.update import LowRankUpdate
 
 
 def is_factored(model: nn.Module) -> bool:
-    """Whether the model has layers that hold U, S, V: converted, loaded, wrapped or copied; not once it is folded."""
+    """Whether the model has layers that hold U, S, V, converted ones or adapters; not once it is folded."""
     return any(isinstance(module, LowRankLayer) for module in model.modules())
 
 
 def factored_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """{name: layer} of all layers that hold U, S, V; a layer used in several places under its first name."""
+    """{name: layer} of all that hold U, S, V, adapters too; a layer used in several places under its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
+def converted_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The `factored_layers` that took the place of a dense layer: all but adapters, which PEFT saves and merges."""
+    return {name: layer for name, layer in factored_layers(model).items() if not isinstance(layer, LowRankUpdate)}
+
+
 def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
-    """{name: layer} of all factored and folded layers; a layer used in several places under its first name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLayer, FoldedLayer))}
+    """{name: layer} of all converted and folded layers; a layer used in several places under its first name."""
+    kinds, update = (LowRankLayer, FoldedLayer), LowRankUpdate
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, update)}
 
 
 def loaded_factors(model: nn.Module, name: str) -> Factors:

@@ -23,7 +23,7 @@ class LayerConversion:
     shape: tuple[int, int]  # (m, n)
     truncation_error: float  # ‖W − U S Vᵀ‖_F / ‖W‖_F
     optimal_truncation_error: float | None = None  # the least error at this rank, measured for `randomized_svd` only
-    whitened_truncation_error: float | None = None  # of (W − U S Vᵀ) C^{1/2}, C = E[x xᵀ] over the calibration data
+    whitened_truncation_error: float | None = None  # of (W − U S Vᵀ) C^{1/2}; sequential: (A − U S Vᵀ) Ĉ^{1/2}
 
     @property
     def parameters(self) -> int:

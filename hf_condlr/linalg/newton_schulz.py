@@ -28,6 +28,7 @@ CERTIFICATE_TOLERANCE = 2e-5
 
 _SQUARINGS = 20
 _NEWTON_STEPS = 2
+_EXACT, _NEARLY = 1e-15, 1e-7  # how far singular values may end from 1
 _COARSE, _FINE = 1e-3, 1e-8  # eigenvalues below this share of the norm have no accurate sign
 
 
@@ -52,14 +53,16 @@ def clip_by_products(S: Tensor, bound: Tensor, center: Center, margin: float = 0
     largest, smallest = extreme_singular_values(S)
     feasible = largest <= bound * (1 + ESTIMATE_TOLERANCE) * smallest
     S_ = S / per_matrix(largest)
-    polar = newton_schulz(S_, (smallest / largest).clamp(1 / LARGEST_CONDITION, 1), _iterations(1 / LARGEST_CONDITION))
+    polar = newton_schulz(
+        S_, (smallest / largest).clamp(1 / LARGEST_CONDITION, 1), _iterations(1 / LARGEST_CONDITION, _EXACT)
+    )
     H = polar.mT @ S_
     H = (H + H.mT) / 2
     narrowed = (bound / (1 + margin * bound)).clamp_min(1)
     low = _interval_low(H, smallest / largest, narrowed, center)
     ends = torch.stack((low, low * narrowed))
     X = H - per_matrix(ends) * identity  # (2, b, r, r)
-    below, above = X @ _sign(X, ends, _FINE)
+    below, above = X @ _sign(X, ends, smallest / largest, _FINE, _NEARLY)
     clipped = ((per_matrix(ends.sum(0)) * identity) + below - above) / 2
     clipped = (clipped + clipped.mT) / 2
     result = polar @ clipped
@@ -143,10 +146,10 @@ def newton_schulz(X: Tensor, smallest: Tensor, iterations: int) -> Tensor:  # (*
     return X
 
 
-def _iterations(low: float) -> int:
-    """Iterations that `newton_schulz` needs to bring `low` to 1 in float64, and one more against rounding."""
+def _iterations(low: float, end: float) -> int:
+    """Iterations that `newton_schulz` needs to bring `low` to 1 − `end` in float64, and one more against rounding."""
     count = 1
-    while low < 1 - 1e-15:
+    while low < 1 - end:
         rho_squared = 3 / (1 + low + low**2)
         low, count = rho_squared**0.5 * low * (3 - rho_squared * low**2) / 2, count + 1
     return count
@@ -165,7 +168,7 @@ def _interval_low(
     identity = torch.eye(r, dtype=H.dtype, device=H.device)
     for _ in range(_NEWTON_STEPS):
         ends = torch.stack((low, low * bound))
-        below, above = _sign(H - per_matrix(ends) * identity, ends, _COARSE)
+        below, above = _sign(H - per_matrix(ends) * identity, ends, smallest, _COARSE, _NEARLY)
         # Eigenvalues with sign −1 at a lie below it, those with sign 1 at βa above.
         count_low, count_high = (r - _trace(below)) / 2, (r + _trace(above)) / 2
         sum_low = (_trace(H) - (below * H).sum((-2, -1))) / 2
@@ -176,10 +179,16 @@ def _interval_low(
     return low
 
 
-def _sign(X: Tensor, ends: Tensor, resolution: float) -> Tensor:  # (2, b, r, r), (2, b) -> (2, b, r, r)
-    """sign(X) of X = H − end·I, spectrum of H in (0, 1]; accurate for eigenvalues above `resolution`·‖X‖."""
-    norm = torch.maximum(ends, 1 - ends).clamp_min(resolution)
-    return newton_schulz(X / per_matrix(norm), torch.full_like(norm, resolution), _iterations(resolution))
+def _sign(
+    X: Tensor, ends: Tensor, smallest: Tensor, resolution: float, end: float
+) -> Tensor:  # (2, b, r, r), (2, b), (b,) -> (2, b, r, r)
+    """sign(X) of X = H − end·I, spectrum of H in [`smallest`, 1].
+
+    Eigenvalues above `resolution`·‖X‖ end within `end` of ±1.
+    """
+    # Of a core near its bound the norm is small, and the resolution fine in relation to σ.
+    norm = torch.maximum(ends - smallest, 1 - ends).abs().clamp_min(resolution)
+    return newton_schulz(X / per_matrix(norm), torch.full_like(norm, resolution), _iterations(resolution, end))
 
 
 def _within(S: Tensor, low: Tensor, high: Tensor) -> Tensor:  # (b, r, r), (b,), (b,) -> (b,) bool

@@ -28,7 +28,7 @@ from torch import nn
 from hf_condlr.distributed.replicas import check_replicas, is_due, several_processes
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import ConditioningError, OptimizerError, listed, require
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import LowRankUpdate, factored_layers
 from hf_condlr.linalg import obeys_bound
 from hf_condlr.manifold.factor_stacks import FactorStacks
 from hf_condlr.manifold.repair import orthonormalize_bases
@@ -72,7 +72,7 @@ def attach_manifold_step(
         warmup_steps: T_w ≥ 0, in optimizer steps. The bound falls geometrically from each layer's own κ_0 to 1 + τ:
             1 + τ(t) = κ_0^{1−p} (1+τ)^p with p = min(1, t/T_w). With 0 the first step conditions to 1 + τ.
         metric_scaling: Divide the gradients of U and V by c² = ‖S‖_F²/r, as the flow does. None: on for SGD, off for
-            other optimizers, which rescale gradients themselves.
+            other optimizers, which rescale gradients themselves, and for adapters, whose S starts near zero.
         projection_interval: k ≥ 1. Retract and condition after every k-th step only, which is most of the cost. In
             between the constraint does **not** hold: call `settle()` of the handle, on every process, before you
             evaluate, save or load weights, and at the end. See `ManifoldStep.settle`.
@@ -119,6 +119,7 @@ class ManifoldStep:
         check_optimizer(self.optimizers[0], self._model, self.layers)
         check_attached(self.optimizers, self.layers, ManifoldStep)
         plain = any(isinstance(x, torch.optim.SGD) for x in self.optimizers)
+        plain = plain and not any(isinstance(x, LowRankUpdate) for x in self.layers.values())
         self.metric_scaling = plain if metric_scaling is None else metric_scaling
         self.projection_interval, self.drift_check_interval = projection_interval, drift_check_interval
         self.step_count = 0

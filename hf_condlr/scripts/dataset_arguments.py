@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from hf_condlr.errors import EvaluationError, listed
 from hf_condlr.scripts.checks import check, check_data
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger(__name__)
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
@@ -52,7 +52,7 @@ class DatasetArguments:
         Raises:
             EvaluationError: The splits cannot be read, one of them is empty, or there is none to train on.
         """
-        from datasets import DatasetDict, load_dataset
+        from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
         path = Path(self.dataset_name)
@@ -70,15 +70,7 @@ class DatasetArguments:
             message = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
             rule = f"{path} must be a data set that load_dataset reads, without an empty split"
             raise EvaluationError(rule, received=message, remedy="Name another one, or repair its files.") from error
-        check_data(
-            "train" in data, "the data must have a split named train", list(data), "Name its files or folder so."
-        )
-        empty = [name for name, rows in data.items() if not len(rows)]
-        check_data(not empty, "a split must have rows", f"none in {', '.join(empty)}", "Fill it, or remove it.")
-        splits = DatasetDict({split: data[split] for split in ("train", "validation", "test") if split in data})
-        for split, rows in splits.items():
-            splits[split] = rows.add_column("source_row", [f"row {i} of the {split} split" for i in range(len(rows))])
-        return splits
+        return with_source_rows(data)
 
     def hold_out(self, data: DatasetDict, label: str | None = None) -> DatasetDict:
         """Add a validation split, keep at most as many rows as asked for; neither depends on the training's seed.
@@ -100,6 +92,24 @@ class DatasetArguments:
             if most is not None and most < len(rows):
                 data[split] = rows.shuffle(seed=0).take(most)  # files often come sorted by class
         return data
+
+
+def with_source_rows(data: Mapping[str, Dataset]) -> DatasetDict:
+    """The splits train, validation and test of a data set, with the column `source_row`, which says where each row is.
+
+    Raises:
+        EvaluationError: One of them is empty, or there is none to train on.
+    """
+    from datasets import DatasetDict
+
+    check_data("train" in data, "the data must have a split named train", list(data), "Name its files or folder so.")
+    empty = [name for name, rows in data.items() if not len(rows)]
+    check_data(not empty, "a split must have rows", f"none in {', '.join(empty)}", "Fill it, or remove it.")
+    splits = DatasetDict({split: data[split] for split in ("train", "validation", "test") if split in data})
+    for split, rows in splits.items():
+        if "source_row" not in rows.column_names:
+            splits[split] = rows.add_column("source_row", [f"row {i} of the {split} split" for i in range(len(rows))])
+    return splits
 
 
 def readable_rows(

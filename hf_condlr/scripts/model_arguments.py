@@ -11,14 +11,14 @@ import yaml  # type: ignore[import-untyped]
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_condlr.config import CondLRConfig, option
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import converted_layers
 from hf_condlr.scripts.checks import check
 
 logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")
 CONVERSION = (
     *("target_modules", "exclude_modules", "rank_ratio", "compression_ratio", "rank_allocation"),
-    *("init_weights", "conditioned_start", "tau"),
+    *("init_weights", "sequential_calibration", "conditioned_start", "tau"),
 )
 
 
@@ -42,6 +42,7 @@ class ModelArguments:
     )
     rank_allocation: str = option("uniform", "Ranks under compression_ratio: uniform, energy, or fisher (fine-tuned).")
     init_weights: str = option("svd", "svd, randomized_svd, activation_aware, fisher (fine-tuned) or orthogonal.")
+    sequential_calibration: bool = option(False, "Factor each layer for the inputs behind compressed ones.")
     conditioned_start: bool = option(False, "Start within κ ≤ 1 + tau instead of lowering κ in a warm-up.")
     tau: float = option(0.1, "κ(S) ≤ 1 + tau; inf: only orthonormal U and V.")
     teacher: str | None = option(None, "Dense model of the same task to distil from; needs distillation_weight.")
@@ -110,7 +111,7 @@ class ModelArguments:
         Raises:
             ConfigError: The model is factored already, and the method is dense.
         """
-        if not factored_layers(model):
+        if not converted_layers(model):
             return self.method != "dense"
         remedy = "Choose lowrank or condlr, or make it dense: condlr densify."
         check(self.method != "dense", "method dense needs a dense model", self.model_name_or_path, remedy)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_condlr.checkpoints.restore import restore_weights
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import converted_layers
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def has_own_files(model: nn.Module) -> bool:
     `SentenceTransformer` loads what it saved itself.
     """
     is_self_loading = hasattr(model, "save_pretrained") and not isinstance(model, PreTrainedModel)
-    return bool(factored_layers(model)) and not is_self_loading
+    return bool(converted_layers(model)) and not is_self_loading
 
 
 def restore_best_model(model: nn.Module, state: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_condlr.checkpoints.manifest import STEM
 from hf_condlr.distributed.shards import local
 from hf_condlr.errors import CondLRError, OptimizerError, require
-from hf_condlr.layers import condition_report, factored_layers
+from hf_condlr.layers import LowRankUpdate, condition_report, converted_layers, factored_layers
 from hf_condlr.linalg import is_orthonormal, obeys_bound
 from hf_condlr.manifold.step import ManifoldStep, attach_manifold_step
 from hf_condlr.training.arguments import CondLRArguments, check_evaluation_dtype
@@ -88,9 +88,12 @@ class CondLRCallback(FactoredPushCallback, ExportableState):
 
     # ------------------------------------------------------------------------------------------ begin and end
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_evaluation_dtype(args)
         check_engine(args)
+        for layer in factored_layers(model).values() if isinstance(model, nn.Module) else ():
+            if isinstance(layer, LowRankUpdate) and layer.S.dtype in (torch.bfloat16, torch.float16):
+                layer.float()  # TRL rounds the adapters of quantized models; the step brings the bases back
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -252,8 +255,9 @@ def condition_records(model: nn.Module, logs: dict[str, Any]) -> dict[str, float
         "kappa_mean": report.mean_condition_number,
         "kappa_bound": max(layer.bound for layer in report.layers),
         "orthonormality_error": report.max_orthonormality_error,
-        "compression": report.compression,
     }
+    if converted_layers(model):
+        records["compression"] = report.compression
     # Infinite ones are left out: trainer_state.json is read by strict parsers.
     return {prefix + key: value for key, value in records.items() if math.isfinite(value)}
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_condlr.checkpoints.card import write_model_card
 from hf_condlr.checkpoints.restore import last_complete_checkpoint, restore_weights
 from hf_condlr.distributed.shards import is_sharded
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import converted_layers
 from hf_condlr.training.best_model import has_own_files, restore_best_model
 from hf_condlr.training.callback import FactoredPushCallback
 from hf_condlr.training.peft_factors import load_factors, save_factors
@@ -42,7 +42,7 @@ class FactoredTrainerMixin:
         if not any(isinstance(callback, FactoredPushCallback) for callback in self.callback_handler.callbacks):
             self.callback_handler.add_callback(FactoredPushCallback())
         reference = getattr(self, "ref_model", None)  # of TRL's DPOTrainer, for example
-        if isinstance(reference, nn.Module) and factored_layers(self.model) and not factored_layers(reference):
+        if isinstance(reference, nn.Module) and converted_layers(self.model) and not converted_layers(reference):
             logger.warning(
                 "the reference model is dense, and the trained one is factored: without ref_model it is loaded from "
                 "the checkpoint that the model came from. Give ref_model=copy.deepcopy(model) for one like it."
@@ -105,7 +105,7 @@ class FactoredTrainerMixin:
             return
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
-        if not factored_layers(model):
+        if not converted_layers(model):
             known = {name: value for name, value in kwargs.items() if name not in ("metrics", "split", "robustness")}
             super().create_model_card(*args, **known)  # type: ignore[misc]
             return

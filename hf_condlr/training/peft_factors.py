@@ -1,4 +1,4 @@
-"""Factors that train inside a `PeftModel`, which saves only its adapter."""
+"""Factors of converted layers that train inside a `PeftModel`, which saves only its adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_condlr.distributed.shards import write_full
 from hf_condlr.errors import CheckpointError, listed, require
-from hf_condlr.layers import factored_layers
+from hf_condlr.layers import converted_layers
 
 FACTORS_NAME = "condlr_factors.safetensors"
 
@@ -45,11 +45,11 @@ def load_factors(model: nn.Module, folder: str | Path) -> None:
     )
     for name, p in factors.items():
         write_full(p, stored[name])
-    for layer in factored_layers(model).values():
+    for layer in converted_layers(model).values():
         layer.refresh_bound()
 
 
 def _factors(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, PeftModel):
         return {}
-    return {f"{name}.{kind}": getattr(layer, kind) for name, layer in factored_layers(model).items() for kind in "USV"}
+    return {f"{name}.{kind}": getattr(layer, kind) for name, layer in converted_layers(model).items() for kind in "USV"}

@@ -47,8 +47,12 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_training_step(run):
-    rows, results = run(training_step, "--models", "tiny", *TINY, "--rounds", "2", "--memory", "false")
-    assert [row[:2] for row in rows] == [["tiny, 16 tokens", m] for m in ("dense", "low rank", "LoRA", "CondLR")]
+    rows, results = run(
+        training_step, "--models", "tiny", *TINY, "--rounds", "2", "--memory", "false", "--intervals", "1", "4"
+    )
+    assert [row[:2] for row in rows] == [
+        ["tiny, 16 tokens", m] for m in ("dense", "low rank", "LoRA", "CondLR", "CondLR, k = 4")
+    ]
     assert rows[1][3] == rows[0][4] == "1.00 (1.00 … 1.00)"
     assert {len(times) for times in results["tiny"]["seconds"].values()} == {2}
 
@@ -72,7 +76,7 @@ def test_training_step_sees_what_a_step_holds_at_its_peak(monkeypatch):
 
 def test_training_step_trains_the_parameters_of_each_method():
     options = training_step.Options(batch_size=2, tokens=4)
-    steps = {m: training_step.Step(m, "tiny", options, torch.device("cpu")) for m in training_step.METHODS}
+    steps = {m: training_step.Step(m, "tiny", options, torch.device("cpu")) for m in options.methods}
     names = {m: {n for n, p in s.model.named_parameters() if p.requires_grad} for m, s in steps.items()}
     assert all("lora_" in name or name.startswith("classifier") for name in names["LoRA"])
     assert len([name for name in names["LoRA"] if "lora_" in name]) == 2 * len(
@@ -127,12 +131,11 @@ def test_profile_step(run):
     assert sum(seconds[part] for part in parts) == pytest.approx(seconds["manifold step"])
 
 
-def test_manifold_step(run, monkeypatch):
-    monkeypatch.setitem(manifold_step.SHAPES, "vit-b", ([(16, 16), (24, 16)], 1))
-    rows, results = run(manifold_step, "--models", "vit-b", "--rounds", "1", "--conditioning", "true")
-    assert [row[0] for row in rows] == list(results["vit-b, rank ratio 0.2"]["seconds"])
+def test_manifold_step(run):
+    rows, results = run(manifold_step, "--models", "tiny", "--rounds", "1", "--conditioning", "true")
+    assert [row[0] for row in rows] == list(results["tiny, rank ratio 0.2"]["seconds"])
     assert len(rows) == 8 and rows[0][3] == "1.00 ×"
-    assert 1 < results["vit-b, rank ratio 0.2"]["copies_of_factors"] < 5
+    assert 1 < results["tiny, rank ratio 0.2"]["copies_of_factors"] < 5
 
 
 def test_conversion(run):

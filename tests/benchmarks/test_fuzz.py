@@ -40,6 +40,15 @@ def test_every_bad_gradient_in_all_factors():
     assert parts.run(Case(PAIR, tuple(events), "adamw-fused", lr=0.1)).steps == 2 * len(parts.GRADIENTS)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_bad_gradient_in_adapters(ahead):
+    """From their start, at which S is near zero, and as a GPU steps."""
+    layers = tuple(dataclasses.replace(layer, adapter=True) for layer in (*PAIR, Layer(6, 8, 3, 0.0, conv1d=True)))
+    events = [event for i, kind in enumerate(parts.GRADIENTS) for event in (Step(i, kind), STEP)]
+    case = Case(layers, tuple(events), "adamw-fused", lr=0.1, ahead=ahead)
+    assert parts.run(case).steps == 2 * len(parts.GRADIENTS)
+
+
 # The least cases of what was found, and mended. ahead: as on a GPU
 DEFECTS = {
     "squares of a gradient overflow in the optimizer": Case(PAIR, (Step(0, "1e30"), STEP), "adamw-fused"),

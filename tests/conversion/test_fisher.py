@@ -137,6 +137,21 @@ def test_ranks_go_where_the_predictions_need_them():
     assert found["fisher"] < 0.5 * min(found["uniform"], found["energy"])
 
 
+@pytest.mark.parametrize("tau", [0.1, "inf"])
+def test_a_layer_that_matters_most_stays_dense_where_no_bound_is_asked_for(tau):
+    """0.6 of the weights of two equal layers are one of them and rank 2 of the other: 576 + 100 ≤ 691."""
+    model = Gated()
+    config = CondLRConfig(
+        target_modules=["seen", "ignored"],
+        compression_ratio=0.4,
+        rank_allocation="fisher",
+        init_weights="fisher",
+        tau=tau,
+    )
+    get_robust_lowrank_model(model, config, calibration_data=torch.randn(256, 24).split(64))
+    assert ("seen" in model.condlr.report.skipped) == (tau == "inf")
+
+
 def test_allocation_goes_with_any_start():
     for start in ("svd", "activation_aware"):
         model = Gated()

@@ -8,6 +8,7 @@ from hf_condlr.linalg import clamp_singular_values, condition_number, singular_v
 from hf_condlr.linalg.newton_schulz import (
     CERTIFICATE_TOLERANCE,
     LARGEST_BOUND,
+    _sign,
     clip_by_products,
     clip_core_by_products,
     extreme_singular_values,
@@ -92,12 +93,25 @@ def test_every_core_ends_within_its_bound(name, dtype):
 def test_what_has_no_certificate_is_replaced(monkeypatch):
     """With sign(H − aI) = I and sign(H − βaI) = −I everywhere nothing is clipped; the certificate sees it."""
     signs = torch.stack((torch.eye(12), -torch.eye(12)))[:, None].double()
-    monkeypatch.setattr("hf_condlr.linalg.newton_schulz._sign", lambda X, ends, resolution: signs.expand_as(X))
+    monkeypatch.setattr("hf_condlr.linalg.newton_schulz._sign", lambda X, *_: signs.expand_as(X))
     S, start = near_the_bound(12, 1.5, 0.5)[None], torch.eye(12, dtype=torch.float64)[None]
     bound = torch.tensor([1.1], dtype=torch.float64)
     assert not clip_by_products(S, bound, "nearest")[2].item()
     clipped, followed = clip_core_by_products(S, bound, "nearest", start)
     assert torch.equal(clipped, start) and not followed.item()
+
+
+@pytest.mark.parametrize("end", [0.5, 1e-2, 1.0])
+def test_sign_of_a_shifted_core(end):
+    """Against eigh, where eigenvalues keep away from `end` by a hundredth of the norm, which `smallest` makes tight."""
+    rng = np.random.default_rng(2)
+    spectrum = np.r_[0.4, 1, rng.uniform(0.4, 1, 28)]
+    spectrum = spectrum[np.abs(spectrum - end) > 0.01]
+    Q = np.linalg.qr(rng.standard_normal((len(spectrum), len(spectrum)))).Q
+    X = torch.from_numpy((Q * (spectrum - end)) @ Q.T)
+    ends, smallest = (torch.tensor([x], dtype=torch.float64) for x in (end, 0.4))
+    sign = _sign(X[None], ends, smallest, 1e-3, 1e-7)[0]
+    assert np.abs(sign.numpy() - (Q * np.sign(spectrum - end)) @ Q.T).max() < 1e-6
 
 
 @pytest.mark.parametrize("smallest", [1e-5, 1e-2, 0.9])

@@ -100,7 +100,7 @@ def test_paragraphs_of_a_text_file_distilled_with_an_activation_aware_start(call
     [
         ({"block_size": 33}, r"block_size must lie in \[2, 32\], the model's positions; received 33"),
         ({"text_column": "body"}, "text_column must be one of text; received 'body'"),
-        ({"max_eval_samples": 1}, r"the validation split must fill a block of 32 tokens; received \d+\. Lower block"),
+        ({"max_eval_samples": 1}, r"the validation split must fill a block of 32 tokens; received \d+\. Take smaller"),
         ({"adversarial_attack": "fgsm", "adversarial_epsilon": 0.1}, "only classifiers are trained on attacks"),
     ],
 )

@@ -10,7 +10,8 @@ from transformers import HfArgumentParser
 from tests.paths import ROOT
 
 COMMAND = re.compile(r"(?:-m|--module) ((?:studies|benchmarks)\.[\w.]+)((?:[^\n`\\]|\\\n)*)")
-PAGES = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("studies/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+PAGES = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("studies/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+PAGES += [*ROOT.glob("benchmarks/**/*.md")]
 COMMANDS = sorted({match for page in PAGES for match in COMMAND.findall(page.read_text()) if match[0][-5:] != ".NAME"})
 
 
@@ -19,6 +20,8 @@ COMMANDS = sorted({match for page in PAGES for match in COMMAND.findall(page.rea
 )
 def test_a_command_of_the_documentation(module, options):
     program = importlib.import_module(module)
+    if hasattr(program, "__path__"):  # a package is run by its __main__
+        program = importlib.import_module(f"{module}.__main__")
     classes = [getattr(program, name) for name in ("Options", "TrainingOptions") if hasattr(program, name)]
     parser = HfArgumentParser(classes, allow_abbrev=False)
     required = {action.dest for action in parser._actions if action.required}
@@ -31,7 +34,7 @@ def test_a_command_of_the_documentation(module, options):
 def test_every_program_is_in_the_documentation():
     documented = {module for module, _ in COMMANDS}
     programs = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         for folder in ("studies", "benchmarks")
         for path in ROOT.glob(f"{folder}/**/*.py")
         if '__name__ == "__main__"' in path.read_text()

@@ -1,4 +1,4 @@
-"""The command line `condlr`: convert, report, attack, fold, densify, export and push models."""
+"""The command line `condlr`: convert, compress, report, attack, fold, densify, export and push models."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import transformers
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from hf_condlr.checkpoints.card_header import is_hub_id
-from hf_condlr.checkpoints.publish import remove_leftovers
+from hf_condlr.cli.compress import add_calibration, add_compress, calibration_data, run_compress
+from hf_condlr.cli.models import NO_PROCESSOR, load, processor_of, save, say
 from hf_condlr.config import CHOICES, CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
 from hf_condlr.conversion.onnx import export_onnx
-from hf_condlr.errors import CondLRError, ConfigError, require
-from hf_condlr.layers import compressed_layers, condition_report, conversion_record
+from hf_condlr.errors import CondLRError, ConfigError
+from hf_condlr.layers import condition_report, conversion_record
 from hf_condlr.robustness.attacks import ATTACKS, make_attacks
 from hf_condlr.robustness.evaluation import evaluate_robustness, load_split
 
 EPILOG = """examples:
+  condlr compress outputs/vit --dataset beans --ratio 0.6 --output small    # a trained model: measured, saved, reported
   condlr convert bert-base-uncased small --compression_ratio 0.5     # untrained yet: train it with CondLRTrainer
   condlr report outputs/vit                                          # rank, κ, bound, size of every layer
   condlr attack outputs/vit --dataset beans --attack pgd-linf --epsilon 2/255 4/255 8/255
@@ -42,12 +42,12 @@ MODEL is a folder or a name on the Hub, dense or factored."""
 
 # Fields of CondLRConfig, and their types.
 _CONVERSION: dict[str, Callable[[str], Any]] = {"compression_ratio": float, "rank_ratio": float, "r": int, "tau": float}
-_CONVERSION |= {"head": str, "rank_allocation": str, "rank_multiple": int}
+_CONVERSION |= {"head": str, "rank_allocation": str, "rank_multiple": int, "init_weights": str}
+_FLAGS = ("sequential_calibration", "conditioned_start")
 _CHECKS: dict[str, Any] = {"full": True, "quick": "quick", "none": False}
 _TARGETS = {"out": "folder to write", "file": "file to write", "repo": "user/name on the Hub"}
 _NETWORK_ERRORS: Any = HfHubHTTPError.__bases__  # the HTTP library's own, whichever huggingface_hub uses, and OSError
 _ERRORS: Any = (CondLRError, SafetensorError, ValueError, ImportError, re.error, *_NETWORK_ERRORS)
-_NO_PROCESSOR = (OSError, ValueError, ImportError)  # a model without one, or one that needs an extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,12 +87,18 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return option
 
-    option = add(_convert, "factor a dense model's layers by truncated SVD, and save it", "out")
+    add_compress(add(_compress, "compress a trained model within a bound on κ, and report what it costs"))
+
+    option = add(_convert, "factor a dense model's layers, and save it", "out")
     option("--config", metavar="FOLDER", help="folder of a saved CondLRConfig, instead of what follows")
     config = {field.name: field.metadata.get("help") for field in fields(CondLRConfig)}
     option("--target_modules", nargs="+", metavar="NAME", help=config["target_modules"])
     for name, kind in _CONVERSION.items():
         option(f"--{name}", type=kind, choices=CHOICES.get(name), help=config[name])
+
+    for name in _FLAGS:
+        option(f"--{name}", action="store_true", default=None, help=config[name])
+    add_calibration(option)
 
     option = add(_report, "rank, condition number, bound and size of every factored layer")
     option("--json", action="store_true", help="print JSON instead of the table")
@@ -132,66 +138,33 @@ def _nonempty(value: str) -> str:
     return value
 
 
-def _load(args: argparse.Namespace, *, compressed: bool = False) -> PreTrainedModel:
-    """Load the model and its head with the class that its config names; `compressed` refuses a dense one."""
-    rule, found = "MODEL must be a folder, or a name on the Hub", f"{args.model}, which is not a folder"
-    exists = Path(args.model).is_dir() or is_hub_id(args.model)
-    require(exists, rule, received=found, remedy="Check the path.", error=ConfigError)
-    trust = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **trust)
-    classes: Any = [getattr(transformers, str(name), None) for name in config.architectures or ()]
-    own = [name for name in getattr(config, "auto_map", ()) if name.startswith("AutoModel")]
-    if args.trust_remote_code and classes == [None] and own:
-        classes = [getattr(transformers, own[0])]
-    elif len(classes) != 1 or not isinstance(classes[0], type) or not issubclass(classes[0], PreTrainedModel):
-        rule, found = "config.json must name one model class of transformers", f"architectures={config.architectures}"
-        remedy = "If the repository holds code that you trust, pass --trust_remote_code."
-        raise ConfigError(rule, received=found, remedy=remedy)
-    model = classes[0].from_pretrained(args.model, **trust)
-    if compressed and not compressed_layers(model):
-        condition_report(model)  # refuses it
-    return model
-
-
-def _processor(args: argparse.Namespace) -> Any:
-    return AutoProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-
-
-def _save(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    """Save the model, with the tokenizer or image processor of the one it was made from."""
-    model.save_pretrained(args.out)
-    if not compressed_layers(model):
-        remove_leftovers(Path(args.out))  # factors of an earlier checkpoint
-    with contextlib.suppress(*_NO_PROCESSOR):
-        _processor(args).save_pretrained(args.out)
-    size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
-    _say(f"wrote {args.out}: {model.num_parameters():,} parameters, {size:,} bytes of weights")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
 def _show(report: Any, args: argparse.Namespace) -> None:
-    _say(json.dumps(report.to_dict(), indent=1) if args.json else str(report))
+    say(json.dumps(report.to_dict(), indent=1) if args.json else str(report))
     if args.plot:
         report.plot(args.plot)
 
 
+def _compress(args: argparse.Namespace) -> None:
+    run_compress(args)
+
+
 def _convert(args: argparse.Namespace) -> None:
-    given = {name: value for name in ("target_modules", *_CONVERSION) if (value := getattr(args, name)) is not None}
+    given = {
+        name: value for name in ("target_modules", *_CONVERSION, *_FLAGS) if (value := getattr(args, name)) is not None
+    }
     if args.config and given:
         raise ConfigError("--config holds all settings", received=", ".join(given), remedy="Give one or the other.")
     if len(given.get("target_modules", ())) == 1:
         [given["target_modules"]] = given["target_modules"]  # a regex, or a name
     config: Any = CondLRConfig.from_pretrained(args.config) if args.config else CondLRConfig(**given)
-    model = get_robust_lowrank_model(_load(args), config)
-    _say(str(conversion_record(model).report))
-    _save(model, args)
+    model = load(args)
+    get_robust_lowrank_model(model, config, calibration_data=calibration_data(args, model))
+    say(str(conversion_record(model).report))
+    save(model, args)
 
 
 def _report(args: argparse.Namespace) -> None:
-    _show(condition_report(_load(args)), args)
+    _show(condition_report(load(args)), args)
 
 
 def _attack(args: argparse.Namespace) -> None:
@@ -202,10 +175,10 @@ def _attack(args: argparse.Namespace) -> None:
     attacks = make_attacks(args.attack, args.epsilon, steps=args.steps, restarts=args.restarts) if given else None
     names = ["image_column", "text_columns", "label_column", "max_samples", "batch_size", "output_dir", "save_examples"]
     report = evaluate_robustness(
-        _load(args),
+        load(args),
         load_split(args.dataset, args.dataset_config, args.split),
         attacks,
-        processor=_processor(args),
+        processor=processor_of(args),
         checks=_CHECKS[args.checks],
         **{name: getattr(args, name) for name in names},
     )
@@ -213,23 +186,23 @@ def _attack(args: argparse.Namespace) -> None:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    _save(fold_model(_load(args, compressed=True)), args)
+    save(fold_model(load(args, compressed=True)), args)
 
 
 def _densify(args: argparse.Namespace) -> None:
-    _save(to_dense_model(_load(args, compressed=True)), args)
+    save(to_dense_model(load(args, compressed=True)), args)
 
 
 def _export(args: argparse.Namespace) -> None:
-    path = export_onnx(_load(args), args.file)
-    _say(f"wrote {path}: {path.stat().st_size:,} bytes")
+    path = export_onnx(load(args), args.file)
+    say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 
 def _push(args: argparse.Namespace) -> None:
-    model: Any = _load(args, compressed=True)
+    model: Any = load(args, compressed=True)
     card = Path(args.model) / REPOCARD_NAME  # the folder's own
     options = {"private": args.private, "revision": args.revision}
     commit = model.push_to_hub(args.repo, card=card if card.is_file() else None, **options)
-    with contextlib.suppress(*_NO_PROCESSOR):
-        _processor(args).push_to_hub(args.repo, revision=args.revision)
-    _say(f"pushed {commit.commit_url}")
+    with contextlib.suppress(*NO_PROCESSOR):
+        processor_of(args).push_to_hub(args.repo, revision=args.revision)
+    say(f"pushed {commit.commit_url}")

@@ -1,0 +1,68 @@
+"""Labels of a data set as the model's class numbers, matched by their names where both have names."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from datasets import ClassLabel, DatasetDict, List, Value
+
+from hf_condlr.errors import listed
+from hf_condlr.robustness.evaluation.rows import match_classes
+from hf_condlr.scripts.checks import check_data
+
+
+def class_names(config: Any) -> list[str]:
+    """The model's classes, in the order of their numbers."""
+    names = getattr(config, "id2label", None) or {}
+    return [str(names[i]) for i in sorted(names)]
+
+
+def match_labels(config: Any, data: DatasetDict) -> DatasetDict:
+    """Give `labels`, class labels of the data in every split, the numbers and names of the model.
+
+    Raises:
+        EvaluationError: The data have more classes than the model, or some of the names agree and not all.
+    """
+    theirs, ours = class_names(config), data["train"].features["labels"].names
+    numbers = _numbers(config, theirs, ours)
+    for split, rows in data.items():
+        matched = [numbers[label] for label in rows["labels"]]
+        renamed = rows.remove_columns("labels").add_column("labels", matched)
+        data[split] = renamed.cast_column("labels", ClassLabel(names=theirs))
+    return data
+
+
+def match_token_labels(config: Any, data: DatasetDict) -> DatasetDict:
+    """The same for lists of labels, one a word; -100 stays.
+
+    Raises:
+        EvaluationError: As in `match_labels`; or a row has not one class number a word.
+    """
+    theirs, kind = class_names(config), getattr(data["train"].features["labels"], "feature", None)
+    named = isinstance(kind, ClassLabel)
+    used = {split: {label for labels in rows["labels"] for label in labels or ()} for split, rows in data.items()}
+    for split, labels in used.items():
+        rule, remedy = f"labels of the {split} split must be class numbers", "Is this the column of labels?"
+        valid = all(type(label) is int and (label >= 0 or label == -100) for label in labels)
+        check_data(valid, rule, listed(sorted(map(repr, labels))), remedy)
+    numbered = [str(i) for i in range(1 + max(max(labels, default=0) for labels in used.values()))]
+    numbers = _numbers(config, theirs, kind.names if isinstance(kind, ClassLabel) else numbered, named=named)
+    for split, rows in data.items():
+        pairs = zip(rows["words"], rows["labels"], rows["source_row"], strict=True)
+        wrong = [row for words, labels, row in pairs if len(words or ()) != len(labels or ())]
+        check_data(not wrong, "rows must have one label a word", listed(wrong), "Repair or remove them.")
+        matched = [[-100 if label == -100 else numbers[label] for label in labels] for labels in rows["labels"]]
+        data[split] = rows.remove_columns("labels").add_column("labels", matched, feature=List(Value("int64")))
+    return data
+
+
+def _numbers(config: Any, theirs: list[str], ours: list[str], *, named: bool = True) -> list[int]:
+    """The model's number for each class of the data."""
+    rule = f"the data must have classes of the model, of which there are {len(theirs)}"
+    remedy = "Is the model trained on these data, and is this the column of labels?"
+    check_data(len(ours) <= len(theirs), rule, f"{len(ours)}: {listed(ours)}", remedy)
+    if not named:
+        return list(range(len(ours)))
+    matched = match_classes(SimpleNamespace(config=config), SimpleNamespace(classes=ours), None)
+    return list(range(len(ours))) if matched is None else matched

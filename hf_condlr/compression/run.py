@@ -1,0 +1,274 @@
+"""`Run`: the stages of `compress`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from hf_condlr.compression.arguments import CompressionArguments
+from hf_condlr.compression.card import write_card
+from hf_condlr.compression.data import Splits, data_digest, load_data, split
+from hf_condlr.compression.measure import (
+    forms,
+    largest_condition_number,
+    quality,
+    require_finite,
+    robustness,
+)
+from hf_condlr.compression.recovery import recover
+from hf_condlr.compression.report import REPORT, CompressionReport, ModelMeasures
+from hf_condlr.compression.search import Point, largest_ratio
+from hf_condlr.compression.stages import Stages
+from hf_condlr.compression.task import Task
+from hf_condlr.compression.tasks import task_of
+from hf_condlr.config import CondLRConfig
+from hf_condlr.conversion.convert import get_robust_lowrank_model
+from hf_condlr.conversion.fold import fold_model
+from hf_condlr.conversion.rank_budget import largest_compression
+from hf_condlr.conversion.second_moments import Calibration
+from hf_condlr.conversion.targets import resolve_targets
+from hf_condlr.layers import compressed_layers, condition_report, weight_matrix
+from hf_condlr.robustness.attacks.base import Attack
+from hf_condlr.robustness.evaluation import RobustnessReport
+from hf_condlr.robustness.evaluation.provenance import parameters_digest, versions
+from hf_condlr.scripts.checks import check
+
+logger = logging.getLogger(__name__)
+FACTORED, RECOVERED, TRAINING = "factored", "recovered", "recovery"  # folders of the stages
+
+
+class Run:
+    """One call of `compress`: its settings, rows and stages."""
+
+    def __init__(self, model: PreTrainedModel, data: Any, processor: Any, attacks: Any, args: CompressionArguments):
+        accelerator = Accelerator()
+        rule, received = "compress runs as one process", f"{accelerator.num_processes} processes"
+        check(accelerator.num_processes == 1, rule, received, "Start it with python.")
+        dense = not compressed_layers(model)
+        remedy = "Give the dense model, or train this one further with CondLRTrainer."
+        check(dense, "the model must be dense", "one that is compressed already", remedy)
+        self.args, self.task = args, task_of(model, processor, args)
+        _require_trainable(model, self.task, args)
+        loaded, self.dataset_name = load_data(data, args.dataset_config)
+        self.attacks = self._attacks(attacks)
+        self.config = args.condlr_config(args.ratio or 0.5, self.task.rank_multiple)
+        self.names = resolve_targets(model, self.config).names  # an error before anything is measured
+        self.largest = self._largest_ratio(model)
+        rule, remedy = f"ratio must leave rank 1 in every layer, here at most {self.largest:.4f}", "Lower it."
+        check(args.ratio is None or args.ratio <= self.largest, rule, args.ratio, remedy)
+        rows = self.task.columns(loaded)
+        settings = asdict(args) | {
+            "model": parameters_digest(model)[:16],
+            "data": data_digest(rows),
+            "attacks": [attack.settings() for attack in self.attacks],
+        }
+        self.stages = Stages(args.output_dir, {k: v for k, v in settings.items() if k != "output_dir"})
+        self.splits: Splits = split(rows, choose_ratio=args.max_drop is not None, seed=args.seed)
+        self.dense = copy.deepcopy(model).to(accelerator.device).eval()
+        self.calibration: Calibration | None = None
+        self.seconds: dict[str, float] = {}
+
+    def finished(self) -> tuple[Any, CompressionReport] | None:
+        """The result of a run that is complete; None if there is something to do."""
+        folder = Path(self.args.output_dir)
+        if not (folder / REPORT).is_file():
+            return None
+        logger.warning("%s is complete already", folder)
+        return (type(self.dense).from_pretrained(folder), CompressionReport.load(folder))
+
+    def compress(self) -> tuple[Any, CompressionReport]:
+        """Run the stages that are not done."""
+        before = self._stage("dense", self._measure_dense)
+        ratio, found = self.args.ratio, None
+        if ratio is None:
+            found = self._stage("search", self._search)
+            ratio = found["ratio"]
+        ranks = self._stage(FACTORED, lambda: self._factor(ratio))["ranks"]
+        model = self._load(FACTORED)
+        if self.args.recovery_steps:
+            self._stage(RECOVERED, lambda: self._recover(model))
+            model = self._load(RECOVERED)
+        after = self._stage("compressed", lambda: self._measure_compressed(model))
+        report = self._report(ratio, ranks, before, after, found)
+        return (self._save(model, report, after), report)
+
+    def _stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        result = self.stages.run(name, step)
+        self.seconds[name] = result["seconds"]
+        return result
+
+    def _measure_dense(self) -> dict[str, Any]:
+        value = quality(self.dense, self.task, self._evaluation(), f"{self.task.metric} of the dense model")
+        require_finite(value, self.task, "dense")
+        found = {"quality": value, "largest_kappa": largest_condition_number(self.dense, self.names)}
+        if self.splits.selection is not None:
+            found["selection_quality"] = quality(self.dense, self.task, self._selection(), "the same, to choose by")
+            require_finite(found["selection_quality"], self.task, "dense")
+        return _json(found | self._attacked(self.dense, "dense", checks=False))
+
+    def _search(self) -> dict[str, Any]:
+        before = self.stages.run("dense", self._measure_dense)["selection_quality"]
+        seconds: list[float] = []
+
+        def measure(number: int, ratio: float) -> Point:
+            def step() -> dict[str, Any]:
+                candidate = self._converted(ratio)
+                value = quality(candidate, self.task, self._selection(), f"{self.task.metric} at ratio {ratio:g}")
+                drop = self.task.drop(before, value)
+                kappa = condition_report(candidate).max_condition_number
+                return _json(asdict(Point(ratio, candidate.num_parameters(), value, drop, kappa)))
+
+            point = self.stages.run(f"search-{number}", step)
+            seconds.append(point.pop("seconds"))
+            return Point(**point)
+
+        assert self.args.max_drop is not None
+        chosen, points = largest_ratio(measure, self.largest, self.args.max_drop, self.task.metric)
+        return {"ratio": chosen, "points": [asdict(point) for point in points], "seconds": round(sum(seconds), 2)}
+
+    def _largest_ratio(self, model: Any) -> float:
+        shapes = {name: tuple(weight_matrix(model.get_submodule(name)).shape) for name in self.names}
+        return largest_compression({k: (m, n) for k, (m, n) in shapes.items()}, self.config.compression_form)
+
+    def _converted(self, ratio: float) -> Any:
+        """A compressed copy of the dense model."""
+        config: CondLRConfig = self.args.condlr_config(ratio, self.task.rank_multiple)
+        if config.needs_calibration_data and self.calibration is None:
+            self.calibration = Calibration(self.task.calibration_data(self.splits.train))  # remembers, for all ratios
+        return get_robust_lowrank_model(copy.deepcopy(self.dense), config, calibration_data=self.calibration)
+
+    def _factor(self, ratio: float) -> dict[str, Any]:
+        model = self._converted(ratio)
+        model.save_pretrained(self.stages.folder / FACTORED)
+        return {"ranks": {layer.name: layer.r for layer in condition_report(model).layers}}
+
+    def _recover(self, model: Any) -> dict[str, Any]:
+        recover(model, self.dense, self.task, self.splits.train, self.args, self.stages.folder / TRAINING)
+        model.save_pretrained(self.stages.folder / RECOVERED)
+        return {"steps": self.args.recovery_steps}
+
+    def _measure_compressed(self, model: Any) -> dict[str, Any]:
+        value = quality(model, self.task, self._evaluation(), f"{self.task.metric} of the compressed model")
+        require_finite(value, self.task, "compressed")
+        found: dict[str, Any] = {"quality": value, "largest_kappa": condition_report(model).max_condition_number}
+        found |= self._attacked(model, "compressed", checks=True)
+        return _json(found | forms(self.dense, model, self.task, self._evaluation()))
+
+    def _attacked(self, model: Any, name: str, *, checks: bool) -> dict[str, Any]:
+        folder = self.stages.folder / f"attacks-{name}"
+        rows, most = self.splits.evaluation, self.args.attack_samples
+        report = robustness(model, self.task, rows, self.attacks, folder, most=most, checks=checks)
+        return _robust(report) if report is not None else {}
+
+    def _report(
+        self,
+        ratio: float,
+        ranks: dict[str, int],
+        before: dict[str, Any],
+        after: dict[str, Any],
+        found: dict[str, Any] | None,
+    ) -> CompressionReport:
+        def form(name: str, measured: dict[str, Any]) -> ModelMeasures:
+            kept: dict[str, Any] = {k: measured.get(k) for k in ("quality", "largest_kappa", "clean_of_attacked")}
+            return ModelMeasures(**after[name], **kept, robust=measured.get("robust", {}))
+
+        device = next(self.dense.parameters()).device
+        data: dict[str, Any] = {
+            "dataset": self.dataset_name,
+            "evaluation": self.splits.evaluation_name,
+            "evaluation_rows": len(self._evaluation()),
+            "attacked": after.get("attacked", 0),
+            "calibration_rows": min(self.args.calibration_samples, len(self.splits.train)),
+            "sample": after["sample"],
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        }
+        if found is not None:
+            data |= {"selection": self.splits.selection_name, "selection_rows": len(self._selection())}
+            data["selection_quality"] = before["selection_quality"]
+        return CompressionReport(
+            metric=self.task.metric,
+            ratio=ratio,
+            tau=self.config.tau,
+            form="folded" if self.args.fold else "factored",
+            dense=form("dense", before),
+            factored=form("factored", after),
+            folded=ModelMeasures(**after["folded"]),
+            ranks=ranks,
+            seconds=self.seconds,
+            data=data,
+            curve=[Point(**point) for point in found["points"]] if found is not None else [],
+            max_drop=self.args.max_drop,
+            failed_checks=after.get("failed_checks", []),
+            versions=versions(),
+        )
+
+    def _save(self, model: Any, report: CompressionReport, after: dict[str, Any]) -> Any:
+        """Write the model, its processor, the card and the report, which says that the run is complete."""
+        folder = Path(self.args.output_dir)
+        saved = fold_model(copy.deepcopy(model)) if self.args.fold else model
+        saved.save_pretrained(folder)
+        with suppress(AttributeError):  # a processor of one's own
+            self.task.processor.save_pretrained(folder)
+        write_card(saved, folder, report, after.get("card_entries", []))
+        report.save(folder)
+        self.stages.remove(FACTORED, RECOVERED, TRAINING)
+        return saved
+
+    def _load(self, name: str) -> Any:
+        folder = self.stages.folder / name
+        return type(self.dense).from_pretrained(folder, dtype=self.dense.dtype).to(self.dense.device).eval()
+
+    def _evaluation(self) -> Dataset:
+        return self.task.inputs(self.splits.evaluation, self.args.max_eval_samples)
+
+    def _selection(self) -> Dataset:
+        assert self.splits.selection is not None
+        return self.task.inputs(self.splits.selection, self.args.max_eval_samples)
+
+    def _attacks(self, attacks: Any) -> list[Attack]:
+        if attacks is None:
+            return self.task.attacks()
+        chosen: list[Attack] = [attacks] if isinstance(attacks, Attack) else list(attacks)
+        rule, remedy = f"{self.task.metric} of this model is not attacked", "Leave the attacks out."
+        check(not chosen or self.task.kind is not None, rule, ", ".join(a.name for a in chosen), remedy)
+        return chosen
+
+
+def _require_trainable(model: PreTrainedModel, task: Task, args: CompressionArguments) -> None:
+    """Refuse, before anything is measured, a recovery that would be refused after it."""
+    radius, remedy = args.adversarial_epsilon, "Leave adversarial_epsilon out."
+    is_attacked = radius is None or task.kind is not None
+    check(is_attacked, "only classifiers of images and texts recover on adversarial samples", radius, remedy)
+    rule, remedy = "a recovery trains factors in float32", "Load the model with dtype=torch.float32."
+    check(not args.recovery_steps or model.dtype in (torch.float32, torch.float64), rule, model.dtype, remedy)
+
+
+def _robust(report: RobustnessReport) -> dict[str, Any]:
+    return {
+        "robust": {f"{attack.name}, ε = {_budget(attack)}": attack.robust_accuracy for attack in report.attacks},
+        "clean_of_attacked": report.clean_accuracy,
+        "attacked": report.samples,
+        "failed_checks": [str(check) for check in report.failed_checks],
+        "card_entries": report.card_entries(),
+    }
+
+
+def _budget(attack: Any) -> str:
+    """ε as it is usually stated: of pixels in the ℓ∞ norm as a multiple of 1/255."""
+    return f"{attack.epsilon * 255:.3g}/255" if attack.threat == "linf" else f"{attack.epsilon:.3g}"
+
+
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

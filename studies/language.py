@@ -1,0 +1,164 @@
+r"""A language model compressed without recovery: which start, and what sequential calibration gives.
+
+Plain SVD; FWSVD (Hsu et al. 2022), whose error weighs each row of a weight by its squared gradients; the inputs' metric
+with uniform ranks (SVD-LLM); ranks and start by Fisher; the last two also with sequential calibration. Ratios count the
+folded form. A row is kept when it is finished, and a second call goes on where the first one ended.
+
+    CONDLR_DATA=path/to/data python -m studies.language --model_path path/to/smollm2-135m
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import resource
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_condlr import Calibration, CondLRConfig, condition_report, get_robust_lowrank_model
+from hf_condlr.config import option
+from hf_condlr.layers import Factors, factored_layers, weight_matrix
+from hf_condlr.linalg import truncated_svd
+from hf_condlr.tables import markdown_table
+from studies.language_texts import calibration_blocks, held_out_blocks
+from studies.record import logger, parse, set_up, write_record
+from studies.rows import Rows
+
+FISHER = {"init_weights": "fisher", "rank_allocation": "fisher"}
+METHODS: dict[str, dict[str, Any]] = {
+    "SVD": {},
+    "FWSVD": {},
+    "activation-aware": {"init_weights": "activation_aware"},
+    "activation-aware, sequential": {"init_weights": "activation_aware", "sequential_calibration": True},
+    "Fisher": FISHER,
+    "Fisher, sequential": FISHER | {"sequential_calibration": True},
+}
+PROMPT = "The capital of France is"
+
+
+@dataclass
+class Options:
+    """What is compared, on what."""
+
+    model_path: str = field(metadata={"help": "Folder of a causal language model and its tokenizer."})
+    output_dir: str = option("runs/language", "Folder for the rows.")
+    data_dir: str | None = option(None, "Folder that holds sst2; by default CONDLR_DATA.")
+    methods: list[str] = option(list(METHODS), f"Of: {'; '.join(METHODS)}.")
+    ratios: list[float] = option([0.2, 0.4, 0.6], "Shares of the blocks' linear weights that are removed.")
+    calibration_blocks: int = option(48, "Blocks of 256 tokens to calibrate on.")
+    held_out_blocks: int = option(8, "Blocks of 256 tokens of each kind of text to measure on.")
+    batch_size: int = option(4, "Blocks that run at a time.")
+    threads: int | None = option(None, "Threads of torch; by default its own choice.")
+
+
+class Study:
+    """The dense model, its texts, and what was measured of it once for all rows."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model_path)
+        self.model = AutoModelForCausalLM.from_pretrained(options.model_path, dtype=torch.float32).eval()
+        self.data = [
+            {"input_ids": ids}
+            for ids in self._batches(calibration_blocks(self.tokenizer, options.calibration_blocks, options.data_dir))
+        ]
+        self.held_out = held_out_blocks(self.tokenizer, options.held_out_blocks, options.data_dir)
+        self.calibration = Calibration(self.data)
+
+    def _batches(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        return blocks.split(self.options.batch_size)
+
+    def dense(self, folder: Path) -> dict[str, Any]:
+        """The row of the dense model."""
+        return self._measured(self.model) | {"seconds": 0.0, "kappa": None}
+
+    def compressed(self, method: str, ratio: float, folder: Path) -> dict[str, Any]:
+        """The row of a method at a ratio."""
+        config = CondLRConfig(compression_ratio=ratio, compression_form="folded", tau="inf", **METHODS[method])
+        model, start = copy.deepcopy(self.model), time.process_time()
+        data = self.calibration if config.needs_calibration_data else None
+        get_robust_lowrank_model(model, config, calibration_data=data)
+        if method == "FWSVD":
+            weights = squared_gradients(self.model, list(factored_layers(model)), self.data)
+            for name, layer in factored_layers(model).items():
+                W = weight_matrix(self.model.get_submodule(name))
+                layer.set_factors(*weighted_svd(W, layer.r, weights[name]))
+        seconds = time.process_time() - start
+        kappa = max(layer.condition_number for layer in condition_report(model).layers)
+        return {"seconds": seconds, "kappa": kappa if math.isfinite(kappa) else None} | self._measured(model)
+
+    @torch.no_grad()
+    def _measured(self, model: Any) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        perplexity = {kind: self._perplexity(model, blocks) for kind, blocks in self.held_out.items()}
+        perplexity["mean"] = math.prod(perplexity.values()) ** (1 / len(perplexity))
+        prompt = self.tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+        written = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+        return {"perplexity": perplexity, "peak_gib": peak, "sample": self.tokenizer.decode(written[0])}
+
+    def _perplexity(self, model: Any, blocks: Tensor) -> float:
+        losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in self._batches(blocks)]
+        return math.exp(sum(losses) / len(blocks))
+
+
+def squared_gradients(model: nn.Module, names: list[str], data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Σ (∂L/∂W_ij)² over the samples and over j: the importance (m,) of each row of the weights."""
+    sums = {name: torch.zeros(len(weight_matrix(model.get_submodule(name)))) for name in names}
+    for batch in data:
+        for ids in batch["input_ids"].split(1):
+            with torch.enable_grad():
+                loss = model(input_ids=ids, labels=ids).loss
+            gradients = torch.autograd.grad(loss, [model.get_submodule(name).weight for name in names])
+            for name, gradient in zip(names, gradients, strict=True):
+                sums[name] += gradient.square().sum(1)
+    return sums
+
+
+def weighted_svd(W: Tensor, r: int, weights: Tensor) -> Factors:  # (m, n), (m,)
+    """The best W ≈ U S Vᵀ of rank r where the squared error of row i counts weights_i times."""
+    root = weights.sqrt()[:, None].clamp_min(1e-6 * weights.max().sqrt())
+    P, S, V = truncated_svd(root * W, r)
+    U, R = torch.linalg.qr(P / root)
+    return U, R @ S, V
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a row; perplexities of each kind of text."""
+    kinds = list(rows[0]["perplexity"])
+    dense = rows[0]["perplexity"]["mean"]
+    lines = []
+    for row in rows:
+        found = row["perplexity"]
+        kappa = "" if row["kappa"] is None else f"{row['kappa']:.3g}"
+        values = [f"{found[kind]:.4g}" for kind in kinds]
+        lines.append([row["label"], *values, f"{found['mean'] / dense:.2f}", kappa, f"{row['seconds']:.0f}"])
+    return markdown_table(["", *kinds, "of dense", "largest κ", "core seconds"], lines, align="l")
+
+
+def main() -> None:
+    """Make what is missing; print the table and the samples; write the record."""
+    (options,) = parse(Options)
+    set_up(options.threads)
+    study, root = Study(options), Rows(Path(options.output_dir))
+    shared = {k: v for k, v in asdict(options).items() if k in ("model_path", "calibration_blocks", "held_out_blocks")}
+    rows = [root.row("dense", shared, study.dense) | {"label": "dense"}]
+    for ratio in options.ratios:
+        for method in options.methods:
+            key = shared | {"method": method, "ratio": ratio, "config": METHODS[method]}
+            label = f"{100 * ratio:.0f} % removed, {method}"
+            rows.append(root.row(label, key, partial(study.compressed, method, ratio)) | {"label": label})
+            logger.info("%s: perplexity %.4g", label, rows[-1]["perplexity"]["mean"])
+    print(table(rows))
+    print("\n".join(f"- {row['label']}: {row['sample']!r}" for row in rows))
+    print("\nwrote", write_record(Path(options.output_dir) / "results.json", {"rows": rows}, options))
+
+
+if __name__ == "__main__":
+    main()

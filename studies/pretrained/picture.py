@@ -1,0 +1,78 @@
+r"""One picture of several tables: accuracy under the strongest attack over clean accuracy, a panel for each task.
+
+    python -m studies.pretrained.picture --records outputs/dinov2/results-0.json outputs/dinov2/results-120.json \
+        outputs/minilm/results-0.json --output docs/results_pretrained.png
+
+Filled points are models as they were compressed, rings those with a recovery; a line joins the two.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from studies.pretrained.methods import METHODS
+from studies.pretrained.report import COLORS, columns_of, groups, measured
+from studies.record import parse
+
+MODELS = {"imagenette": "DINOv2-small on Imagenette", "sst2": "a text encoder on SST-2"}
+
+
+@dataclass
+class Options:
+    """What is drawn."""
+
+    records: list[str] = field(metadata={"help": "Files results-*.json of the study."})
+    output: str = field(metadata={"help": "The picture."})
+    ratio: float = field(default=0.6, metadata={"help": "Share removed of the models that are drawn, and dense."})
+
+
+def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
+    """A panel for each task of the records, in their order."""
+    tasks = list(dict.fromkeys(record["options"]["task"] for record in records))
+    figure = Figure(figsize=(5.2 * len(tasks), 4.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        rows = [row for record in records if record["options"]["task"] == task for row in record["rows"]]
+        columns = columns_of(rows[0])
+        strongest = list(columns)[1]
+        points: dict[str, list[tuple[float, float, bool]]] = {}
+        for group in groups(rows):
+            if group[0]["ratio"] in (0.0, ratio):
+                x, y = (
+                    100 * statistics.mean(values)
+                    for values in (
+                        [row["clean_accuracy"] for row in group],
+                        [measured(row)[strongest] for row in group],
+                    )
+                )
+                points.setdefault(group[0]["method"], []).append((x, y, bool(group[0]["steps"])))
+        for method, found in points.items():
+            color = COLORS[list(METHODS).index(method)]
+            axes.plot(*zip(*[(x, y) for x, y, _ in found], strict=True), color=color, lw=0.8)
+            for x, y, recovered in found:
+                marker, size = ("*", 12) if method == "dense" else ("o", 6)
+                face = "white" if recovered else color
+                axes.plot(x, y, marker, color=color, ms=size, mfc=face)
+            x, y, _ = found[0]
+            axes.annotate(METHODS[method].label, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7)
+        axes.set(xlabel="test accuracy, %", ylabel=f"accuracy under {columns[strongest]}, %")
+        axes.set_title(f"{MODELS[task]}, {100 * ratio:.0f} % of the encoder's weights removed", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.18)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Read the records, draw."""
+    [options] = parse(Options)
+    draw([json.loads(Path(record).read_text()) for record in options.records], options.ratio, Path(options.output))
+    print("wrote", options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""`compress` on a tiny model of each task: what is saved, measured, said, and resumed after a kill."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_condlr import CompressionReport, compress, condition_report, is_factored
+from hf_condlr.compression import recovery, run
+from hf_condlr.compression.data import load_data
+from hf_condlr.compression.measure import quality
+from hf_condlr.compression.tasks import task_of
+from hf_condlr.layers import FoldedLayer
+from hf_condlr.robustness.attacks import PGD
+from tests.compression.cases import case
+
+QUICK = {"calibration_samples": 16, "max_eval_samples": 16, "attack_samples": 8, "batch_size": 8}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def logits(model, x):
+    with torch.no_grad():
+        return model(x).logits
+
+
+def test_an_image_classifier_is_measured_compressed_and_saved(out):
+    model, data, processor = case("image")
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    attacks = [PGD(k / 255, steps=2) for k in (1, 2)]
+    small, report = compress(
+        model, data, ratio=0.4, output_dir=out, processor=processor, attacks=attacks, tau=1.0, **QUICK
+    )
+    assert is_factored(small) and not is_factored(model)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+    layers = condition_report(small)
+    assert layers.max_condition_number <= 2 * (1 + 1e-4)
+    assert report.factored.largest_kappa == pytest.approx(layers.max_condition_number)
+    assert report.dense.largest_kappa > report.factored.largest_kappa
+    # The ratio holds for the converted layers.
+    removed = 1 - sum(r * (m + n) + r * r for r, (m, n) in ((x.r, x.shape) for x in layers.layers)) / sum(
+        m * n for m, n in (x.shape for x in layers.layers)
+    )
+    assert 0.4 <= removed <= 0.45
+    assert report.dense.parameters == model.num_parameters()
+    assert report.factored.parameters == small.num_parameters() == report.factored.bytes // 4
+    saved = report.dense.multiply_adds - report.factored.multiply_adds
+    tokens = 5  # four patches and the class token
+    assert saved == tokens * (report.dense.parameters - report.factored.parameters)
+    assert report.folded.parameters == report.factored.parameters - sum(x.r**2 for x in layers.layers)
+    assert list(report.dense.robust) == ["pgd-linf, ε = 1/255", "pgd-linf, ε = 2/255"]
+    task = task_of(model, processor, run.CompressionArguments(output_dir="", ratio=0.4, **QUICK))
+    rows = task.inputs(task.columns(load_data(data, None)[0])["test"], 16)
+    assert report.factored.quality == quality(small, task, rows, "")
+    # What is on the disk is what was returned.
+    loaded = AutoModelForImageClassification.from_pretrained(out)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(logits(loaded, x), logits(small.eval(), x))
+    assert CompressionReport.load(out).to_dict() == report.to_dict()
+    card = (out / "README.md").read_text()
+    for text in (report.table(), (out / "report.md").read_text().strip()):
+        assert text in card
+    assert "| pgd-linf |" in card and (out / "preprocessor_config.json").is_file()
+    assert not (out / "stages" / "factored").exists()
+    assert str(report).splitlines()[0].split() == ["dense", "U,", "S,", "V", "folded"]
+
+
+@pytest.mark.parametrize("task", ["text", "token", "language"])
+def test_other_tasks(task, out):
+    model, data, processor = case(task)
+    small, report = compress(model, data, ratio=0.3, output_dir=out, processor=processor, **QUICK)
+    assert is_factored(small) and report.metric == ("perplexity" if task == "language" else "accuracy")
+    assert bool(report.dense.robust) == (task == "text")
+    assert report.factored.largest_kappa <= 5 * (1 + 1e-4)
+    if task == "language":
+        assert 1 < report.dense.quality < math.inf
+        assert all(x.r % 8 == 0 or x.r < 8 for x in condition_report(small).layers)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_predicted_tokens(out):
+    model, data, processor = case("language")
+    args = run.CompressionArguments(output_dir="", ratio=0.4, max_length=8, batch_size=3)
+    task = task_of(model, processor, args)
+    rows = task.inputs(task.columns(load_data(data, None)[0])["test"], 7)
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        log_p = model(ids).logits[0, :-1].double().log_softmax(-1)
+        losses += [-log_p[i, token].item() for i, token in enumerate(row["input_ids"][1:])]
+    assert quality(model, task, rows, "") == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_tokens_after_the_first_of_a_word_do_not_count(out):
+    model, data, processor = case("token")
+    task = task_of(model, processor, run.CompressionArguments(output_dir="", ratio=0.4))
+    rows = task.columns(load_data(data, None)[0])["test"]
+    row = task.inputs(rows)[0]
+    known = [label for label in row["labels"] if label != -100]
+    assert known == rows[0]["labels"] and len(row["labels"]) == len(row["input_ids"]) > len(known) + 2
+
+
+def test_max_drop_finds_the_largest_ratio_and_shows_the_curve(out):
+    model, data, processor = case("image")
+    small, report = compress(
+        model, data, max_drop=8.0, output_dir=out, processor=processor, attacks=(), calibration_samples=16
+    )
+    fits = [point for point in report.curve if point.drop <= 8.0]
+    assert len(report.curve) == 6 and report.ratio == max(point.ratio for point in fits)
+    assert sorted(point.ratio for point in report.curve) == [point.ratio for point in report.curve]
+    assert report.data["selection"] == "validation" and report.data["evaluation"] == "test"
+    for point in report.curve:
+        assert point.drop == pytest.approx(100 * (report.data["selection_quality"] - point.quality))
+    assert (out / "quality.png").stat().st_size > 1000 and "quality.png" in (out / "report.md").read_text()
+    assert str(report.max_drop).rstrip("0").rstrip(".") in (out / "README.md").read_text()
+    assert small.num_parameters() == next(p.parameters for p in report.curve if p.ratio == report.ratio)
+
+
+def test_a_folded_model_is_saved_if_asked_for(out):
+    model, data, processor = case("image")
+    small, report = compress(
+        model, data, ratio=0.4, fold=True, output_dir=out, processor=processor, attacks=(), **QUICK
+    )
+    loaded = AutoModelForImageClassification.from_pretrained(out)
+    assert any(isinstance(module, FoldedLayer) for module in loaded.modules())
+    assert loaded.num_parameters() == small.num_parameters() == report.folded.parameters
+    assert report.form == "folded" and report.table() in (out / "README.md").read_text()
+
+
+class Killed(BaseException):
+    """As a signal: not an Exception."""
+
+
+@pytest.mark.parametrize("stage", ["_measure_dense", "_factor", "_recover", "_measure_compressed", "_save"])
+def test_a_killed_run_resumes(stage, out, monkeypatch):
+    model, data, processor = case("image")
+    call = {"ratio": 0.4, "processor": processor, "recovery_steps": 4, "attacks": (), **QUICK}
+    done = []
+    for name in ("_measure_dense", "_factor", "_recover", "_measure_compressed"):
+        step = getattr(run.Run, name)
+
+        def counted(self, *args, name=name, step=step):
+            done.append(name)
+            return step(self, *args)
+
+        monkeypatch.setattr(run.Run, name, counted)
+    with monkeypatch.context() as patch:
+
+        def kill(*args):
+            raise Killed
+
+        patch.setattr(run.Run, stage, kill)
+        with pytest.raises(Killed):
+            compress(model, data, output_dir=out, **call)
+    small, report = compress(model, data, output_dir=out, **call)
+    assert sorted(done) == sorted({*done})  # nothing twice
+    again, same = compress(model, data, output_dir=out, **call)  # complete: only read
+    assert sorted(done) == sorted({*done}) and same.to_dict() == report.to_dict()
+    fresh, _ = compress(model, data, output_dir=out.with_name("fresh"), **call)
+    for one, other, third in zip(small.parameters(), fresh.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_a_recovery_that_was_killed_resumes_from_its_checkpoint(out, monkeypatch):
+    model, data, processor = case("image")
+    call = {"ratio": 0.4, "processor": processor, "recovery_steps": 6, "attacks": (), **QUICK}
+    step, seen = recovery.CondLRTrainer.training_step, []
+
+    def killed(self, *args, **kwargs):
+        seen.append(self.state.global_step)
+        if len(seen) == 5:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(recovery.CondLRTrainer, "training_step", killed)
+    with pytest.raises(Killed):
+        compress(model, data, output_dir=out, **call)
+    small, _ = compress(model, data, output_dir=out, **call)
+    assert seen == [0, 1, 2, 3, 4, 4, 5]
+    monkeypatch.undo()
+    fresh, report = compress(model, data, output_dir=out.with_name("fresh"), **call)
+    for one, other in zip(small.parameters(), fresh.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert report.factored.largest_kappa <= 5 * (1 + 1e-4)
+
+
+def test_recovery_on_adversarial_samples_keeps_the_bound(out):
+    model, data, processor = case("image")
+    options = {"recovery_steps": 3, "adversarial_epsilon": "2/255", "learning_rate": 1e-2, "tau": 0.5}
+    small, _ = compress(model, data, ratio=0.4, output_dir=out, processor=processor, attacks=(), **options, **QUICK)
+    assert condition_report(small).max_condition_number <= 1.5 * (1 + 1e-4)
+    settings = json.loads((out / "stages" / "settings.json").read_text())
+    assert settings["adversarial_epsilon"] == pytest.approx(2 / 255)

@@ -1,0 +1,68 @@
+"""The study of language models on a tiny one: every row is made once; FWSVD by its formula."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as verbosity
+
+from studies import language, language_texts
+from tests.text_models import byte_tokenizer
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer(eos_token="[SEP]")
+    tokenizer.save_pretrained(place)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **SIZES)).save_pretrained(place)
+    return place
+
+
+def test_rows_are_made_once(folder, data_dir, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(language_texts, "LENGTH", 16)
+    monkeypatch.setattr(language_texts, "docstrings", lambda *packages: [f"{p} makes arrays. " * 20 for p in packages])
+    monkeypatch.setattr(language_texts, "licences", lambda: ["Permission is hereby granted to all. " * 20])
+    options = ["--model_path", folder, "--output_dir", tmp_path, "--data_dir", data_dir, "--ratios", "0.4"]
+    options += ["--calibration_blocks", "12", "--held_out_blocks", "3", "--batch_size", "2"]
+    monkeypatch.setattr("sys.argv", ["language", *map(str, options)])
+    level = verbosity.get_verbosity()
+    language.main()
+    text = capsys.readouterr().out
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [row["label"] for row in record["rows"]][1:] == [f"40 % removed, {m}" for m in language.METHODS]
+    assert set(record["rows"][0]["perplexity"]) == {"docstrings", "reviews", "licences", "source", "mean"}
+    means = [row["perplexity"]["mean"] for row in record["rows"]]
+    assert all(mean > 1 for mean in means) and len(set(means)) == len(means)  # every method makes another model
+    monkeypatch.setattr(language.Study, "compressed", lambda *args: pytest.fail("made again"))
+    language.main()
+    assert capsys.readouterr().out == text
+    verbosity.set_verbosity(level)
+    verbosity.enable_progress_bar()
+
+
+def test_weighted_svd_is_the_best_in_the_metric_of_the_rows():
+    W, weights = torch.randn(9, 7), torch.rand(9) + 0.1
+    U, S, V = language.weighted_svd(W, 3, weights)
+    torch.testing.assert_close(U.mT @ U, torch.eye(3), rtol=0, atol=1e-5)
+    D = np.diag(np.sqrt(weights.double().numpy()))
+    sigma = np.linalg.svd(D @ W.double().numpy(), compute_uv=False)
+    error = np.linalg.norm(D @ (W - U @ S @ V.mT).double().numpy())
+    assert error == pytest.approx(np.sqrt((sigma[3:] ** 2).sum()), rel=1e-5)
+
+
+def test_squared_gradients_are_summed_over_samples(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    ids, name = torch.arange(5, 29).reshape(3, 8), "model.layers.1.mlp.up_proj"
+    expected = 0
+    for sample in ids:
+        model.zero_grad()
+        model(input_ids=sample[None], labels=sample[None]).loss.backward()
+        expected = expected + model.get_submodule(name).weight.grad.square().sum(1)
+    found = language.squared_gradients(model, [name], [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}])
+    torch.testing.assert_close(found[name], expected)
