@@ -7,6 +7,7 @@ every public name is imported where it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_condlr.adapters.lora_registration import register_lora
 from hf_condlr.adapters.registration import register_adapter
 from hf_condlr.checkpoints.registration import register
 
@@ -164,6 +165,7 @@ __version__ = "0.1.0.dev0"
 
 register()
 register_adapter()
+register_lora()
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
 

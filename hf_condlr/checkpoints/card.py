@@ -25,7 +25,7 @@ from hf_condlr.checkpoints.card_header import (
 )
 from hf_condlr.errors import CondLRError, MissingExtraError, require
 from hf_condlr.files import replacing
-from hf_condlr.layers import ConditionReport, LowRankLayer, condition_report
+from hf_condlr.layers import ConditionReport, LowRankLayer, condition_report, is_factored
 from hf_condlr.linalg import obeys_bound
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -76,6 +76,8 @@ def write_model_card(
         >>> attack = {"attack": "pgd-linf", "epsilon": 8 / 255, "steps": 20, "accuracy": 0.71, "samples": 500}
         >>> write_model_card(model, "out", robustness=[attack], metrics={"accuracy": 0.93}, dataset="cifar10")
     """
+    remedy = "A folded model has no bound to report."
+    require(is_factored(model), "the model must have factored layers", received="none", remedy=remedy)
     report = condition_report(model)
     rule = "base_model must be a name on the Hub"
     remedy = "For example 'google/vit-base-patch16-224'."

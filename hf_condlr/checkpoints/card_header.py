@@ -13,7 +13,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
-from transformers.modelcard import TASK_MAPPING
 
 from hf_condlr.errors import require
 
@@ -42,6 +41,8 @@ def base_model_of(model: nn.Module, model_id: str | None) -> str | None:
 
 def pipeline_tag(model: nn.Module) -> str | None:
     """The Hub's name for the task of the model's class; None for a class with several tasks, or none."""
+    from transformers.modelcard import TASK_MAPPING  # imports the Trainer's arguments
+
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = []
     for task, classes in TASK_MAPPING.items():

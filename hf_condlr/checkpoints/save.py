@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from hf_condlr.checkpoints.hub import push_to_hub as upload
@@ -29,7 +30,7 @@ from hf_condlr.checkpoints.hub import refuse_sharded
 from hf_condlr.checkpoints.manifest import Manifest, stored_layers
 from hf_condlr.checkpoints.publish import STAGING, publish, remove_leftovers
 from hf_condlr.distributed.shards import is_sharded
-from hf_condlr.errors import CheckpointError, require
+from hf_condlr.errors import CheckpointError, listed, require
 from hf_condlr.files import alone_in
 from hf_condlr.layers import compressed_layers, conversion_record
 
@@ -137,6 +138,11 @@ def _refuse(model: Any, options: dict[str, Any]) -> None:
     remedy = "Save model.get_adapter_state_dict() apart, and remove them with model.delete_adapter(name)."
     has_adapters = getattr(model, "_hf_peft_config_loaded", False)
     require(not has_adapters, rule, received=found, remedy=remedy, error=CheckpointError)
+    parameters = model.named_parameters()
+    quantized = [n for n, p in parameters if is_traceable_wrapper_subclass(p) and not isinstance(p, DTensor)]
+    rule, found = "a factored checkpoint holds floating-point weights", f"a quantized {listed(quantized)}"
+    remedy = "Save the model before you quantize it, and quantize it again after loading."
+    require(not quantized, rule, received=found, remedy=remedy, error=CheckpointError)
 
 
 def _write(model: PreTrainedModel, folder: Path, manifest: Manifest, state_dict: Any, max_shard_size: Any) -> None:

@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonormalize
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.model import converted_layers, factored_layers, loaded_factors
+from hf_condlr.layers.folded import FoldedLayer, quantized_values
+from hf_condlr.layers.model import compressed_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
 
 
 @dataclass
 class LayerRecord:
-    """Measurements of one factored layer."""
+    """Measurements of one factored or folded layer."""
 
     name: str
     shape: tuple[int, int]  # (m, n) = (out, in) of the matrix W
     r: int
     condition_number: float  # σ_max/σ_min over the r singular values of W; inf if one is 0 or factors are not finite
     bound: float  # on κ; inf before the first step, without a manifold step, and for tau = inf
-    orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F
+    orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F; of V alone where U S is one matrix
     singular_values: list[float]  # the r of W, descending
-    parameters: int  # r(m + n) + r², and the bias
+    parameters: int  # r(m + n) + r², or r(m + n) of a folded layer, and the bias
     folded_parameters: int  # r(m + n), and the bias: once folded for inference
     dense_parameters: int  # mn, and the bias
 
@@ -135,7 +136,7 @@ class ConditionReport:
 
 @torch.no_grad()
 def condition_report(model: nn.Module) -> ConditionReport:
-    """Measure every factored layer of `model`, adapters included, in float64.
+    """Measure every factored and folded layer, adapters included, in float64; of quantized weights their values.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
     step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Every process of a sharded
@@ -145,23 +146,25 @@ def condition_report(model: nn.Module) -> ConditionReport:
         CondLRError: The model has no factored layers.
     """
     reshard(model)
-    records = [_record(name, layer, loaded_factors(model, name)) for name, layer in factored_layers(model).items()]
+    compressed = compressed_layers(model)  # without adapters, which took the place of nothing
+    records = [
+        _folded_record(name, layer)
+        if isinstance(layer, FoldedLayer)
+        else _record(name, layer, loaded_factors(model, name))
+        for name, layer in (factored_layers(model) | compressed).items()
+    ]
     remedy = "Call get_robust_lowrank_model(model, config) first."
-    require(records, "the model must have factored layers", received="none, or folded ones only", remedy=remedy)
-    parameters, converted = sum(p.numel() for p in model.parameters()), converted_layers(model)
+    require(records, "the model must have factored layers", received="none", remedy=remedy)
+    parameters = sum(p.numel() for p in model.parameters())
     dense = parameters - sum(record.parameters for record in records)
-    dense += sum(record.dense_parameters for record in records if record.name in converted)
-    folded = parameters - sum(x.parameters - x.folded_parameters for x in records if x.name in converted)
+    dense += sum(record.dense_parameters for record in records if record.name in compressed)
+    folded = parameters - sum(x.parameters - x.folded_parameters for x in records if x.name in compressed)
     return ConditionReport(records, parameters, folded, dense)
 
 
 def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
     U, _, V = factors
-    core = orthonormalize(*factors)[1].cpu()
-    sigma, kappa = torch.full((layer.r,), math.nan), math.inf
-    if torch.isfinite(core).all():
-        sigma = singular_values(core)
-        kappa = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
+    sigma, kappa = _spectrum(factors)
     error = torch.maximum(orthonormality_error(U), orthonormality_error(V)).item()
     m, n = len(layer.U), len(layer.V)
     bias = 0 if layer.bias is None else layer.bias.numel()
@@ -178,6 +181,37 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
         folded_parameters=factored_size(m, n, layer.r, "folded") + bias,
         dense_parameters=m * n + bias,
     )
+
+
+def _folded_record(name: str, layer: FoldedLayer) -> LayerRecord:
+    rule, remedy = "κ of a folded layer needs its weights in memory", "Load the model without device_map."
+    require(not layer.up.weight.is_meta, rule, received=f"{name} on the meta device", remedy=remedy)
+    US, V = quantized_values(layer.up).flatten(1), quantized_values(layer.down).flatten(1).mT
+    (m, r), n = US.shape, len(V)
+    sigma, kappa = _spectrum((US, torch.eye(r, dtype=US.dtype, device=US.device), V))
+    error = orthonormality_error(V).item()
+    bias = m if layer.bias is not None else 0
+    return LayerRecord(
+        name=name,
+        shape=(m, n),
+        r=r,
+        condition_number=kappa,
+        bound=math.inf,
+        orthonormality_error=error if math.isfinite(error) else math.inf,
+        singular_values=sigma.tolist(),
+        parameters=r * (m + n) + bias,
+        folded_parameters=r * (m + n) + bias,
+        dense_parameters=m * n + bias,
+    )
+
+
+def _spectrum(factors: Factors) -> tuple[Tensor, float]:
+    """The r singular values of W = U S Vᵀ, descending, and κ on these directions."""
+    core = orthonormalize(*factors)[1].cpu()
+    if not torch.isfinite(core).all():
+        return torch.full((len(core),), math.nan), math.inf
+    sigma = singular_values(core)
+    return sigma, (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
 
 
 def _as_json(value: Any) -> Any:

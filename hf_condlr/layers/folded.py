@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.layers.weight_stand_in import stand_in
 from hf_condlr.linalg.precision import at_least_float32
+
+_PLAIN = (Tensor, nn.Parameter, DTensor)
 
 
 class FoldedLayer(nn.Sequential):
@@ -36,7 +39,17 @@ class FoldedLayer(nn.Sequential):
     def weight(self) -> Tensor:
         """A tensor without values, as `LowRankLayer.weight`; of quantized layers, what they themselves return."""
         weight = self.up.weight
-        return stand_in(weight, self.weight_shape) if isinstance(weight, Tensor) else weight
+        if not isinstance(weight, Tensor):
+            return weight
+        if type(weight) not in _PLAIN:  # quantized ones do not make tensors like themselves
+            weight = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return stand_in(weight, self.weight_shape)
+
+
+def quantized_values(layer: Any) -> Tensor:
+    """The weight of a plain layer, or the values that a quantized one stands for (torchao's, and torch.ao's)."""
+    weight = layer.weight() if callable(layer.weight) else layer.weight.detach()
+    return weight if type(weight) in _PLAIN and not weight.is_quantized else weight.dequantize()
 
 
 @torch.no_grad()

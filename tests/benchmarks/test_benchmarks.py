@@ -10,6 +10,7 @@ from transformers.utils import logging as verbosity
 from benchmarks import (
     conversion,
     inference,
+    loading,
     long_run,
     manifold_step,
     models,
@@ -173,3 +174,11 @@ def test_long_run(run, tmp_path):
     assert [row[0] for row in rows] == ["5", "10", "15", "20"]
     assert all(row["orthonormality_error"] < 1e-5 and row["kappa_excess"] < 1e-4 for row in results)
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.processes
+def test_loading(run):
+    rows, results = run(loading, "--model", "tiny", "--rounds", "1")
+    assert [row[0] for row in rows] == ["import hf_condlr", "first load", "load", "load and read"]
+    assert len(results["import"]["package"]) == 2
+    assert {form: len(times) for form, times in results["load"].items()} == {"dense": 1, "factored": 1}

@@ -268,9 +268,17 @@ def test_a_model_without_factored_layers_is_refused():
         condition_report(nn.Sequential(nn.Linear(3, 3)))
 
 
-def test_a_folded_model_is_refused():
-    with pytest.raises(CondLRError, match="must have factored layers"):
-        condition_report(fold_model(network()))
+def test_a_folded_model_has_the_same_spectra():
+    model = disturb(network())
+    expected = condition_report(model)
+    report = condition_report(fold_model(model))
+    for layer, before in zip(report.layers, expected.layers, strict=True):
+        assert (layer.name, layer.shape, layer.r, layer.bound) == (before.name, before.shape, before.r, math.inf)
+        assert layer.condition_number == pytest.approx(before.condition_number, rel=1e-5)
+        assert layer.singular_values == pytest.approx(before.singular_values, rel=1e-5)
+        assert layer.parameters == before.parameters - before.r**2
+    assert report.dense_parameters == expected.dense_parameters
+    assert str(report) and strict_json(report.to_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------- plot

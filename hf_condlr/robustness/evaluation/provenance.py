@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.evaluation.samples import Samples
@@ -21,14 +22,24 @@ def parameters_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for part in _ordinary_tensors(value):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _ordinary_tensors(value: Any) -> Iterator[Any]:
+    """The tensor itself, or those that a quantized one consists of."""
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _ordinary_tensors(getattr(value, name))
+    else:
+        yield value
 
 
 def versions() -> dict[str, str]:
     """Versions of all packages that may change the numbers."""
     found = {"python": platform.python_version()}
-    for package in ("hf_condlr", "torch", "transformers", "datasets", "accelerate", "numpy", "pyautoattack"):
+    for package in ("hf_condlr", "torch", "transformers", "datasets", "accelerate", "numpy", "pyautoattack", "torchao"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
