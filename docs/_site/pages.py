@@ -22,6 +22,7 @@ PAGES = {  # file of the repository: page of the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "CITATION.cff": "citation.md",
+    "benchmarks/gpu/README.md": "gpu.md",
 }
 SECTIONS = {  # package or module that defines a public name: heading in the API reference
     "compression": "Compression",
@@ -31,6 +32,7 @@ SECTIONS = {  # package or module that defines a public name: heading in the API
     "manifold": "The manifold step",
     "training": "Trainers",
     "robustness": "Attacks and evaluation",
+    "adapters": "Adapters",
     "checkpoints": "Checkpoints",
     "scripts": "For scripts",
 }
