@@ -36,7 +36,7 @@ from benchmarks.memory import GIVING_BACK, peak_of
 from benchmarks.models import CONFIGS, batch_for, build
 from benchmarks.timing import CommonOptions, run
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import any_device, set_up
 

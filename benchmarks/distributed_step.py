@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from benchmarks import manifold_step
 from benchmarks.timing import in_turn
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import environment, parse, set_up, write_record
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_cases
 from benchmarks.fuzz_cases import CORES, GRADIENTS, INF, OPTIMIZERS, Case, Do, Layer, Step
-from hf_condlr.config import option
+from hf_condlr.options import option
 from studies.record import parse, set_up, write_record
 
 TAUS = (0.0, 1e-7, 1e-3, 0.1, 1.0, 30.0, 1e5, INF)

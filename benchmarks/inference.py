@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from benchmarks.models import CONFIGS, DTYPES, batch_for, build, factor, linear_names, tokens_of
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import fold_model
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import any_device
 

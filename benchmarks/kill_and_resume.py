@@ -33,8 +33,8 @@ import transformers
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_condlr import CondLRConfig, CondLRTrainer, CondLRTrainingArguments, get_robust_lowrank_model
-from hf_condlr.config import option
 from hf_condlr.files import replacing
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import parse, set_up, write_record
 

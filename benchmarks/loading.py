@@ -29,7 +29,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from benchmarks.models import CONFIGS, build, linear_names
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import CondLRConfig, get_robust_lowrank_model
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 
 FRESH = """

@@ -25,7 +25,7 @@ from benchmarks import projection_interval
 from benchmarks.models import worst_errors
 from benchmarks.timing import CommonOptions, run
 from hf_condlr import attach_manifold_step
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 32, 3e-3, 0.01

@@ -40,9 +40,9 @@ from torch.utils._pytree import tree_iter
 from benchmarks.models import worst_errors
 from benchmarks.timing import CommonOptions, in_turn, run, seconds
 from hf_condlr import LowRankLinear, attach_manifold_step
-from hf_condlr.config import option
 from hf_condlr.conversion.rank_budget import allocate_uniform
 from hf_condlr.linalg import clamp_singular_values, clip_core_by_products, precision, project_horizontal
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import any_device
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import CommonOptions, run
 from hf_condlr import CondLRConfig, attach_manifold_step, condition_report, get_robust_lowrank_model
-from hf_condlr.config import option
 from hf_condlr.layers import factored_layers
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import PGD, PixelModel
 from hf_condlr.tables import markdown_table
 from studies.record import mean_and_spread

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.timing import CommonOptions, interleaved, run
 from hf_condlr import condition_report, evaluate_robustness, fold_model, is_factored, load_split
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import EmbeddingPGD
 from hf_condlr.tables import markdown_table
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_condlr.config import option
+from hf_condlr.options import option
 from studies.record import parse, set_up, write_record
 
 

@@ -34,7 +34,8 @@ from benchmarks.memory import GIVING_BACK, peak_of, resident
 from benchmarks.models import CONFIGS, DTYPES, HEADS, autocast, batch_for, build, factor, linear_names, tokens_of
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import attach_manifold_step
-from hf_condlr.config import Start, option
+from hf_condlr.config import Start
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import any_device, set_up
 

@@ -6,11 +6,10 @@ A dataclass on `peft.PeftConfig`. Unlike there, an unknown field is an error, an
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ from peft import PeftConfig
 
 from hf_condlr.errors import ConfigError, require
 from hf_condlr.linalg import Center
+from hf_condlr.options import as_list, as_tau, is_number, option, tau_as_json
 
 PEFT_TYPE = "CONDLR"
 CONFIG_NAME = "condlr_config.json"  # not PEFT's adapter_config.json, which transformers takes for an adapter
@@ -41,14 +41,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init_weights": get_args(Start),
     "trainable": get_args(Trainable),
 }
-
-
-def option(default: Any, description: str, **metadata: Any) -> Any:
-    """A field of a dataclass of options: its default, what `--help` says, and more metadata such as `choices`."""
-    metadata |= {"help": description}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -150,8 +142,8 @@ class CondLRConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as strict JSON values; an infinite τ is the string "inf"."""
         values = super().to_dict()
-        values["tau"] = as_json(self.tau)
-        values["tau_pattern"] = {key: as_json(value) for key, value in self.tau_pattern.items()}
+        values["tau"] = tau_as_json(self.tau)
+        values["tau_pattern"] = {key: tau_as_json(value) for key, value in self.tau_pattern.items()}
         return values
 
     @property
@@ -230,7 +222,7 @@ def _validate_targets(config: CondLRConfig) -> None:
     if indices is None:
         _check(config, "layers_pattern", pattern is None, "come with layers_to_transform", "Give both, or neither.")
         return
-    valid = all(_is(int, i) and i >= 0 for i in (indices if isinstance(indices, list) else [indices]))
+    valid = all(is_number(int, i) and i >= 0 for i in (indices if isinstance(indices, list) else [indices]))
     _check(config, "layers_to_transform", valid, "hold integers ≥ 0", "For example [0, 1].")
     rule, remedy = "be a list of suffixes with layers_to_transform", "List them, or put the indices into the regex."
     _check(config, "target_modules", isinstance(targets, list), rule, remedy)
@@ -243,7 +235,7 @@ def _validate_patterns(config: CondLRConfig) -> None:
         _check(config, name, valid, "be a dict from names or regexes", "Leave it out for none.")
         _require_regexes(name, value)
     for key, value in config.rank_pattern.items():
-        valid = (_is(int, value) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
+        valid = (is_number(int, value) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
         rule = "rank_pattern values must be integers ≥ 1 (ranks) or floats in (0, 1] (rank ratios)"
         remedy = "Write 8 for a rank, 0.25 for a ratio."
         require(valid, rule, received=f"{key!r}: {value!r}", remedy=remedy, error=ConfigError)
@@ -255,18 +247,18 @@ def _validate_ranks(config: CondLRConfig) -> None:
     rule, remedy = f"exactly one of {', '.join(ranks)} must be given", "Choose one; for instance rank_ratio=0.25."
     require(len(given) == 1, rule, received=" and ".join(given) or "none of them", remedy=remedy, error=ConfigError)
     r, ratio, removed, multiple = (*ranks.values(), config.rank_multiple)
-    valid: object = r is None or (_is(int, r) and r >= 1)
+    valid: object = r is None or (is_number(int, r) and r >= 1)
     _check(config, "r", valid, "be an integer ≥ 1", "For a share of the full rank use rank_ratio.")
-    valid = ratio is None or (_is(float, ratio) and 0 < ratio <= 1)
+    valid = ratio is None or (is_number(float, ratio) and 0 < ratio <= 1)
     _check(config, "rank_ratio", valid, "lie in (0, 1]", "For an integer rank use r.")
-    valid = removed is None or (_is(float, removed) and 0 < removed < 1)
+    valid = removed is None or (is_number(float, removed) and 0 < removed < 1)
     remedy = "It is the share removed: 0.6 keeps 40 % of the converted layers' weights."
     _check(config, "compression_ratio", valid, "lie in (0, 1)", remedy)
     valid = removed is not None or config.rank_allocation == "uniform"
     _check(config, "rank_allocation", valid, "be uniform without a compression_ratio", "Give compression_ratio.")
     valid = removed is not None or config.compression_form == "training"
     _check(config, "compression_form", valid, "be training without a compression_ratio", "Give compression_ratio.")
-    valid = _is(int, multiple) and multiple >= 1
+    valid = is_number(int, multiple) and multiple >= 1
     _check(config, "rank_multiple", valid, "be an integer ≥ 1", "For example 8.")
     _check(config, "rank_multiple", multiple == 1 or r is None, f"be 1 with r={r}", "Give r as a multiple of it.")
 
@@ -277,29 +269,3 @@ def _require_regexes(name: str, patterns: Iterable[str]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"{name} must hold valid regexes", received=repr(pattern), remedy=f"{error}.") from error
-
-
-def _is(kind: type, value: object) -> bool:
-    """Whether the value is an int, or for kind=float any number; True and False are neither."""
-    return isinstance(value, (int, kind)) and not isinstance(value, bool)
-
-
-def as_tau(name: str, value: object) -> float:
-    """τ as a number; "inf", as which strict JSON holds an infinite one, is a number too."""
-    value = math.inf if value == "inf" else value
-    valid = _is(float, value) and value >= 0  # type: ignore[operator]  # NaN fails the comparison
-    rule, remedy = f"{name} must be a number ≥ 0 or 'inf'", "tau = 0.1 bounds κ by 1.1."
-    require(valid, rule, received=repr(value), remedy=remedy, error=ConfigError)
-    return float(value)  # type: ignore[arg-type]
-
-
-def as_list(value: Any) -> Any:
-    """Sets in a fixed order, tuples and ranges as the lists that JSON gives back."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return list(value) if isinstance(value, (tuple, range)) else value
-
-
-def as_json(tau: float) -> float | str:
-    """τ as a value of strict JSON, which has no infinity."""
-    return "inf" if math.isinf(tau) else tau

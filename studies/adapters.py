@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_condlr import CondLRAdapterConfig, CondLRTrainer, CondLRTrainingArguments, start_from_gradient
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import Attack
 from hf_condlr.tables import markdown_table
 from studies.paper.methods import condition_numbers

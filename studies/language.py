@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_condlr import Calibration, CondLRConfig, condition_report, get_robust_lowrank_model
-from hf_condlr.config import option
 from hf_condlr.layers import Factors, factored_layers, weight_matrix
 from hf_condlr.linalg import truncated_svd
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.language_texts import calibration_blocks, held_out_blocks
 from studies.record import logger, parse, set_up, write_record

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_condlr import RobustnessReport
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import (
     FGSM,
     PGD,

@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hf_condlr.config import option
+from hf_condlr.options import option
 from studies.record import parse, set_up, write_record
 from studies.report import groups, tables
 from studies.rows import sweep

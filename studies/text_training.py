@@ -28,7 +28,7 @@ from hf_condlr import (
     FactoredTrainer,
     get_robust_lowrank_model,
 )
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import Attack, CharacterAttack, EmbeddingPGD
 from studies.data import data_folder
 from studies.paper.methods import condition_numbers

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import PixelModel
 from studies.data import Split, hold_out, load_images, pixel_model
 from studies.paper.methods import Method

@@ -24,8 +24,8 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from benchmarks.gpu.parts import PARTS, Part
-from hf_condlr.config import option
 from hf_condlr.files import replacing
+from hf_condlr.options import option
 
 NO_GPU = "Without a GPU: nothing below says anything about one."
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.models import worst_errors
 from benchmarks.timing import CommonOptions, run
 from hf_condlr import CondLRConfig, attach_manifold_step, get_robust_lowrank_model
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import FGSM, PGD, Attack, PixelModel
 from hf_condlr.tables import markdown_table
 from studies.record import any_device

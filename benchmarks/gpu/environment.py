@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.manifold_step import in_tf32
 from benchmarks.timing import CommonOptions, run, seconds
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import any_device, version_of
 

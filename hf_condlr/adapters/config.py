@@ -8,8 +8,9 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from hf_condlr.adapters.registration import PEFT_TYPE
-from hf_condlr.config import ALL_LINEAR, as_json, as_list, as_tau, option
+from hf_condlr.config import ALL_LINEAR
 from hf_condlr.errors import ConfigError, require
+from hf_condlr.options import as_list, as_tau, option, tau_as_json
 
 _BOUND = "κ(S) would say nothing about the update"
 REFUSED = {
@@ -90,7 +91,7 @@ class CondLRAdapterConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as strict JSON values in a fixed order; an infinite τ is the string "inf"."""
         values = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-        return values | {"tau": as_json(self.tau)}
+        return values | {"tau": tau_as_json(self.tau)}
 
     def _check(self, name: str, valid: bool, rule: str) -> None:
         helps = {f.name: f.metadata["help"] for f in fields(self)}

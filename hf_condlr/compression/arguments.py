@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_condlr.config import CHOICES, CondLRConfig, option
+from hf_condlr.config import CHOICES, CondLRConfig
 from hf_condlr.errors import ConfigError, require
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 
 # Fields that become fields of the CondLRConfig under the same name.

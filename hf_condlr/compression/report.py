@@ -12,6 +12,7 @@ from typing import Any, Self
 from hf_condlr.compression.search import Point
 from hf_condlr.errors import MissingExtraError
 from hf_condlr.files import replacing
+from hf_condlr.options import finite_json
 from hf_condlr.tables import markdown_table
 
 STEPS = {
@@ -131,7 +132,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite number is None."""
-        return _as_json(asdict(self))
+        return finite_json(asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -211,11 +212,3 @@ def _number(value: float | None, shape: str = ".4g") -> str:
     if value is None:
         return ""
     return format(value, shape) if math.isfinite(value) else "∞"
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_as_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

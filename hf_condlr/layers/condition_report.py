@@ -18,6 +18,7 @@ from hf_condlr.layers.folded import FoldedLayer, quantized_values
 from hf_condlr.layers.model import compressed_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
+from hf_condlr.options import finite_json
 
 
 @dataclass
@@ -73,7 +74,7 @@ class ConditionReport:
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; an infinite or undefined number is None."""
         names = ("max_condition_number", "mean_condition_number", "max_orthonormality_error")
-        return _as_json(asdict(self) | {name: getattr(self, name) for name in names})
+        return finite_json(asdict(self) | {name: getattr(self, name) for name in names})
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
@@ -212,11 +213,3 @@ def _spectrum(factors: Factors) -> tuple[Tensor, float]:
         return torch.full((len(core),), math.nan), math.inf
     sigma = singular_values(core)
     return sigma, (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_condlr.config import option
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks import Attack, make_attacks
 from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
 from hf_condlr.scripts.checks import check

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_condlr.config import option
 from hf_condlr.errors import EvaluationError, listed
+from hf_condlr.options import option
 from hf_condlr.scripts.checks import check, check_data
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_condlr.config import CondLRConfig, option
+from hf_condlr.config import CondLRConfig
 from hf_condlr.layers import converted_layers
+from hf_condlr.options import option
 from hf_condlr.scripts.checks import check
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_condlr.config import option
 from hf_condlr.errors import ConfigError, require
+from hf_condlr.options import option
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.attacks.registry import make_attacks, parse_epsilon
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.lr_scheduler import MultiStepLR
 
-from hf_condlr.config import option
+from hf_condlr.options import option
 from studies.data import Split, hold_out, load_images, pixel_model
 from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import Method, build_model, make_optimizer, prune

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_condlr.config import option
 from hf_condlr.files import replacing
+from hf_condlr.options import option
 from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import NAMES, Method
 from studies.paper.picture import draw

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_condlr.config import option
+from hf_condlr.options import option
 from studies.pretrained.experiment import Experiment, Samples, Variant
 from studies.pretrained.methods import METHODS
 from studies.pretrained.report import draw, table

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from hf_condlr.config import option
+from hf_condlr.options import option
 from studies.pretrained.tasks import load_task
 from studies.pretrained.training import fit_head, fitted
 from studies.record import environment, logger, parse, set_up, write_json
