@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def read(model: Any) -> None:
         parameter.detach().sum()
 
 
-def measure(options: Options) -> dict[str, Any]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """Seconds of imports and loads, {what: {"dense" or "factored": seconds}}."""
     model = build(options.model)
     loader = auto_class(model)
@@ -90,7 +90,7 @@ def measure(options: Options) -> dict[str, Any]:
         device, load = torch.device("cpu"), loader.from_pretrained
         loads: dict[str, Callable[[], Any]] = {form: lambda f=folder: load(f) for form, folder in folders.items()}
         uses: dict[str, Callable[[], Any]] = {form: lambda f=folder: read(load(f)) for form, folder in folders.items()}
-        return {
+        yield {
             "import": {"package": [times[0] for of_form in in_fresh.values() for times in of_form]},
             "first load": {form: [times[1] for times in of_form] for form, of_form in in_fresh.items()},
             "load": interleaved(loads, options.rounds, device),

@@ -14,13 +14,12 @@ from __future__ import annotations
 import copy
 import io
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torchao import quantization
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.timing import CommonOptions, interleaved, run
@@ -29,14 +28,20 @@ from hf_condlr.options import option
 from hf_condlr.robustness.attacks import EmbeddingPGD
 from hf_condlr.tables import markdown_table
 
-FORMS: dict[str, Callable[[], Any] | None] = {
-    "float32": None,
-    "int8 weights": quantization.Int8WeightOnlyConfig,
-    "int8 dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
-    "int4 weights": partial(
-        quantization.IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=quantization.PerAxis(0)
-    ),
-}
+FORMS = ("float32", "int8 weights", "int8 dynamic", "int4 weights")
+
+
+def settings(form: str) -> Any:
+    """What torchao calls the form."""
+    from torchao import quantization  # no part of the environment that `make` builds
+
+    by_row = {"weight_dtype": torch.int4, "granularity": quantization.PerAxis(0)}
+    makers: dict[str, Callable[[], Any]] = {
+        "int8 weights": quantization.Int8WeightOnlyConfig,
+        "int8 dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
+        "int4 weights": partial(quantization.IntxWeightOnlyConfig, **by_row),
+    }
+    return makers[form]()
 
 
 @dataclass
@@ -55,9 +60,10 @@ class Options(CommonOptions):
 def quantized(model: Any, form: str) -> Any:
     """A quantized copy: every nn.Linear, so both parts of a folded layer."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    make = FORMS[form]
-    if make is not None:
-        quantization.quantize_(model, make())
+    if form != "float32":
+        from torchao.quantization import quantize_
+
+        quantize_(model, settings(form))
     return model
 
 
@@ -75,8 +81,8 @@ def accuracy(model: Any, batches: list[tuple[Any, torch.Tensor]]) -> float:
     return torch.cat(right).mean().item()
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Each model in each form."""
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    """Each model in each form, one more in each result."""
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
     rows = load_split(options.data)
     text = next(name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string")
@@ -100,7 +106,7 @@ def measure(options: Options) -> dict[str, Any]:
             )
             for batch, inputs in {"1": one, "32": batches[0][0]}.items()
         }
-    results = {}
+    results: dict[str, Any] = {}
     for key, model in variants.items():
         results[key] = {
             "bytes": size(model),
@@ -122,7 +128,7 @@ def measure(options: Options) -> dict[str, Any]:
         if key.startswith("compressed"):
             report = condition_report(model)
             results[key]["kappa"] = [report.mean_condition_number, report.max_condition_number]
-    return results
+        yield results
 
 
 def table(results: dict[str, Any]) -> str:

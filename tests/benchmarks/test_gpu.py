@@ -15,6 +15,13 @@ from benchmarks.gpu.parts import PARTS, Part
 from hf_condlr import LowRankLinear, attach_manifold_step
 from tests.paths import ROOT
 
+
+def baddbmm_operations(total, left, right, **unused):
+    layers, m, k = left
+    return 2 * layers * m * k * right[2]
+
+
+IN_PLACE = {torch.ops.aten.baddbmm_: baddbmm_operations}  # torch counts only the one that makes a new tensor
 SHAPES = [(48, 32, 8), (32, 32, 8), (32, 64, 12)]
 MISSING = ("datasets", "evaluate", "foolbox", "pyautoattack")
 
@@ -27,17 +34,17 @@ def counted_step(shapes):
     for _ in range(2):
         for p in layers.parameters():
             p.grad = torch.randn_like(p) / 10
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             optimizer.step()
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_floor_of_the_step_is_what_torch_counts(monkeypatch, ahead):
-    """On a CPU eigh takes three products a core."""
+    """On a CPU one product a core shows that it obeys its bound."""
     if ahead:
         monkeypatch.setattr("hf_condlr.manifold.masks.runs_ahead", lambda X: True)
-    products = floors.products_of_the_clip() if ahead else 3
+    products = floors.products_of_the_clip() if ahead else 1
     expected = floors.basis_operations(SHAPES) + floors.core_operations(SHAPES, products)
     assert counted_step(SHAPES) == pytest.approx(expected, rel=1e-6)
 
