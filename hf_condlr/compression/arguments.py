@@ -102,6 +102,7 @@ class CompressionArguments(InputArguments):
     def condlr_config(self, ratio: float, rank_multiple: int) -> CondLRConfig:
         """The config of a conversion that removes this share; `rank_multiple` holds where none was given."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _CONVERSION}
-        values |= {"rank_multiple": self.rank_multiple or rank_multiple, "conditioned_start": True}
+        multiple = rank_multiple if self.rank_multiple is None else self.rank_multiple  # 0 is refused, not replaced
+        values |= {"rank_multiple": multiple, "conditioned_start": True}
         values["compression_form"] = "folded" if self.fold else "training"
         return CondLRConfig(compression_ratio=ratio, **values)

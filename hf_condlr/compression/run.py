@@ -32,7 +32,7 @@ from hf_condlr.compression.search import Point, largest_ratio
 from hf_condlr.compression.stages import Stages
 from hf_condlr.compression.task import Task
 from hf_condlr.compression.tasks import task_of
-from hf_condlr.config import CondLRConfig
+from hf_condlr.config import CondLRConfig, as_json
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.conversion.rank_budget import largest_compression
@@ -69,6 +69,7 @@ class Run:
         check(args.ratio is None or args.ratio <= self.largest, rule, args.ratio, remedy)
         rows = self.task.columns(loaded)
         settings = asdict(args) | {
+            "tau": as_json(self.config.tau),  # strict JSON has no infinity
             "model": parameters_digest(model)[:16],
             "data": data_digest(rows),
             "attacks": [attack.settings() for attack in self.attacks],
