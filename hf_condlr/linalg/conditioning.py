@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from hf_condlr.errors import ConditioningError, ConfigError
-from hf_condlr.linalg.precision import at_least_float32, largest_entry, per_matrix, to_float64, wide_device
+from hf_condlr.linalg.precision import (
+    at_least_float32,
+    full_precision,
+    largest_entry,
+    per_matrix,
+    to_float64,
+    wide_device,
+)
 from hf_condlr.linalg.svd import LinAlgError, robust_svd
 
 Center = Literal["nearest", "rms", "mean"]
-
 
 CENTERS: tuple[Center, ...] = get_args(Center)
 
@@ -21,6 +27,7 @@ ROUNDING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 """Relative excess of κ(S) over 1 + τ that rounding S to its dtype can cause, with a margin; S counts as feasible."""
 
 
+@full_precision()  # under autocast or TF32 the float32 products below would prove nothing
 def clamp_singular_values(S: Tensor, tau: float | Tensor, *, center: Center = "nearest") -> Tensor:  # (*, r, r)
     """Clip the singular values of S = P diag(σ) Qᵀ to an interval [a, (1+τ)a], so that κ(S) ≤ 1 + τ.
 

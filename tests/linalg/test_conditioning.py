@@ -290,3 +290,14 @@ def test_a_gram_matrix_proves_only_what_is_so(bound):
                 claimed += 1
                 assert reference.condition_number(reference.array(S)) <= bound
     assert claimed >= len(cases.SEEDS)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_autocast_does_not_reach_the_products(tau):
+    """In bfloat16 the Gram matrix would be off by a relative 4e-3: κ would exceed, and feasible cores would move."""
+    for width, feasible in ((1.2, False), (0.9999, True)):
+        S = tensor(cases.with_singular_values(np.linspace(width * (1 + tau), 1, 32), 0), torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            clamped = linalg.clamp_singular_values(S, tau)
+        assert linalg.condition_number(clamped) <= (1 + tau) * (1 + KAPPA[torch.float32])
+        assert torch.equal(clamped, S) == feasible
