@@ -32,7 +32,8 @@ def checksums(blocks: Sequence[Tensor]) -> Tensor:  # (l, m, r) each -> (L,) int
     """Checksums modulo 2⁶⁴ of the bits of float32 or float64 matrices. They do not depend on the order of summation.
 
     The bits are read once, as rows of about √(mr) integers that are added up. The weights of the sums are odd, so that
-    a change of one entry changes the checksum; they differ, so that a permutation does.
+    a change of one entry always changes the checksum. They differ, so that most other changes do; not all: entries that
+    change places within a column of that table, or in some shapes the signs of all entries, leave it as it is.
 
     Args:
         blocks: Stacks of matrices, all of the same shape (m, r).
