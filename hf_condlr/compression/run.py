@@ -68,12 +68,15 @@ class Run:
         rule, remedy = f"ratio must leave rank 1 in every layer, here at most {self.largest:.4f}", "Lower it."
         check(args.ratio is None or args.ratio <= self.largest, rule, args.ratio, remedy)
         rows = self.task.columns(loaded)
-        settings = asdict(args) | {
-            "tau": as_json(self.config.tau),  # strict JSON has no infinity
-            "model": parameters_digest(model)[:16],
-            "data": data_digest(rows),
-            "attacks": [attack.settings() for attack in self.attacks],
-        }
+        settings = (
+            asdict(args)
+            | {
+                "tau": as_json(self.config.tau),  # strict JSON has no infinity
+                "model": parameters_digest(model)[:16],
+                "data": data_digest(rows),
+                "attacks": [attack.settings() for attack in self.attacks],
+            }
+        )
         self.stages = Stages(args.output_dir, {k: v for k, v in settings.items() if k != "output_dir"})
         self.splits: Splits = split(rows, choose_ratio=args.max_drop is not None, seed=args.seed)
         self.dense = copy.deepcopy(model).to(accelerator.device).eval()

@@ -35,7 +35,8 @@ class Options:
 def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
     """A panel for each task of the records, in their order."""
     tasks = list(dict.fromkeys(record["options"]["task"] for record in records))
-    figure = Figure(figsize=(5.2 * len(tasks), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout="constrained")
+    legend: dict[str, Any] = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         rows = [row for record in records if record["options"]["task"] == task for row in record["rows"]]
         columns = columns_of(rows[0])
@@ -58,12 +59,12 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
                 marker, size = ("*", 12) if method == "dense" else ("o", 6)
                 face = "white" if recovered else color
                 axes.plot(x, y, marker, color=color, ms=size, mfc=face)
-            x, y, _ = found[0]
-            axes.annotate(METHODS[method].label, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7)
+            legend.setdefault(METHODS[method].label, axes.plot([], [], "o", color=color)[0])
         axes.set(xlabel="test accuracy, %", ylabel=f"accuracy under {columns[strongest]}, %")
         axes.set_title(f"{MODELS[task]}, {100 * ratio:.0f} % of the encoder's weights removed", fontsize=9)
         axes.grid(alpha=0.25)
-        axes.margins(x=0.18)
+        axes.margins(x=0.1)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
 
 
