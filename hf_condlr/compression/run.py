@@ -32,13 +32,14 @@ from hf_condlr.compression.search import Point, largest_ratio
 from hf_condlr.compression.stages import Stages
 from hf_condlr.compression.task import Task
 from hf_condlr.compression.tasks import task_of
-from hf_condlr.config import CondLRConfig, as_json
+from hf_condlr.config import CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.conversion.rank_budget import largest_compression
 from hf_condlr.conversion.second_moments import Calibration
 from hf_condlr.conversion.targets import resolve_targets
 from hf_condlr.layers import compressed_layers, condition_report, weight_matrix
+from hf_condlr.options import tau_as_json
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.evaluation import RobustnessReport
 from hf_condlr.robustness.evaluation.provenance import parameters_digest, versions
@@ -71,7 +72,7 @@ class Run:
         settings = (
             asdict(args)
             | {
-                "tau": as_json(self.config.tau),  # strict JSON has no infinity
+                "tau": tau_as_json(self.config.tau),  # strict JSON has no infinity
                 "model": parameters_digest(model)[:16],
                 "data": data_digest(rows),
                 "attacks": [attack.settings() for attack in self.attacks],
