@@ -138,15 +138,17 @@ def compare(args: Arguments, data: DatasetDict, seed: int) -> dict[str, dict[str
         train(args, model, data, processor, "dense", 1e-3, PRETRAINING_EPOCHS, seed)
         bar.update()
         for method in METHODS:
-            results[method] = sweep(args, model, data, processor, seed, method, bar)
+            results[method], trained = sweep(args, model, data, processor, seed, method, bar)
+            for part in (trained, processor):  # for `from_pretrained`, and for recipes/space
+                part.save_pretrained(folder / method)
             (folder / f"{method}.json").write_text(json.dumps(results[method], indent=2) + "\n")
     return results
 
 
 def sweep(
     args: Arguments, start: Any, data: DatasetDict, processor: Any, seed: int, method: str, bar: tqdm
-) -> dict[str, Any]:
-    """Train at each learning rate; the model that validates best meets the test split and the attacks."""
+) -> tuple[dict[str, Any], Any]:
+    """Train at each learning rate; the model that validates best meets the test split and the attacks, and is returned."""
     begin, runs = time.perf_counter(), []
     for rate in args.learning_rates:
         model = copy.deepcopy(start)
@@ -168,7 +170,7 @@ def sweep(
         "robust": {str(attack.epsilon): attack.robust_accuracy for attack in report.attacks},
         **describe(trainer.model, method),
         "seconds": time.perf_counter() - begin,
-    }
+    }, trainer.model
 
 
 def worse(record: dict[str, Any]) -> tuple[float, float]:
@@ -274,6 +276,7 @@ def main(args: Arguments) -> None:
     (folder / "table.md").write_text(table(results) + "\n")
     print(f"\n{table(results)}\n{EXPLANATION}")
     print(f"Picture: {folder}/demo.png. Table: {folder}/table.md. Every sweep: {folder}/seed*/*.json")
+    print(f"Models: {folder}/seed*/*/. To try them in a browser: recipes/space")
 
 
 if __name__ == "__main__":
