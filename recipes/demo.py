@@ -148,7 +148,7 @@ def compare(args: Arguments, data: DatasetDict, seed: int) -> dict[str, dict[str
 def sweep(
     args: Arguments, start: Any, data: DatasetDict, processor: Any, seed: int, method: str, bar: tqdm
 ) -> tuple[dict[str, Any], Any]:
-    """Train at each learning rate; the model that validates best meets the test split and the attacks, and is returned."""
+    """Train at each learning rate; the model that validates best is tested, attacked and returned."""
     begin, runs = time.perf_counter(), []
     for rate in args.learning_rates:
         model = copy.deepcopy(start)

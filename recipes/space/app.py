@@ -101,7 +101,7 @@ class Classifier:
         return shown, self.named(before), self.named(self.probabilities(batch))
 
     def condition_numbers(self) -> list[float]:
-        """κ of each linear weight from input to output, the head's aside; of a factored model of its factored layers."""
+        """κ of each linear weight but the head's, from input to output; of a factored model its factored layers."""
         if is_factored(self.model):
             return [layer.condition_number for layer in condition_report(self.model).layers]
         linear = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear)]

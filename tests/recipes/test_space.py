@@ -49,7 +49,7 @@ def test_an_attack_stays_in_the_ball_and_shows_what_the_model_sees(app, models):
     noise = np.random.default_rng(0).integers(60, 190, (16, 16, 3), dtype=np.uint8)
     classifier = app.Classifier.load(models[1])
     pixels = classifier.pixels(Image.fromarray(noise))
-    assert 0.2 < pixels.min() and pixels.max() < 0.8  # not normalised
+    assert pixels.min() > 0.2 and pixels.max() < 0.8  # not normalised
     shown, before, after = classifier.attack(Image.fromarray(noise), 0.1)
     assert sum(before.values()) == pytest.approx(1, abs=1e-5) == sum(after.values())
     assert list(before) == ["a", "b", "c", "d", "e"]
@@ -57,7 +57,7 @@ def test_an_attack_stays_in_the_ball_and_shows_what_the_model_sees(app, models):
     assert after[label] < before[label]  # the attack lowered the probability that it aims at
     change = np.asarray(shown.resize((16, 16), Image.Resampling.NEAREST)).astype(int) - noise
     assert 1 <= np.abs(change).max() <= round(0.1 * 255) + 1
-    unchanged, before, after = classifier.attack(Image.fromarray(noise), 0.0)
+    _, before, after = classifier.attack(Image.fromarray(noise), 0.0)
     assert before == after
 
 
@@ -83,7 +83,7 @@ def test_texts_get_typing_errors(app, tmp_path):
     assert classifier.takes == "texts"
     shown, before, after = classifier.attack("good film bad plot", 0.5)
     assert len(shown.split()) == 4
-    assert 0 <= sum(a != b for a, b in zip(shown.split(), "good film bad plot".split(), strict=True)) <= 2
+    assert 0 <= sum(a != b for a, b in zip(shown.split(), ["good", "film", "bad", "plot"], strict=True)) <= 2
     assert len(before) == len(after) == 3
 
 
