@@ -11,9 +11,7 @@ from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 
 # Fields that become fields of the CondLRConfig under the same name.
-_CONVERSION = (
-    *("tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation", "sequential_calibration"),
-)
+_CONVERSION = ["tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation", "sequential_calibration"]
 
 
 @dataclass(kw_only=True)
@@ -74,7 +72,9 @@ class CompressionArguments(InputArguments):
     adversarial_epsilon: float | str | None = option(
         None, "Recover on adversarial samples of this radius too, half of each batch; 1/255 for pixels, 0.05 for texts."
     )
-    attack_samples: int = option(128, "Samples that are attacked, of those that measure the result.")
+    attack_samples: int | None = option(
+        None, "Samples that are attacked, of those that measure the result; by default 128."
+    )
     max_eval_samples: int | None = option(None, "Measure on at most this many samples of a split; by default all.")
 
     def __post_init__(self) -> None:

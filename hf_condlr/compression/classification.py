@@ -15,7 +15,7 @@ from hf_condlr.robustness.attacks import PGD, EmbeddingPGD, TextModel
 from hf_condlr.robustness.attacks.base import Attack
 from hf_condlr.robustness.evaluation.rows import PAIRS, as_8_bit
 from hf_condlr.scripts.checks import check, check_data
-from hf_condlr.scripts.dataset_columns import find_column, labelled
+from hf_condlr.scripts.dataset_columns import find_column, is_string, labelled
 
 
 class ImageClassification(Task):
@@ -58,7 +58,7 @@ class TextClassification(TextTask):
         label = label_column(features, self.args)
 
         def is_text(name: str, kind: Any) -> bool:
-            return getattr(kind, "dtype", None) in ("string", "large_string") and name != label
+            return is_string(kind) and name != label
 
         texts = [name for name in features if is_text(name, features[name]) and name != "source_row"]
         pair = list(texts) if tuple(texts) in PAIRS and self.args.text_columns is None else None
@@ -90,10 +90,10 @@ class TokenClassification(TextTask):
     def columns(self, data: DatasetDict) -> DatasetDict:
         features, given = data["train"].features, self.args.label_column
 
-        def of(kind: Any, *dtypes: str) -> bool:
-            return getattr(getattr(kind, "feature", None), "dtype", None) in dtypes
+        def are_words(name: str, kind: Any) -> bool:
+            return is_string(getattr(kind, "feature", None))
 
-        words = self.text_columns(features, lambda _, kind: of(kind, "string", "large_string"), "lists of words")[0]
+        words = self.text_columns(features, are_words, "lists of words")[0]
         known = [name for name, kind in features.items() if isinstance(getattr(kind, "feature", None), ClassLabel)]
         candidates = [name for name in known if name in ("ner_tags", "labels", "tags")] or known
         candidates = candidates or [name for name in ("labels", "ner_tags", "tags") if name in features]

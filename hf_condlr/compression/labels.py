@@ -64,5 +64,18 @@ def _numbers(config: Any, theirs: list[str], ours: list[str], *, named: bool = T
     check_data(len(ours) <= len(theirs), rule, f"{len(ours)}: {listed(ours)}", remedy)
     if not named:
         return list(range(len(ours)))
+    if (values := _as_numbers(ours)) and not {*ours} & {*theirs}:  # a column of numbers, not of names
+        wrong = [value for value in values if not 0 <= value < len(theirs)]
+        rule = f"labels that are numbers must be class numbers of the model, 0 to {len(theirs) - 1}"
+        check_data(not wrong, rule, listed(list(map(str, wrong))), remedy)
+        return values
     matched = match_classes(SimpleNamespace(config=config), SimpleNamespace(classes=ours), None)
     return list(range(len(ours))) if matched is None else matched
+
+
+def _as_numbers(names: list[str]) -> list[int] | None:
+    """Names such as "7" or "7.0", which `labelled` gives to a column of numbers, as integers; None for others."""
+    try:
+        return [int(float(name)) for name in names]
+    except ValueError:
+        return None

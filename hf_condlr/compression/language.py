@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from datasets import Dataset, DatasetDict
 from torch import Tensor
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_condlr.compression.task import TextTask
 from hf_condlr.scripts.checks import check, check_data
+from hf_condlr.scripts.dataset_columns import is_string
 from hf_condlr.scripts.packing import pack_texts
 
 BLOCK_SIZE = 512  # tokens of a sample, at most, where the model takes more
@@ -29,10 +29,8 @@ class LanguageModeling(TextTask):
         check(self.block_size >= 2, "max_length must be ≥ 2", self.block_size, "A token predicts the next.")
 
     def columns(self, data: DatasetDict) -> DatasetDict:
-        def is_text(name: str, kind: Any) -> bool:
-            return getattr(kind, "dtype", None) in ("string", "large_string")
-
-        [name, *more] = self.text_columns(data["train"].features, is_text, "text")
+        features = data["train"].features
+        [name, *more] = self.text_columns(features, lambda _, kind: is_string(kind), "text")
         check_data(not more, "a language model reads one column of text", ", ".join(more), "Name one.")
         names = {name: "text", "source_row": "source_row"}
         return data.select_columns(list(names)).rename_columns(names)

@@ -20,9 +20,9 @@ from hf_condlr.compression.task import Task
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.errors import EvaluationError, require
 from hf_condlr.layers import weight_matrix
-from hf_condlr.linalg import singular_values
+from hf_condlr.linalg import condition_number
 from hf_condlr.robustness.attacks.base import Attack, attacked
-from hf_condlr.robustness.evaluation import RobustnessReport, evaluate_robustness
+from hf_condlr.robustness.evaluation import evaluate_robustness
 from hf_condlr.robustness.evaluation.progress import Progress
 
 WARM_UP, ROUNDS, LEAST_ROUNDS = 2, 25, 5  # forward passes of each model for the latency
@@ -63,11 +63,11 @@ def require_finite(value: float, task: Task, model: str) -> None:
 
 def robustness(
     model: nn.Module, task: Task, rows: Dataset, attacks: Sequence[Attack], folder: Path, *, most: int, checks: bool
-) -> RobustnessReport | None:
-    """Attack the model on at most so many rows of `Task.columns`; `folder` keeps outcomes. None without attacks."""
+) -> dict[str, Any]:
+    """Attack the model on at most so many rows of `Task.columns`; `folder` keeps outcomes. Empty without attacks."""
     if not attacks:
-        return None
-    return evaluate_robustness(
+        return {}
+    report = evaluate_robustness(
         model,
         rows.remove_columns("source_row"),
         attacks,
@@ -79,6 +79,13 @@ def robustness(
         checks="quick" if checks else False,
         output_dir=folder,
     )
+    return {
+        "robust": {f"{attack.name}, ε = {_budget(attack)}": attack.robust_accuracy for attack in report.attacks},
+        "clean_of_attacked": report.clean_accuracy,
+        "attacked": report.samples,
+        "failed_checks": [str(check) for check in report.failed_checks],
+        "card_entries": report.card_entries(),
+    }
 
 
 def size(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, int]:
@@ -129,11 +136,8 @@ def forms(dense: nn.Module, factored: nn.Module, task: Task, rows: Dataset) -> d
 
 def largest_condition_number(model: nn.Module, names: Iterable[str]) -> float:
     """The largest κ over all singular values of the dense weights of these layers; inf if one is singular."""
-    largest = 0.0
-    for name in names:
-        sigma = singular_values(weight_matrix(model.get_submodule(name)).detach())
-        largest = max(largest, float(sigma[0] / sigma[-1]) if sigma[-1] > 0 else math.inf)
-    return largest
+    weights = (weight_matrix(model.get_submodule(name)).detach() for name in names)
+    return max(float(condition_number(W)) for W in weights)
 
 
 def _moved(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -142,6 +146,11 @@ def _moved(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor
     moved = {name: value.to(parameter.device) for name, value in batch.items()}
     labels = moved.pop("labels")
     return {n: v.to(parameter.dtype) if v.is_floating_point() else v for n, v in moved.items()}, labels
+
+
+def _budget(attack: Any) -> str:
+    """ε as it is usually stated: of pixels in the ℓ∞ norm as a multiple of 1/255."""
+    return f"{attack.epsilon * 255:.3g}/255" if attack.threat == "linf" else f"{attack.epsilon:.3g}"
 
 
 def _synchronize() -> None:

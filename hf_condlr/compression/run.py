@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -39,13 +38,13 @@ from hf_condlr.conversion.rank_budget import largest_compression
 from hf_condlr.conversion.second_moments import Calibration
 from hf_condlr.conversion.targets import resolve_targets
 from hf_condlr.layers import compressed_layers, condition_report, weight_matrix
-from hf_condlr.options import tau_as_json
+from hf_condlr.options import finite_json, tau_as_json
 from hf_condlr.robustness.attacks.base import Attack
-from hf_condlr.robustness.evaluation import RobustnessReport
 from hf_condlr.robustness.evaluation.provenance import parameters_digest, versions
 from hf_condlr.scripts.checks import check
 
 logger = logging.getLogger(__name__)
+ATTACK_SAMPLES = 128
 FACTORED, RECOVERED, TRAINING = "factored", "recovered", "recovery"  # folders of the stages
 
 
@@ -63,6 +62,8 @@ class Run:
         _require_trainable(model, self.task, args)
         loaded, self.dataset_name = load_data(data, args.dataset_config)
         self.attacks = self._attacks(attacks)
+        is_used = args.attack_samples is None or len(self.attacks) > 0
+        check(is_used, "attack_samples is for attacks, of which there are none", args.attack_samples, "Leave it out.")
         self.config = args.condlr_config(args.ratio or 0.5, self.task.rank_multiple)
         self.names = resolve_targets(model, self.config).names  # an error before anything is measured
         self.largest = self._largest_ratio(model)
@@ -78,7 +79,8 @@ class Run:
                 "attacks": [attack.settings() for attack in self.attacks],
             }
         )
-        self.stages = Stages(args.output_dir, {k: v for k, v in settings.items() if k != "output_dir"})
+        del settings["output_dir"]  # it may be moved
+        self.stages = Stages(args.output_dir, settings)
         self.splits: Splits = split(rows, choose_ratio=args.max_drop is not None, seed=args.seed)
         self.dense = copy.deepcopy(model).to(accelerator.device).eval()
         self.calibration: Calibration | None = None
@@ -97,7 +99,7 @@ class Run:
         before = self._stage("dense", self._measure_dense)
         ratio, found = self.args.ratio, None
         if ratio is None:
-            found = self._stage("search", self._search)
+            found = self._stage("search", lambda: self._search(before["selection_quality"]))
             ratio = found["ratio"]
         ranks = self._stage(FACTORED, lambda: self._factor(ratio))["ranks"]
         model = self._load(FACTORED)
@@ -120,10 +122,9 @@ class Run:
         if self.splits.selection is not None:
             found["selection_quality"] = quality(self.dense, self.task, self._selection(), "the same, to choose by")
             require_finite(found["selection_quality"], self.task, "dense")
-        return _json(found | self._attacked(self.dense, "dense", checks=False))
+        return finite_json(found | self._attacked(self.dense, "dense", checks=False))
 
-    def _search(self) -> dict[str, Any]:
-        before = self.stages.run("dense", self._measure_dense)["selection_quality"]
+    def _search(self, before: float) -> dict[str, Any]:
         seconds: list[float] = []
 
         def measure(number: int, ratio: float) -> Point:
@@ -132,7 +133,7 @@ class Run:
                 value = quality(candidate, self.task, self._selection(), f"{self.task.metric} at ratio {ratio:g}")
                 drop = self.task.drop(before, value)
                 kappa = condition_report(candidate).max_condition_number
-                return _json(asdict(Point(ratio, candidate.num_parameters(), value, drop, kappa)))
+                return finite_json(asdict(Point(ratio, candidate.num_parameters(), value, drop, kappa)))
 
             point = self.stages.run(f"search-{number}", step)
             seconds.append(point.pop("seconds"))
@@ -143,8 +144,9 @@ class Run:
         return {"ratio": chosen, "points": [asdict(point) for point in points], "seconds": round(sum(seconds), 2)}
 
     def _largest_ratio(self, model: Any) -> float:
-        shapes = {name: tuple(weight_matrix(model.get_submodule(name)).shape) for name in self.names}
-        return largest_compression({k: (m, n) for k, (m, n) in shapes.items()}, self.config.compression_form)
+        weights = {name: weight_matrix(model.get_submodule(name)) for name in self.names}
+        shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
+        return largest_compression(shapes, self.config.compression_form)
 
     def _converted(self, ratio: float) -> Any:
         """A compressed copy of the dense model."""
@@ -168,13 +170,12 @@ class Run:
         require_finite(value, self.task, "compressed")
         found: dict[str, Any] = {"quality": value, "largest_kappa": condition_report(model).max_condition_number}
         found |= self._attacked(model, "compressed", checks=True)
-        return _json(found | forms(self.dense, model, self.task, self._evaluation()))
+        return finite_json(found | forms(self.dense, model, self.task, self._evaluation()))
 
     def _attacked(self, model: Any, name: str, *, checks: bool) -> dict[str, Any]:
-        folder = self.stages.folder / f"attacks-{name}"
-        rows, most = self.splits.evaluation, self.args.attack_samples
-        report = robustness(model, self.task, rows, self.attacks, folder, most=most, checks=checks)
-        return _robust(report) if report is not None else {}
+        folder, rows = self.stages.folder / f"attacks-{name}", self.splits.evaluation
+        most = self.args.attack_samples or ATTACK_SAMPLES
+        return robustness(model, self.task, rows, self.attacks, folder, most=most, checks=checks)
 
     def _report(
         self,
@@ -258,22 +259,3 @@ def _require_trainable(model: PreTrainedModel, task: Task, args: CompressionArgu
     check(is_attacked, "only classifiers of images and texts recover on adversarial samples", radius, remedy)
     rule, remedy = "a recovery trains factors in float32", "Load the model with dtype=torch.float32."
     check(not args.recovery_steps or model.dtype in (torch.float32, torch.float64), rule, model.dtype, remedy)
-
-
-def _robust(report: RobustnessReport) -> dict[str, Any]:
-    return {
-        "robust": {f"{attack.name}, ε = {_budget(attack)}": attack.robust_accuracy for attack in report.attacks},
-        "clean_of_attacked": report.clean_accuracy,
-        "attacked": report.samples,
-        "failed_checks": [str(check) for check in report.failed_checks],
-        "card_entries": report.card_entries(),
-    }
-
-
-def _budget(attack: Any) -> str:
-    """ε as it is usually stated: of pixels in the ℓ∞ norm as a multiple of 1/255."""
-    return f"{attack.epsilon * 255:.3g}/255" if attack.threat == "linf" else f"{attack.epsilon:.3g}"
-
-
-def _json(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 
+def is_string(feature: Any) -> bool:
+    """Whether a feature of a data set holds texts, of either of Arrow's sizes."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
 def find_column(
     columns: Mapping[str, Any], option: str, given: str | None, matches: Callable[[str, Any], bool], kind: str
 ) -> str:

@@ -16,7 +16,7 @@ from hf_condlr.layers import FoldedLayer
 from hf_condlr.robustness.attacks import PGD
 from tests.compression.cases import case
 
-QUICK = {"calibration_samples": 16, "max_eval_samples": 16, "attack_samples": 8, "batch_size": 8}
+QUICK = {"calibration_samples": 16, "max_eval_samples": 16, "batch_size": 8}
 
 
 @pytest.fixture
@@ -34,8 +34,9 @@ def test_an_image_classifier_is_measured_compressed_and_saved(out):
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     attacks = [PGD(k / 255, steps=2) for k in (1, 2)]
     small, report = compress(
-        model, data, ratio=0.4, output_dir=out, processor=processor, attacks=attacks, tau=1.0, **QUICK
+        model, data, ratio=0.4, output_dir=out, processor=processor, attacks=attacks, tau=1.0, attack_samples=8, **QUICK
     )
+    assert report.data["attacked"] == 8
     assert is_factored(small) and not is_factored(model)
     assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
     layers = condition_report(small)

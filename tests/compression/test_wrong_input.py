@@ -5,12 +5,15 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_condlr import CondLRConfig, compress, fold_model, get_robust_lowrank_model
+from hf_condlr.compression.arguments import CompressionArguments
+from hf_condlr.compression.data import data_digest, load_data
+from hf_condlr.compression.tasks import task_of
 from hf_condlr.errors import ConfigError, EvaluationError
 from hf_condlr.robustness.attacks import PGD
 from tests import models
 from tests.compression.cases import NAMES, case, pictures, vit
 
-QUICK = {"calibration_samples": 8, "max_eval_samples": 8, "attack_samples": 4, "batch_size": 8}
+QUICK = {"calibration_samples": 8, "max_eval_samples": 8, "batch_size": 8}
 
 
 def refused(error, match, out, task="image", model=None, data=None, processor=None, **options):
@@ -50,6 +53,7 @@ def out(tmp_path):
         ({"recovery_steps": -1}, r"recovery_steps must be ≥ 0"),
         ({"max_length": 8}, r"max_length is for texts; received 8"),
         ({"text_columns": ["image"]}, r"text_columns is for texts"),
+        ({"attack_samples": 4}, r"attack_samples is for attacks, of which there are none; received 4"),
     ],
 )
 def test_options(options, match, out):
@@ -134,6 +138,28 @@ def test_too_few_rows_to_hold_some_out(out):
 
 def test_class_numbers_beyond_those_of_the_model(out):
     refused(EvaluationError, "of which there are 3; received 4: 0, 1, 2, 7", out, "text", data=numbered([0, 1, 2, 7]))
+
+
+def test_numbers_that_are_no_class_numbers(out):
+    refused(
+        EvaluationError, "must be class numbers of the model, 0 to 2; received 7", out, "text", data=numbered([0, 7])
+    )
+
+
+def test_labels_that_are_numbers_are_class_numbers():
+    model, _, processor = case("text")
+    model.config.id2label = {0: "bad", 1: "fair", 2: "good"}
+    task = task_of(model, processor, CompressionArguments(output_dir="", ratio=0.4))
+    assert task.columns(load_data(numbered([0, 2, 2]), None)[0])["test"]["labels"][:] == [0, 2, 2]
+
+
+def test_other_rows_are_other_data():
+    rows = [str(i) for i in range(1000)]
+    longer, later = [*rows, "x"], [*rows[:500], *rows[:500]]
+    digests = [
+        data_digest(DatasetDict(test=Dataset.from_dict({"text": texts}))) for texts in (rows, rows, longer, later)
+    ]
+    assert digests[0] == digests[1] and len({*digests}) == 3
 
 
 def test_a_label_that_only_another_split_has(out):
