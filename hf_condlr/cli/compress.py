@@ -8,11 +8,11 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from hf_condlr.cli.models import load, processor_of, say, say_size
+from hf_condlr.cli.models import attacks_of, load, processor_of, say, say_size
 from hf_condlr.compression import CompressionArguments, compress
 from hf_condlr.compression.arguments import InputArguments
 from hf_condlr.errors import ConfigError
-from hf_condlr.robustness.attacks import ATTACKS, make_attacks
+from hf_condlr.robustness.attacks import ATTACKS
 
 DATASET = "name on the Hub, or a folder of images, of parquet, csv or text files"
 
@@ -104,14 +104,9 @@ def calibration_data(args: argparse.Namespace, model: Any) -> Any:
 
 
 def _attacks(args: argparse.Namespace) -> Any:
-    if args.attack is None and args.epsilon is None and args.steps is None:
-        return None  # the default ones
-    if args.attack == ["none"]:
-        rule, received = "--attack none takes no budgets", f"--epsilon {args.epsilon}, --steps {args.steps}"
-        if args.epsilon is not None or args.steps is not None:
-            raise ConfigError(rule, received=received, remedy="Leave them out.")
-        return ()
-    if args.attack is None or args.epsilon is None:
-        rule, received = "--attack and --epsilon belong together, and --steps needs them", "not all of them"
-        raise ConfigError(rule, received=received, remedy="Add what is missing.")
-    return make_attacks(args.attack, args.epsilon, steps=args.steps)
+    if args.attack != ["none"]:
+        return attacks_of(args)
+    rule, received = "--attack none takes no budgets", f"--epsilon {args.epsilon}, --steps {args.steps}"
+    if args.epsilon is not None or args.steps is not None:
+        raise ConfigError(rule, received=received, remedy="Leave them out.")
+    return ()

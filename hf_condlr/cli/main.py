@@ -17,15 +17,15 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from hf_condlr.cli.compress import add_calibration, add_compress, calibration_data, run_compress
-from hf_condlr.cli.models import NO_PROCESSOR, load, processor_of, save, say
+from hf_condlr.cli.compress import add_calibration, add_compress, calibration_data, given_fields, run_compress
+from hf_condlr.cli.models import NO_PROCESSOR, attacks_of, load, processor_of, save, say
 from hf_condlr.config import CHOICES, CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
 from hf_condlr.conversion.onnx import export_onnx
 from hf_condlr.errors import CondLRError, ConfigError
 from hf_condlr.layers import condition_report, conversion_record
-from hf_condlr.robustness.attacks import ATTACKS, make_attacks
+from hf_condlr.robustness.attacks import ATTACKS
 from hf_condlr.robustness.evaluation import evaluate_robustness, load_split
 
 EPILOG = """examples:
@@ -149,13 +149,9 @@ def _compress(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    given = {
-        name: value for name in ("target_modules", *_CONVERSION, *_FLAGS) if (value := getattr(args, name)) is not None
-    }
+    given = given_fields(args, CondLRConfig)
     if args.config and given:
         raise ConfigError("--config holds all settings", received=", ".join(given), remedy="Give one or the other.")
-    if len(given.get("target_modules", ())) == 1:
-        [given["target_modules"]] = given["target_modules"]  # a regex, or a name
     config: Any = CondLRConfig.from_pretrained(args.config) if args.config else CondLRConfig(**given)
     model = load(args)
     get_robust_lowrank_model(model, config, calibration_data=calibration_data(args, model))
@@ -168,16 +164,11 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _attack(args: argparse.Namespace) -> None:
-    given = [f"--{name}" for name in ("attack", "epsilon", "steps", "restarts") if getattr(args, name) is not None]
-    if given and not {"--attack", "--epsilon"} <= {*given}:
-        rule = "--attack and --epsilon belong together, and --steps and --restarts need them"
-        raise ConfigError(rule, received=f"only {', '.join(given)}", remedy="Add what is missing.")
-    attacks = make_attacks(args.attack, args.epsilon, steps=args.steps, restarts=args.restarts) if given else None
     names = ["image_column", "text_columns", "label_column", "max_samples", "batch_size", "output_dir", "save_examples"]
     report = evaluate_robustness(
         load(args),
         load_split(args.dataset, args.dataset_config, args.split),
-        attacks,
+        attacks_of(args),
         processor=processor_of(args),
         checks=_CHECKS[args.checks],
         **{name: getattr(args, name) for name in names},

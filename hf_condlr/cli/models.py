@@ -15,6 +15,7 @@ from hf_condlr.checkpoints.card_header import is_hub_id
 from hf_condlr.checkpoints.publish import remove_leftovers
 from hf_condlr.errors import ConfigError, require
 from hf_condlr.layers import compressed_layers, condition_report
+from hf_condlr.robustness.attacks import Attack, make_attacks
 
 NO_PROCESSOR = (OSError, ValueError, ImportError)  # a model without one, or one that needs an extra
 
@@ -64,3 +65,15 @@ def say_size(model: PreTrainedModel, folder: str) -> None:
 def say(text: str) -> None:
     """Write a line to the standard output."""
     sys.stdout.write(text + "\n")
+
+
+def attacks_of(args: argparse.Namespace) -> list[Attack] | None:
+    """The attacks that were named, at each budget; None where none were."""
+    names = ("attack", "epsilon", "steps", "restarts")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if not given:
+        return None
+    rule = "--attack and --epsilon belong together, and further options of attacks need them"
+    received, remedy = f"only {', '.join(f'--{name}' for name in given)}", "Add what is missing."
+    require({"attack", "epsilon"} <= {*given}, rule, received=received, remedy=remedy, error=ConfigError)
+    return make_attacks(given.pop("attack"), given.pop("epsilon"), **given)
