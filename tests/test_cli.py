@@ -219,7 +219,10 @@ COMPRESS = ("--dataset", "{data}", "--output", "{out}", "--ratio", 0.4)
         (("convert", "{dense}", "{out}", "--r", 2, "--target_modules", "*fc"), "fc"),
         (("convert", "{dense}", "{dense}", "--r", 2), "OUT must be another folder than MODEL"),
         (("attack", "{dense}", "--dataset", "{data}", "--attack", "fgsm"), "--attack and --epsilon belong together"),
-        (("attack", "{dense}", "--dataset", "{data}", "--steps", 3), "further options of attacks need them; received only --steps"),
+        (
+            ("attack", "{dense}", "--dataset", "{data}", "--steps", 3),
+            "further options of attacks need them; received only --steps",
+        ),
         (
             ("attack", "{dense}", "--dataset", "{data}", "--attack", "fgsm", "--epsilon", "8:255"),
             "epsilon must be a number or a fraction; received '8:255'",

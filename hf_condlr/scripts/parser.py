@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
@@ -81,7 +81,13 @@ class ScriptParser(HfArgumentParser):
         for option in fields(dtype):
             if option.init:
                 option.type = hints[option.name]
-                self._parse_dataclass_field(group, option)
+                if {str, list[str]} <= {*get_args(option.type)}:
+                    text = option.metadata.get("help")
+                    group.add_argument(
+                        f"--{option.name}", nargs="+", action=_OneOrMore, default=option.default, help=text
+                    )
+                else:
+                    self._parse_dataclass_field(group, option)
 
     def _show_trainer(self, trainer: bool) -> None:
         """Hide from the help the options of `TrainingArguments` or all others, and each --no_... of an option."""
@@ -89,6 +95,13 @@ class ScriptParser(HfArgumentParser):
             negates = action.option_strings[0].startswith("--no_") and action.const is False
             if negates or ((action.dest in TRAINER) != trainer and action.dest != "help"):
                 action.help = argparse.SUPPRESS
+
+
+class _OneOrMore(argparse.Action):
+    """A text, or a list of several; transformers would make a list of one text and drop the default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
