@@ -33,6 +33,9 @@ class Options:
     methods: list[str] = option(list(METHODS), f"What is compared: {', '.join(METHODS)}.")
     ratios: list[float] = option([0.6], "Shares of the weights of the encoder's linear layers that are removed.")
     recovery_steps: int = option(0, "Optimizer steps of distillation after compression; 0: none.")
+    adversarial: float = option(
+        0.0, "Recover on adversarial samples too, half of each batch, by one step of this ε (1/255 is 0.0039); 0: none."
+    )
     learning_rates: list[float] = option([1e-4], "Sweep of the recovery, the same for every method.")
     seeds: list[int] = option([0], "Of the recovery; the first one sweeps.")
     calibration: int = option(256, "Training samples that starts and ranks see.")
@@ -48,6 +51,8 @@ class Options:
             raise ValueError(f"methods must be among {', '.join(METHODS)}; received {', '.join(unknown)}")
         if wrong := [ratio for ratio in self.ratios if not 0 < ratio < 1]:
             raise ValueError(f"ratios must lie between 0 and 1; received {wrong}")
+        if self.adversarial and not self.recovery_steps:
+            raise ValueError("adversarial needs recovery_steps")
 
 
 def main() -> None:
@@ -59,7 +64,7 @@ def main() -> None:
     output = Path(options.output_dir)
     experiment = Experiment(task, options.model_path, output / "rows", samples, bf16=options.bf16)
     variants = [
-        Variant(method, 0.0 if method == "dense" else ratio, options.recovery_steps)
+        Variant(method, 0.0 if method == "dense" else ratio, options.recovery_steps, options.adversarial)
         for ratio in options.ratios
         for method in options.methods
         if method != "dense" or ratio == options.ratios[0]
@@ -75,8 +80,8 @@ def main() -> None:
         row["milliseconds"] = latency["dense" if row["method"] == "dense" else f"{row['method']} {row['ratio']:g}"]
     dense = experiment.test(Variant("dense", 0.0), 0.0, seeds[0])
     print(table(results["rows"], dense))
-    record = write_record(output / f"results-{options.recovery_steps}.json", results, options)
-    picture = output / f"results-{options.recovery_steps}.png"
+    name = f"results-{options.recovery_steps}" + (f"-{options.adversarial:g}" if options.adversarial else "")
+    record, picture = write_record(output / f"{name}.json", results, options), output / f"{name}.png"
     start = [dense | experiment.train(Variant("dense", 0.0), 0.0, seeds[0])] if options.recovery_steps else []
     draw([*start, *results["rows"]], picture)
     print("\nwrote", record, picture)

@@ -35,12 +35,14 @@ class Variant:
     method: str
     ratio: float
     steps: int = 0
+    adversarial: float = 0.0
+    """ε of the adversarial samples that are half of each batch of that training."""
 
     @property
     def label(self) -> str:
         """In tables."""
         further = ", trained further" if self.method == "dense" and self.steps else ""
-        return METHODS[self.method].label + further
+        return METHODS[self.method].label + further + (", adversarially" if self.adversarial else "")
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,14 @@ class Experiment:
             model = self.task.model(start["folder"])
             options = {"conditioning_warmup_ratio": 0.0, "distillation_weight": DISTILLATION, "teacher": self.dense}
             options |= {"free": method.free, "bf16": self.bf16}
+            if variant.adversarial:
+                options |= {"adversarial_attack": "fgsm", "adversarial_epsilon": variant.adversarial}
+                options |= {"adversarial_share": 0.5, "adversarial_schedule": "constant"}
             result = fitted(self.task, model, folder, rate=rate, steps=variant.steps, seed=seed, **options)
             return {**result, **self._saved(model, folder)}
 
         key = {"start": start["key"], "steps": variant.steps, "rate": rate, "seed": seed, "bf16": self.bf16}
+        key |= {"adversarial": variant.adversarial} if variant.adversarial else {}
         name = f"{self.task.name} {variant.method} {variant.ratio:g} steps {variant.steps} lr {rate:g} seed {seed}"
         row = self.rows.row(name, key, make)
         return {**row, **facts, "diverged": not math.isfinite(row["training_loss"])}

@@ -57,7 +57,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     found: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         if "right" in row:
-            found.setdefault((row["ratio"], row["method"], row["steps"]), []).append(row)
+            found.setdefault((row["ratio"], row["label"], row["steps"]), []).append(row)
     return list(found.values())
 
 

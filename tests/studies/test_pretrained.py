@@ -76,6 +76,13 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     record = json.loads((tmp_path / "out" / "results-3.json").read_text())
     assert len(record["sweep"]) == len(record["rows"]) == 4
     assert all(max(row["condition_numbers"].values()) <= 2.001 for row in record["rows"] if row["method"] == "ours-1")
+    options |= {"methods": ["dense", "ours-1"], "adversarial": 0.05, "learning_rates": [1e-3], "seeds": [0]}
+    text = called(monkeypatch, capsys, study, options)
+    assert "| dense, trained further, adversarially | — |" in text
+    plain, adversarial = record, json.loads((tmp_path / "out" / "results-3-0.05.json").read_text())
+    assert {row["training_loss"] for row in plain["rows"]}.isdisjoint(
+        row["training_loss"] for row in adversarial["rows"]
+    )
     records = sorted((tmp_path / "out").glob("results-*.json"))
     called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png"})
     assert len(records) == 2 and (tmp_path / "picture.png").exists()
