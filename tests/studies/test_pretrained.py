@@ -85,7 +85,7 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     )
     records = sorted((tmp_path / "out").glob("results-*.json"))
     called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png"})
-    assert len(records) == 2 and (tmp_path / "picture.png").exists()
+    assert len(records) == 3 and (tmp_path / "picture.png").exists()
     again = []
     monkeypatch.setattr(experiment, "compressed", again.append)
     monkeypatch.setattr(experiment, "fitted", again.append)
