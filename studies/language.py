@@ -55,6 +55,7 @@ class Options:
     calibration_blocks: int = option(48, "Blocks of 256 tokens to calibrate on.")
     held_out_blocks: int = option(8, "Blocks of 256 tokens of each kind of text to measure on.")
     batch_size: int = option(4, "Blocks that run at a time.")
+    bfloat16: bool = option(False, "Run over the calibration data in bfloat16; perplexities are measured in float32.")
     threads: int | None = option(None, "Threads of torch; by default its own choice.")
 
 
@@ -70,7 +71,8 @@ class Study:
             for ids in self._batches(calibration_blocks(self.tokenizer, options.calibration_blocks, options.data_dir))
         ]
         self.held_out = held_out_blocks(self.tokenizer, options.held_out_blocks, options.data_dir)
-        self.calibration = Calibration(self.data)
+        self.calibration = Calibration(self.data, autocast=torch.bfloat16 if options.bfloat16 else None)
+        self._importance: dict[str, Tensor] = {}  # of rows, for FWSVD; its seconds count in the first row that needs it
 
     def _batches(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return blocks.split(self.options.batch_size)
@@ -86,8 +88,11 @@ class Study:
         data = self.calibration if config.needs_calibration_data else None
         get_robust_lowrank_model(model, config, calibration_data=data)
         if method == "FWSVD":
-            weights = squared_gradients(self.model, list(factored_layers(model)), self.data)
-            for name, layer in factored_layers(model).items():
+            layers = factored_layers(model)
+            missing = [name for name in layers if name not in self._importance]
+            self._importance |= squared_gradients(self.model, missing, self.data) if missing else {}
+            weights = self._importance
+            for name, layer in layers.items():
                 W = weight_matrix(self.model.get_submodule(name))
                 layer.set_factors(*weighted_svd(W, layer.r, weights[name]))
         seconds = time.process_time() - start
@@ -152,6 +157,7 @@ def main() -> None:
     for ratio in options.ratios:
         for method in options.methods:
             key = shared | {"method": method, "ratio": ratio, "config": METHODS[method]}
+            key |= {"bfloat16": True} if options.bfloat16 and METHODS[method] else {}
             label = f"{100 * ratio:.0f} % removed, {method}"
             rows.append(root.row(label, key, partial(study.compressed, method, ratio)) | {"label": label})
             logger.info("%s: perplexity %.4g", label, rows[-1]["perplexity"]["mean"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -98,6 +99,11 @@ def skips_head(model: Any, layers: Iterable[nn.Module]) -> dict[str, int]:
     if base is None or base is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return {}
     return {"logits_to_keep": 1} if set(layers) <= set(base.modules()) else {}
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to the dtype on the model's device; nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(next(model.parameters()).device.type, dtype)
 
 
 def _add_decoder_inputs(model: Any, batch: CalibrationBatch, *, takes_labels: bool) -> None:

@@ -21,11 +21,11 @@ class Gram:
         """Add the rows' outer products; the count is the caller's."""
         rows = at_least_float32(rows)
         starts = range(0, self.size, BLOCK)
-        if self._blocks:
+        if not self._blocks:
+            self._blocks = [rows.new_zeros(self.size - s, min(BLOCK, self.size - s)) for s in starts]
+        with torch.autocast(rows.device.type, enabled=False):  # bfloat16 sums have two digits
             for start, block in zip(starts, self._blocks, strict=True):
                 block.addmm_(rows[:, start:].mT, rows[:, start : start + BLOCK])
-        else:
-            self._blocks = [rows[:, start:].mT @ rows[:, start : start + BLOCK] for start in starts]
 
     def mean(self) -> Tensor:  # (n, n)
         """The symmetric matrix over the count."""

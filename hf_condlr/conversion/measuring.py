@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.conversion.calibration import CalibrationBatch, calibration_batches, run, skips_head
+from hf_condlr.conversion.calibration import CalibrationBatch, calibration_batches, in_precision, run, skips_head
 from hf_condlr.conversion.grams import Gram
-from hf_condlr.conversion.predictions import likelihood, negative_log_likelihood, predicted_logits
+from hf_condlr.conversion.predictions import likelihood, predicted_logits, sampled_gradient
 from hf_condlr.errors import ConversionError
 from hf_condlr.layers import weight_matrix
 from hf_condlr.linalg.precision import at_least_float32
@@ -68,7 +68,13 @@ def output_fisher(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -
 
 
 def measure(
-    model: nn.Module, names: Iterable[str], data: Iterable[Any], *, inputs: bool = True, gradients: bool = False
+    model: nn.Module,
+    names: Iterable[str],
+    data: Iterable[Any],
+    *,
+    inputs: bool = True,
+    gradients: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> tuple[Grams, Grams]:
     """`input_covariances`, `output_fisher` or both from one pass; layers with the same inputs get the same matrix.
 
@@ -80,7 +86,7 @@ def measure(
     while True:
         watch = _Pass(model, names, apart)
         try:
-            watch.over(data, inputs=inputs, gradients=gradients)
+            watch.over(data, inputs=inputs, gradients=gradients, autocast=autocast)
         except _NotShared as unshared:
             apart |= unshared.names
             continue
@@ -115,7 +121,7 @@ class _Pass:
         self.encoder: nn.Module | None = pair.get_encoder() if is_pair else None
         self.decoder = set(pair.get_decoder().modules()) if is_pair else set()
 
-    def over(self, data: Iterable[Any], *, inputs: bool, gradients: bool) -> None:
+    def over(self, data: Iterable[Any], *, inputs: bool, gradients: bool, autocast: torch.dtype | None) -> None:
         """Run the model over the data; the counts are set at the end."""
         hooks: list[Any] = []
         for name, layer in self.layers.items():
@@ -132,12 +138,13 @@ class _Pass:
                 for batch in calibration_batches(self.model, data):
                     self.batch = batch
                     batch.kwargs |= without_head if batch.kwargs else {}
-                    output = run(self.model, batch)
+                    with in_precision(self.model, autocast):
+                        output = run(self.model, batch)
                     if gradients:
                         problem = likelihood(self.model, batch)
                         logits = predicted_logits(output, batch, problem)
                         generator = generator or torch.Generator(logits.device).manual_seed(0)
-                        negative_log_likelihood(logits, problem, generator).backward()
+                        logits.backward(sampled_gradient(logits, problem, generator))
                         samples += len(logits)
         finally:
             for hook in hooks:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_condlr.conversion.calibration import CalibrationBatch
 from hf_condlr.errors import ConversionError, require
 from hf_condlr.linalg.precision import at_least_float32
+
+ROWS = 256  # whose probabilities are computed at a time
 
 
 def likelihood(model: Any, batch: CalibrationBatch) -> str:
@@ -23,18 +25,32 @@ def likelihood(model: Any, batch: CalibrationBatch) -> str:
     return "regression" if is_regression else "single_label_classification"
 
 
-def negative_log_likelihood(logits: Tensor, likelihood: str, generator: torch.Generator) -> Tensor:
-    """−log p(ŷ) with ŷ drawn from the p of the logits (N, classes), summed over the N rows."""
-    mean = logits.detach()
-    if likelihood == "regression":
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return (mean + noise - logits).square().sum() / 2
-    if likelihood == "multi_label_classification":
-        drawn = torch.bernoulli(mean.sigmoid(), generator=generator)
-        return nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
-    return nn.functional.cross_entropy(
-        logits, torch.multinomial(mean.softmax(-1), 1, generator=generator)[:, 0], reduction="sum"
-    )
+@torch.no_grad()
+def sampled_gradient(logits: Tensor, likelihood: str, generator: torch.Generator) -> Tensor:  # (N, classes) -> the same
+    """∂(−log p(ŷ))/∂logits with ŷ drawn from the p of the logits (N, classes), each row's its own.
+
+    Classes: p − e_ŷ; independent classes: p − ŷ; a regression, p Gaussian of variance 1: logits − ŷ. By rows, since the
+    logits of a language model are its largest tensor.
+    """
+    gradient = torch.empty_like(logits)
+    for rows, out in zip(logits.detach().split(ROWS), gradient.split(ROWS), strict=True):
+        if likelihood == "regression":
+            out.normal_(generator=generator)
+        elif likelihood == "multi_label_classification":
+            p = rows.sigmoid()
+            torch.sub(p, torch.bernoulli(p, generator=generator), out=out)
+        else:
+            torch.softmax(rows, -1, out=out)
+            drawn = _drawn(out, generator)
+            out.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=out.dtype))
+    return gradient
+
+
+def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:  # (N, classes) -> (N, 1)
+    """A class of each row by the inverse of its distribution function: one random number a row, not one a class."""
+    cumulated = p.cumsum(-1)
+    u = torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, u, right=True).clamp_max_(p.shape[-1] - 1)
 
 
 def predicted_logits(output: Any, batch: CalibrationBatch, likelihood: str) -> Tensor:
@@ -53,7 +69,13 @@ def predicted_logits(output: Any, batch: CalibrationBatch, likelihood: str) -> T
             remedy="Use init_weights='activation_aware', which needs the inputs of layers only.",
         )
     rule, remedy = "the logits over the calibration data must be finite", "Look for such values in the data or weights."
-    require(torch.isfinite(logits).all(), rule, received="NaN or inf", remedy=remedy, error=ConversionError)
+    require(
+        torch.isfinite(torch.stack(torch.aminmax(logits))).all(),
+        rule,
+        received="NaN or inf",
+        remedy=remedy,
+        error=ConversionError,
+    )
     logits = at_least_float32(logits)
     if logits.dim() == 2:
         return logits

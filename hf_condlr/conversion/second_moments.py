@@ -40,6 +40,8 @@ class Calibration:
     Args:
         data: As `calibration_data` of `get_robust_lowrank_model`.
         processing_class: As there.
+        autocast: Precision of the passes, `torch.bfloat16` where the processor multiplies in it: about half the time.
+            Sums and decompositions stay in float32 and float64. None for the model's own.
         max_bytes: Memory for the second moments that are held at a time; None for the size of the model, at least
             1 GiB. If all need more, layers take turns, the model runs over the data again in each turn, and nothing is
             remembered.
@@ -52,9 +54,16 @@ class Calibration:
     """
 
     def __init__(
-        self, data: Iterable[Any], *, processing_class: Any = None, max_bytes: int | None = None, remember: bool = True
+        self,
+        data: Iterable[Any],
+        *,
+        processing_class: Any = None,
+        autocast: torch.dtype | None = None,
+        max_bytes: int | None = None,
+        remember: bool = True,
     ) -> None:
-        self.data, self.max_bytes, self.remember = as_batches(data, processing_class), max_bytes, remember
+        self.data, self.autocast = as_batches(data, processing_class), autocast
+        self.max_bytes, self.remember = max_bytes, remember
         self._kept: dict[str, Held] = {}
 
     def groups(self, model: nn.Module, names: Iterable[str], *, gradients: bool) -> list[list[str]]:
@@ -86,7 +95,7 @@ class Calibration:
             is_too_much = sum(_bytes(model, name, gradients) for name in known) > self._limit(model)
             if is_too_much or not self.remember:
                 self._kept, missing = {}, group
-            inputs, of_gradients = measure(model, missing, self.data, gradients=gradients)
+            inputs, of_gradients = measure(model, missing, self.data, gradients=gradients, autocast=self.autocast)
             for name in missing:
                 self._kept[name] = Held(inputs[name], of_gradients.get(name), fingerprints[name])
         return {name: self._kept[name] for name in group}

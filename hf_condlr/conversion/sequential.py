@@ -7,13 +7,21 @@ to give W x for x̂, as AA-SVD (arXiv 2604.02119) does it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_condlr.conversion.calibration import CalibrationBatch, accepted, calibration_batches, frozen, run, skips_head
+from hf_condlr.conversion.calibration import (
+    CalibrationBatch,
+    accepted,
+    calibration_batches,
+    frozen,
+    in_precision,
+    run,
+    skips_head,
+)
 from hf_condlr.conversion.grams import Gram
 from hf_condlr.conversion.measuring import layer_rows, require_values
 from hf_condlr.conversion.stages import Call, Chain, Stage, find_chains, hidden_of
@@ -59,7 +67,8 @@ class Inputs:
         x, seen = at_least_float32(x), at_least_float32(seen)
         self._gram.add(seen)
         self._gram.count += len(seen)
-        product = (x - seen).mT @ seen
+        with torch.autocast(x.device.type, enabled=False):  # as in Gram
+            product = (x - seen).mT @ seen
         self._difference = product if self._difference is None else self._difference.add_(product)
 
     def means(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -74,7 +83,12 @@ class Inputs:
 
 
 def sequential_inputs(
-    model: nn.Module, names: Iterable[str], data: Iterable[Any], layers: Mapping[nn.Module, nn.Module]
+    model: nn.Module,
+    names: Iterable[str],
+    data: Iterable[Any],
+    layers: Mapping[nn.Module, nn.Module],
+    *,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Iterate over groups of layers that read the same tensor, in order of execution, each with its Ĉ and E.
 
@@ -87,11 +101,12 @@ def sequential_inputs(
         names: The layers to factor.
         data: Batches; iterated over once.
         layers: {dense layer: factored layer}; before the next group is asked for, the caller adds those of this one.
+        autocast: Precision of the runs; None for the model's own.
 
     Raises:
         ConversionError: A layer is not called exactly once in a forward pass, or what it reads is not finite.
     """
-    runs = _Runs(model, list(names), data, layers)
+    runs = _Runs(model, list(names), data, layers, autocast)
     for chain in runs.chains:
         dense, seen = runs.begin(chain)
         for k, stage in enumerate(chain.stages):
@@ -105,15 +120,27 @@ class _Runs:
     """The dense and the compressed run, over batches that are kept: both must see the same ones."""
 
     def __init__(
-        self, model: nn.Module, names: list[str], data: Iterable[Any], layers: Mapping[nn.Module, nn.Module]
+        self,
+        model: nn.Module,
+        names: list[str],
+        data: Iterable[Any],
+        layers: Mapping[nn.Module, nn.Module],
+        autocast: torch.dtype | None,
     ) -> None:
-        self.model, self.layers = model, layers
+        self.model, self.layers, self.autocast = model, layers, autocast
         without_head = skips_head(model, map(model.get_submodule, names)) | accepted(model, use_cache=False)
         self.batches = list(calibration_batches(model, data))
         for batch in self.batches:
             batch.kwargs |= without_head if batch.kwargs else {}
-        with frozen(model):
+        with self._ready():
             self.chains, self.reads_decoder = find_chains(model, names, self.batches[0])
+
+    def _ready(self) -> AbstractContextManager[Any]:
+        """The model in evaluation mode and frozen, its products in the precision that was asked for."""
+        stack = ExitStack()
+        stack.enter_context(frozen(self.model))
+        stack.enter_context(in_precision(self.model, self.autocast))
+        return stack
 
     @torch.no_grad()
     def begin(self, chain: Chain) -> tuple[list[list[Call]], list[list[Call]]]:
@@ -121,7 +148,7 @@ class _Runs:
         if not chain.slots:
             calls = [[Call(batch.args, batch.kwargs)] for batch in self.batches]
             return calls, [list(of_batch) for of_batch in calls]
-        with frozen(self.model):
+        with self._ready():
             dense = [_calls(self.model, chain, batch) for batch in self.batches]
             if not self.layers:
                 return dense, [list(of_batch) for of_batch in dense]
@@ -137,7 +164,7 @@ class _Runs:
             for name, kept in read.items()
         ]
         try:
-            with frozen(self.model):
+            with self._ready():
                 for of_batch in calls:
                     _go_on(stage.module, k, of_batch)
         finally:
@@ -148,7 +175,7 @@ class _Runs:
     @torch.no_grad()
     def compressed_pass(self, stage: Stage, k: int, calls: list[list[Call]]) -> None:
         """Set the calls of the next stage in the compressed run."""
-        with frozen(self.model), replaced(stage.module, self.layers):
+        with self._ready(), replaced(stage.module, self.layers):
             for of_batch in calls if k + 1 < len(calls[0]) else ():
                 _go_on(self.layers.get(stage.module, stage.module), k, of_batch)
 
@@ -157,7 +184,7 @@ class _Runs:
         """Ĉ and E of the layers of a group."""
         layer = self.model.get_submodule(group[0])
         sums = Inputs(weight_matrix(layer).shape[1])
-        with frozen(self.model), replaced(stage.module, self.layers):
+        with self._ready(), replaced(stage.module, self.layers):
             for batch, call in zip(self.batches, calls, strict=True):
                 mask = batch.decoder_mask if group[0] in self.reads_decoder else batch.mask
                 seen = _read_by(layer, stage.module, call)

@@ -97,7 +97,8 @@ class Statistics:
         names = list(names)
         turns = self.groups(names)
         held: dict[str, Held] = {}
-        for group, C, E in sequential_inputs(self._model, names, self._calibration.data, layers):
+        data, autocast = self._calibration.data, self._calibration.autocast
+        for group, C, E in sequential_inputs(self._model, names, data, layers, autocast=autocast):
             for name in group:
                 if self._start == "fisher" and name not in held:
                     turn = next(turn for turn in turns if name in turn)

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as verbosity
 
 from benchmarks import (
     conversion,
+    generation,
     inference,
     loading,
     long_run,
@@ -44,6 +46,19 @@ def run(monkeypatch, capsys, tmp_path):
     yield run
     verbosity.set_verbosity(level)  # the benchmarks silence transformers
     verbosity.enable_progress_bar()
+
+
+def test_generation(run, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    folder = tmp_path / "model"
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, **sizes)).save_pretrained(folder)
+    options = ["--model", str(folder), "--compression_ratios", "0.5", "--rounds", "2", "--prompt", "6"]
+    rows, results = run(generation, *options, "--new_tokens", "3", "--rank_multiple", "1")
+    assert [row[:2] for row in rows] == [[size, m] for size in "18" for m in ("dense", "50 % removed")]
+    assert results[0]["prompt limit"] == results[0]["decoding limit"] == 1
+    assert 1.9 < results[1]["prompt limit"] < 2.2  # the blocks have half of their weights
+    assert 1 < results[1]["decoding limit"] < results[1]["prompt limit"]  # the head is read whole
+    assert len(results[1]["decoding speedup"]) == 2
 
 
 def test_training_step(run):
