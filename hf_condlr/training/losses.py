@@ -97,11 +97,14 @@ class CombinedLoss:
         share = self._share(labels, num_items)
         return (found[0] * share, found[1]) if return_outputs else found * share
 
-    def _distilled(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
+    def _distilled(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Any, clean: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Any]:
+        """The loss on `inputs`; the teacher sees `clean`, if they are other ones."""
         loss, outputs = self._plain(model, dict(inputs), True, num_items)
         if self.distillation is None:
             return loss, outputs
-        term = self.distillation(outputs, inputs) * self._share(inputs.get("labels"), num_items)
+        term = self.distillation(outputs, clean or inputs) * self._share(inputs.get("labels"), num_items)
         if self.weight == 1:  # a loss that is not finite has no part in the sum
             return term, outputs
         return (1 - self.weight) * loss + self.weight * term, outputs
@@ -112,7 +115,8 @@ class CombinedLoss:
         draw = (self.trainer.state.global_step, self._part, accelerator.process_index)
         self._part = 0 if accelerator.sync_gradients else self._part + 1
         with self.adversary.batch(model, inputs, progress=self._progress(), draw=draw) as batch:
-            loss, outputs = self._distilled(model, batch.inputs, num_items)
+            # A teacher that is no robuster than the student would teach it the errors that the attack provokes.
+            loss, outputs = self._distilled(model, batch.inputs, num_items, clean=inputs)
             logits = logits_of(outputs)
             loss = loss + batch.regularizer(logits) * self._share(inputs.get("labels"), num_items)
         self._errors += batch.errors(logits)

@@ -111,7 +111,7 @@ def test_the_trainers_loss_is_a_share_of_the_accumulated_batch(case, parts, tmp_
     assert loss.item() == pytest.approx(expected.item() / (parts if items is not None else 1), rel=1e-10)
 
 
-def test_the_teacher_sees_the_same_images(tmp_path, processor):
+def test_the_teacher_sees_the_images_without_the_attack(tmp_path, processor):
     teacher, seen = dense_vit(), []
     teacher.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
@@ -127,7 +127,7 @@ def test_the_teacher_sees_the_same_images(tmp_path, processor):
     )
     trainer.compute_loss(student, dict(inputs))
     training_forward, teachers = seen[-2:]
-    assert torch.equal(training_forward, teachers) and not torch.equal(teachers, inputs["pixel_values"])
+    assert torch.equal(teachers, inputs["pixel_values"]) and not torch.equal(training_forward, teachers)
 
 
 def test_evaluation_is_on_clean_inputs(tmp_path, processor):
