@@ -131,8 +131,9 @@ def compare(args: Arguments, data: DatasetDict, seed: int) -> dict[str, dict[str
     pixels = np.stack([np.asarray(image) / 255 for image in data["train"]["image"]])
     processor = ViTImageProcessorPil(do_resize=False, image_mean=[pixels.mean()], image_std=[pixels.std()])
     sizes = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384}
+    names = {i: str(i) for i in range(10)}
     set_seed(seed)
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=10, **sizes))
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, id2label=names, **sizes))
     results = {}
     with tqdm(total=1 + len(METHODS) * len(args.learning_rates), desc=f"seed {seed}", unit="training") as bar:
         train(args, model, data, processor, "dense", 1e-3, PRETRAINING_EPOCHS, seed)
@@ -273,7 +274,7 @@ def main(args: Arguments) -> None:
     data = write_digits(folder / "digits")
     results = [compare(args, data, seed) for seed in args.seeds]
     draw(results, folder / "demo.png")
-    (folder / "table.md").write_text(table(results) + "\n")
+    (folder / "table.md").write_text(table(results) + "\n", encoding="utf-8")
     print(f"\n{table(results)}\n{EXPLANATION}")
     print(f"Picture: {folder}/demo.png. Table: {folder}/table.md. Every sweep: {folder}/seed*/*.json")
     print(f"Models: {folder}/seed*/*/. To try them in a browser: recipes/space")

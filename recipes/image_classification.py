@@ -201,6 +201,7 @@ def main(
     # Model
     set_seed(training_args.seed)  # of random weights, or of a new head
     processor = build_processor(model_args, data["train"])
+    data = model_args.align_labels(data)
     names = data["train"].features["labels"].names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = model_args.load_model(AutoModelForImageClassification, **labels)

@@ -208,6 +208,7 @@ def main(
     # Model
     set_seed(training_args.seed)  # of random weights, or of a new head
     tokenizer = build_tokenizer(model_args, data["train"])
+    data = model_args.align_labels(data)
     names = data["train"].features["labels"].names
     changes = config_changes(model_args, tokenizer, names)
     model = model_args.load_model(AutoModelForSequenceClassification, **changes)

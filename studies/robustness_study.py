@@ -156,7 +156,7 @@ def main() -> None:
         if doubts:
             tables.append("\n".join(["Failed checks", "", *doubts]))
     text = "\n\n".join(tables) + "\n"
-    (folder / "tables.md").write_text(text)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
     path = write_record(folder / "results.json", {"models": rows, "tests": results}, o)
     print(f"{text}\nwrote {path} {folder / 'tables.md'} {folder / 'curves.png'}")
 

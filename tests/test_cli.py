@@ -1,7 +1,7 @@
 """`condlr` on the command line: what each command writes and says, and errors without tracebacks."""
 
 import json
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 
 import pytest
 import torch
@@ -259,6 +259,12 @@ def test_a_wrong_call_exits_with_2(words, capsys):
         call(*words)
     assert exit_.value.code == 2
     assert "usage: condlr" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        call("--version")
+    assert capsys.readouterr().out == f"condlr {version('hf_condlr')}\n"
 
 
 def test_the_command_is_installed_and_its_help_teaches(capsys):

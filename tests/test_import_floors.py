@@ -42,7 +42,7 @@ def module_name(path, root=ROOT):
 
 
 MODULES = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
-RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 
 
 def imports(source, package=""):

@@ -49,8 +49,11 @@ def main() -> None:
         text = _page(source) if source.endswith(".md") else _listing(source, "yaml")
         (OUT / name).write_text(text, encoding="utf-8")
     (OUT / "recipes").mkdir()
-    for recipe in sorted((ROOT / "recipes").glob("*.py")):
-        (OUT / f"recipes/{recipe.stem}.md").write_text(_listing(f"recipes/{recipe.name}", "python"), encoding="utf-8")
+    for recipe in sorted((ROOT / "recipes").rglob("*.py")):
+        name = recipe.relative_to(ROOT).as_posix()
+        page = (OUT / name).with_suffix(".md")
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(_listing(name, "python"), encoding="utf-8")
     (OUT / "api.md").write_text(_api(), encoding="utf-8")
     listed = set(re.findall(r"\S+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     if differing := listed ^ {page.relative_to(OUT).as_posix() for page in OUT.rglob("*.md")}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,8 @@ from hf_condlr.linalg import obeys_bound
 TEMPLATE = Path(__file__).with_name("model_card.md")
 BEGIN, END = "<!-- condlr:begin -->", "<!-- condlr:end -->"
 PICTURE = "condition.png"
+LIBRARY = "hf_condlr"
+"""What the Hub shows as the library that loads the model."""
 TAGS = ["condlr", "low-rank", "robustness", "compression"]
 
 
@@ -87,9 +90,11 @@ def write_model_card(
     card, index = _read(path)
     head, tail = _around(path, card.text)
     name = (model_id or Path(folder).resolve().name).rpartition("/")[2]
+    if card.data.get("library_name") == "transformers":  # as Trainer writes it; alone it cannot load the model
+        card.data["library_name"] = None
     for field, value in {
         "base_model": base_model or base_model_of(model, model_id),
-        "library_name": "transformers" if isinstance(model, transformers.PreTrainedModel) else None,
+        "library_name": LIBRARY,
         "pipeline_tag": task,
         "datasets": [dataset] if is_hub_id(dataset) else None,
     }.items():
@@ -116,6 +121,32 @@ def write_model_card(
     with replacing(path) as temporary:
         card.save(temporary)
     return path
+
+
+def folded_card(model: nn.Module, model_id: str, *, tags: Iterable[str] = ()) -> ModelCard:
+    """The card of a model whose factored layers are folded: no κ to report, but how to load it.
+
+    Args:
+        model: The model.
+        model_id: Its name on the Hub, or that of its folder.
+        tags: Further tags.
+    """
+    name = type(model).__name__
+    header = ModelCardData(
+        library_name=LIBRARY, pipeline_tag=pipeline_tag(model), tags=[*dict.fromkeys([*TAGS, *tags])]
+    )
+    module = "transformers" if hasattr(transformers, name) else type(model).__module__
+    lines = [
+        f"---\n{header.to_yaml()}\n---\n",
+        f"# {model_id.rpartition('/')[2]}\n",
+        f"`{name}` with low-rank weights, folded for inference by hf_condlr. To load it, `pip install hf_condlr`:\n",
+        "```python",
+        "import hf_condlr  # transformers can load folded layers from now on",
+        f"from {module} import {name}\n",
+        f"model = {name}.from_pretrained({json.dumps(model_id)})",
+        "```\n",
+    ]
+    return ModelCard("\n".join(lines))
 
 
 def _section(model: nn.Module, report: ConditionReport, *, results: list[EvalResult], **values: Any) -> str:

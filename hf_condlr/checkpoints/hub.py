@@ -13,9 +13,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
-from transformers.utils.hub import create_and_tag_model_card
 
-from hf_condlr.checkpoints.card import write_model_card
+from hf_condlr.checkpoints.card import folded_card, write_model_card
 from hf_condlr.distributed.shards import is_sharded
 from hf_condlr.errors import CheckpointError, require
 from hf_condlr.layers import converted_layers
@@ -72,7 +71,7 @@ def push_to_hub(
             stated: dict[str, Any] = {"base_model": base_model, "metrics": metrics, "dataset": dataset}
             write_model_card(model, folder, robustness=robustness, model_id=repo_id, tags=tags or (), **stated)
         elif card is None:  # folded: there is no κ to report
-            create_and_tag_model_card(repo_id, tags, token=token).save(folder / REPOCARD_NAME)  # type: ignore[arg-type]
+            folded_card(model, repo_id, tags=tags or ()).save(folder / REPOCARD_NAME)
         options["commit_message"] = options.get("commit_message") or "Upload model"
         return model._upload_modified_files(
             str(folder), repo_id, files_timestamps={}, token=token, revision=revision, **options

@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
-from hf_condlr.checkpoints.card import TAGS, write_model_card
-from hf_condlr.checkpoints.card_header import pipeline_tag
+from hf_condlr.checkpoints.card import folded_card, write_model_card
 from hf_condlr.compression.report import CompressionReport
 from hf_condlr.files import replacing
 from hf_condlr.layers import is_factored
@@ -26,10 +24,7 @@ def write_card(model: Any, folder: Path, report: CompressionReport, attacks: lis
         place = {"dataset": report.data["dataset"], "split": report.data["evaluation"]}
         write_model_card(model, folder, metrics=metrics, robustness=attacks, **place)
     elif not path.exists():
-        data = ModelCardData(library_name="transformers", pipeline_tag=pipeline_tag(model), tags=TAGS)
-        title = f"# {folder.resolve().name}\n\n`{type(model).__name__}`, compressed and folded by hf_condlr."
-        use = "To load it: `pip install hf_condlr`, and `import hf_condlr` before `from_pretrained`."
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n{use}\n").save(path)
+        folded_card(model, folder.resolve().name).save(path)
     text = path.read_text(encoding="utf-8")
     section = f"{BEGIN}\n## What the compression cost\n\n{report.table()}\n{END}"
     known = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)

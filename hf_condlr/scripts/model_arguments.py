@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_condlr.config import CondLRConfig
+from hf_condlr.errors import listed
 from hf_condlr.layers import converted_layers
 from hf_condlr.options import option
 from hf_condlr.scripts.checks import check
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 logger = logging.getLogger(__name__)
 METHODS = ("dense", "lowrank", "condlr")
@@ -105,6 +109,24 @@ class ModelArguments:
         config = self.config()
         config.update(changes)
         return auto_class.from_config(config)
+
+    def align_labels(self, data: DatasetDict) -> DatasetDict:
+        """Number the classes of the column `labels` as the checkpoint does, if it has the same names in another order.
+
+        Its head would otherwise start from rows of other classes. With other names the data keep their numbers.
+        """
+        from datasets import ClassLabel
+
+        stated: dict[Any, Any] = {} if self.model_name_or_path is None else self.config().id2label or {}
+        theirs, ours = [str(stated[i]) for i in sorted(stated)], data["train"].features["labels"].names
+        if theirs == ours or sorted(theirs) != sorted(ours):
+            return data
+        logger.warning("classes are numbered as in %s: %s", self.model_name_or_path, listed(theirs))
+        for split, rows in data.items():
+            matched = [theirs.index(ours[label]) for label in rows["labels"]]
+            renumbered = rows.remove_columns("labels").add_column("labels", matched)
+            data[split] = renumbered.cast_column("labels", ClassLabel(names=theirs))
+        return data
 
     def converts(self, model: PreTrainedModel) -> bool:
         """Whether the layers of this model are still to be factored.

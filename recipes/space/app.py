@@ -169,31 +169,34 @@ def build(sources: list[str], source_of_examples: str | None = None) -> gr.Block
     with gr.Blocks(title="hf_condlr", analytics_enabled=False) as page:
         gr.Markdown(f"# Models under attack, side by side\n\n{NOTE}")
         with gr.Row():
-            with gr.Column(scale=1):
+            with gr.Column(min_width=220):
                 if takes == "texts":
                     given = gr.Textbox(choices[0], label="Sentence", lines=3)
                     meaning, most, start = "share of the words that may get a typing error", 0.5, 0.2
                 else:
-                    given = gr.Image(choices[0] if choices else None, type="pil", label="Image", height=280)
+                    first = choices[0] if choices else None
+                    given = gr.Image(first, type="pil", format="png", label="Image", height=280)
                     meaning, most, start = "how much each pixel of [0, 1] may change", 0.2, 0.05
                 epsilon = gr.Slider(0, most, start, step=0.005, label="ε", info=meaning)
                 button = gr.Button("Attack", variant="primary")
                 if choices:
                     gr.Examples(choices, given, label="Examples")
             outputs = []
-            for classifier in classifiers:
-                with gr.Column(scale=1):
+            for classifier in classifiers:  # with what the first example gives
+                shown, before, after = classifier.attack(choices[0], start) if choices else (None, None, None)
+                with gr.Column(min_width=220):
                     gr.Markdown(f"### {classifier.name}\n{classifier.model.num_parameters():,} parameters")
                     if takes == "texts":
-                        changed: Any = gr.Textbox(label="Attacked sentence", lines=3)
+                        changed: Any = gr.Textbox(shown, label="Attacked sentence", lines=3)
                     else:
-                        changed = gr.Image(type="pil", label="Attacked image", height=280, interactive=False)
-                    labels = [gr.Label(num_top_classes=3, label=f"{when} the attack") for when in ("Before", "After")]
-                    outputs += [changed, *labels]
-        gr.Image(draw(classifiers), label="Condition number of each layer", interactive=False, type="pil")
+                        options: Any = {"type": "pil", "format": "png", "height": 280, "interactive": False}
+                        changed = gr.Image(shown, label="Attacked image", **options)
+                    outputs.append(changed)
+                    for when, found in {"Before": before, "After": after}.items():
+                        outputs.append(gr.Label(found, num_top_classes=3, label=f"{when} the attack"))
+        gr.Markdown("### Condition number of each layer")
+        gr.Image(draw(classifiers), show_label=False, format="png", interactive=False)
         button.click(attack, [given, epsilon], outputs, api_name="attack")
-        if choices:
-            page.load(attack, [given, epsilon], outputs, api_name=False)
     return page
 
 

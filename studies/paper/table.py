@@ -59,13 +59,15 @@ def main(options: Options, training: TrainingOptions) -> dict[str, Any]:
     def write(results: dict[str, Any]) -> None:
         write_record(folder / "results.json", results, options, training)
         with replacing(folder / "table.md") as temporary:
-            temporary.write_text(tables("LeNet5 on MNIST", results, ATTACKS, options.learning_rates) + "\n")
+            temporary.write_text(
+                tables("LeNet5 on MNIST", results, ATTACKS, options.learning_rates) + "\n", encoding="utf-8"
+            )
 
     rates, seeds = options.learning_rates, options.seeds
     results = sweep(options.entries(), rates, seeds, train=study.train, test=study.test, write=write)
     if any(not row["diverged"] for row in results["rows"]):
         draw(ATTACKS, results["rows"], folder / "fgsm.png")
-    print((folder / "table.md").read_text())
+    print((folder / "table.md").read_text(encoding="utf-8"))
     print("wrote", *sorted(path for path in folder.iterdir() if path.is_file()))
     return results
 

@@ -25,6 +25,7 @@ class Method:
         start: `init_weights` of the config, `fwsvd`, or `dense`: nothing is removed.
         allocation: `rank_allocation` of the config.
         tau: κ ≤ 1 + τ from the start on; inf: no bound.
+        sequential: Each layer is factored for what the compressed layers before it give.
         free: The recovery trains U, S, V without the manifold step, as plain low rank does.
     """
 
@@ -32,6 +33,7 @@ class Method:
     start: str
     allocation: str = "uniform"
     tau: float = math.inf
+    sequential: bool = False
     free: bool = True
 
 
@@ -42,6 +44,7 @@ METHODS = {
     "activation-aware": Method("activation-aware, uniform ranks", "activation_aware"),
     "ours": Method("Fisher, no bound", "fisher", "fisher", free=False),
     "ours-4": Method("Fisher, κ ≤ 5", "fisher", "fisher", 4.0, free=False),
+    "ours-4-sequential": Method("Fisher, κ ≤ 5, sequential", "fisher", "fisher", 4.0, sequential=True, free=False),
     "ours-1": Method("Fisher, κ ≤ 2", "fisher", "fisher", 1.0, free=False),
     "ours-0.1": Method("Fisher, κ ≤ 1.1", "fisher", "fisher", 0.1, free=False),
 }
@@ -63,6 +66,7 @@ def compressed(task: Task, dense: Any, method: Method, ratio: float, measured: C
         rank_allocation=method.allocation,
         init_weights="svd" if method.start == "fwsvd" else method.start,
         tau=method.tau,
+        sequential_calibration=method.sequential,
         conditioned_start=math.isfinite(method.tau),
     )
     model = get_robust_lowrank_model(

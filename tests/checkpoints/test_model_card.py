@@ -20,7 +20,7 @@ from hf_condlr import (
     fold_model,
     get_robust_lowrank_model,
 )
-from hf_condlr.checkpoints.card import BEGIN, END, write_model_card
+from hf_condlr.checkpoints.card import BEGIN, END, TAGS, folded_card, write_model_card
 from hf_condlr.checkpoints.card_header import SOURCE
 from hf_condlr.errors import CondLRError
 from tests.models import bert, gpt2, t5, vit
@@ -60,7 +60,7 @@ def table(text, heading):
 def test_header_states_what_the_model_is_and_what_was_measured(tmp_path):
     path = write(tmp_path / "tiny", factored(name=BASE), **MEASURED)
     data = ModelCard.load(path).data
-    assert (data.base_model, data.library_name, data.pipeline_tag) == (BASE, "transformers", "image-classification")
+    assert (data.base_model, data.library_name, data.pipeline_tag) == (BASE, "hf_condlr", "image-classification")
     assert (data.datasets, data.license, data.model_name) == (["cifar10"], None, "tiny")
     assert data.tags == ["condlr", "low-rank", "robustness", "compression"]
     place = ("image-classification", "cifar10", "cifar10")
@@ -154,7 +154,7 @@ def test_lines_that_load_the_model(build, name, task, tmp_path):
 
 def test_a_model_outside_transformers_has_a_card_too(tmp_path):
     path = write(tmp_path, nn.Sequential(LowRankLinear(7, 6, 2)))
-    assert set(header(path)) == {"tags"}
+    assert set(header(path)) == {"library_name", "tags"}
     assert "from_pretrained" not in path.read_text("utf-8")
 
 
@@ -258,6 +258,21 @@ def test_the_card_of_transformers_is_completed(tmp_path):
     (tmp_path / "README.md").write_text("---\n# comment\nlibrary_name: other\ntags: []\nbase_model:\n---\n")
     stated = header(write(tmp_path, factored(name=BASE)))
     assert (stated["base_model"], stated["library_name"]) == (BASE, "other")
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\ntags: [trainer]\n---\n")
+    stated = header(write(tmp_path))
+    assert stated["library_name"] == "hf_condlr"  # transformers alone cannot load the model
+    assert stated["tags"] == ["trainer", *TAGS]
+
+
+def test_the_card_of_a_folded_model_says_how_to_load_it():
+    card = folded_card(fold_model(factored()), "me/tiny", tags=["digits"])
+    assert card.data.to_dict() == {
+        "library_name": "hf_condlr",
+        "pipeline_tag": "image-classification",
+        "tags": [*TAGS, "digits"],
+    }
+    assert "# tiny\n" in card.text and 'ViTForImageClassification.from_pretrained("me/tiny")' in card.text
+    assert "import hf_condlr  #" in card.text
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_condlr import is_factored
 from tests.recipes.recipe_runs import METHODS, copied, read
 
 pytest.importorskip("sklearn")
@@ -53,7 +55,7 @@ def test_only_condlr_bounds_the_condition_numbers_and_both_low_rank_methods_have
 
 
 def test_the_demo_writes_table_picture_and_images(folder):
-    rows = (folder / "table.md").read_text().splitlines()
+    rows = (folder / "table.md").read_text(encoding="utf-8").splitlines()
     assert [row.split("|")[1].strip() for row in rows] == ["method", "---", *METHODS]
     assert len({len(row) for row in rows[:1] + rows[2:]}) == 1
     assert (folder / "demo.png").stat().st_size > 10_000
@@ -62,6 +64,16 @@ def test_the_demo_writes_table_picture_and_images(folder):
         "train.parquet",
         "validation.parquet",
     ]
+
+
+def test_the_models_are_saved_for_the_space(folder):
+    for method in METHODS:
+        model = AutoModelForImageClassification.from_pretrained(folder / "seed0" / method)
+        assert is_factored(model) == (method != "dense")
+        processor = AutoImageProcessor.from_pretrained(folder / "seed0" / method)
+        assert 0 < processor.image_mean[0] < 1
+        result = read(folder / "seed0" / f"{method}.json")
+        assert model.num_parameters() == result["parameters"]
 
 
 def test_seeds_give_mean_and_standard_deviation(demo):

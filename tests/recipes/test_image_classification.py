@@ -72,6 +72,26 @@ def test_what_is_saved_is_what_was_evaluated(call, capsys, method):
     assert read(again / "test_results.json")["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
 
 
+def test_a_checkpoint_with_the_same_classes_in_another_order_keeps_its_head(call, tmp_path, caplog):
+    first = call(num_train_epochs=2, max_train_samples=400, method="dense").rename(tmp_path / "first")
+    model = AutoModelForImageClassification.from_pretrained(first)
+    order = [3, 0, 1, 2, 9, 8, 7, 6, 5, 4]
+    with torch.no_grad():
+        for parameter in (model.classifier.weight, model.classifier.bias):
+            parameter.copy_(parameter[order])
+    names = [model.config.id2label[i] for i in order]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    shutil.copytree(first, tmp_path / "second")
+    model.save_pretrained(tmp_path / "second")
+    saved = {"model_name_or_path": tmp_path / "second", "model_type": None, "config_overrides": None}
+    again = call(method="dense", num_train_epochs=0, **saved)
+    before, after = (read(folder / "test_results.json") for folder in (first, again))
+    assert after["test_loss"] == pytest.approx(before["test_loss"], rel=1e-4)
+    assert before["test_accuracy"] == after["test_accuracy"] > 0.2
+    assert "classes are numbered as in" in caplog.text
+    assert AutoModelForImageClassification.from_pretrained(again).config.id2label == dict(enumerate(names))
+
+
 def test_augmentation_mirrors_and_shifts(recipe):
     pixels = torch.arange(64.0).reshape(1, 1, 8, 8).expand(64, 1, 8, 8)
     generator = torch.Generator().manual_seed(0)
