@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from hf_condlr.errors import CondLRError, ConfigError
 from hf_condlr.layers import condition_report, conversion_record
 from hf_condlr.robustness.attacks import ATTACKS
 from hf_condlr.robustness.evaluation import evaluate_robustness, load_split
+from hf_condlr.robustness.evaluation.provenance import versions
 
 EPILOG = """examples:
   condlr compress outputs/vit --dataset beans --ratio 0.6 --output small    # a trained model: measured, saved, reported
@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"condlr {version('hf_condlr')}")
+    installed = versions().get("hf_condlr", "from a source tree")
+    parser.add_argument("--version", action="version", version=f"condlr {installed}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace], None], text: str, target: str = "") -> Callable[..., Any]:
