@@ -37,7 +37,7 @@ class CondLRAdapterConfig(PeftConfig):
     update starts at zero to rounding: S = 2⁻⁴⁰ Q, Q orthogonal, has κ = 1 at a scale that float32 does not resolve next
     to W₀. So the adapter alone is saved, and belongs on the unchanged base model.
 
-    Example:
+    Examples:
         >>> model = peft.get_peft_model(base, CondLRAdapterConfig(r=16, tau=0.1))
         >>> trainer = CondLRTrainer(model, args, train_dataset=data)
     """

@@ -25,7 +25,7 @@ def to_lora(model: Any, adapter_name: str = "default") -> Any:
     The result is on the same base model, as after `merge_and_unload`; the given `PeftModel` must not be used any more.
     Modules in `modules_to_save` go with it, other adapters do not. Each A and B is rounded once, to the factors' dtype.
 
-    Example:
+    Examples:
         >>> to_lora(model).save_pretrained("lora")  # for PEFT without this package, vLLM, TGI, llama.cpp
 
     Args:

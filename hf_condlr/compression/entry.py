@@ -60,7 +60,7 @@ def compress(
         EvaluationError: The data have no labels that fit the model, or a split is missing.
         ConversionError: No layer can be converted.
 
-    Example:
+    Examples:
         >>> model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
         >>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")
         >>> small, report = compress(model, "path/to/data", ratio=0.6, processor=tokenizer, output_dir="small")

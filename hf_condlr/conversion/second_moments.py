@@ -46,7 +46,7 @@ class Calibration:
             1 GiB. If all need more, layers take turns, the model runs over the data again in each turn, and nothing is
             remembered.
 
-    Example:
+    Examples:
         >>> calibration = Calibration(data_loader)
         >>> for ratio in (0.2, 0.4, 0.6):
         ...     config = CondLRConfig(compression_ratio=ratio, rank_allocation="fisher", init_weights="fisher")
