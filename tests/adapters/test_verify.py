@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from hf_condlr.errors import CheckpointError
-from tests.adapters.tiny import adapted, base, loss_of, outputs, trained
+from tests.adapters.tiny import adapted, assert_within_bounds, base, loss_of, outputs, trained
 from tests.models import MODELS
 
 KEY = "base_model.model.model.layers.1.self_attn.v_proj.condlr_factors"
@@ -90,7 +90,9 @@ def test_a_rounded_file_is_an_adapter(dtype, tmp_path):
         tensors.update({name: X.to(dtype) for name, X in tensors.items()})
 
     model = PeftModel.from_pretrained(base(), damaged(tmp_path, rounded), is_trainable=True)
-    trained(model)  # the step makes the bases orthonormal
+    with pytest.raises(AssertionError):
+        assert_within_bounds(model)  # rounding broke orthonormality
+    assert_within_bounds(trained(model))  # the step restores it
 
 
 def test_an_unconstrained_training_is_named_when_it_is_saved(tmp_path, caplog):
