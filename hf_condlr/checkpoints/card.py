@@ -135,14 +135,13 @@ def folded_card(model: nn.Module, model_id: str, *, tags: Iterable[str] = ()) ->
     header = ModelCardData(
         library_name=LIBRARY, pipeline_tag=pipeline_tag(model), tags=[*dict.fromkeys([*TAGS, *tags])]
     )
-    module = "transformers" if hasattr(transformers, name) else type(model).__module__
     lines = [
         f"---\n{header.to_yaml()}\n---\n",
         f"# {model_id.rpartition('/')[2]}\n",
         f"`{name}` with low-rank weights, folded for inference by hf_condlr. To load it, `pip install hf_condlr`:\n",
         "```python",
         "import hf_condlr  # transformers can load folded layers from now on",
-        f"from {module} import {name}\n",
+        f"from {_module_of(model)} import {name}\n",
         f"model = {name}.from_pretrained({json.dumps(model_id)})",
         "```\n",
     ]
@@ -158,7 +157,7 @@ def _section(model: nn.Module, report: ConditionReport, *, results: list[EvalRes
     values |= {
         "model": name,
         "loads": isinstance(model, transformers.PreTrainedModel),
-        "module": "transformers" if hasattr(transformers, name) else type(model).__module__,
+        "module": _module_of(model),
         "report": report,
         "taus": taus,
         "bounded": len(held),
@@ -169,6 +168,11 @@ def _section(model: nn.Module, report: ConditionReport, *, results: list[EvalRes
         "number": lambda value: f"{value:.4g}" if math.isfinite(value) else "∞",
     }
     return ModelCard.from_template(ModelCardData(), str(TEMPLATE), **values).text
+
+
+def _module_of(model: nn.Module) -> str:
+    """Where the model's class is imported from."""
+    return "transformers" if hasattr(transformers, type(model).__name__) else type(model).__module__
 
 
 def _read(path: Path) -> tuple[ModelCard, list[dict[str, Any]]]:

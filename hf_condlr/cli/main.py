@@ -75,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    installed = versions().get("hf_condlr", "from a source tree")
-    parser.add_argument("--version", action="version", version=f"condlr {installed}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="say the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace], None], text: str, target: str = "") -> Callable[..., Any]:
@@ -133,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     option("--private", action="store_true", default=None, help="make a new repository private")
     option("--revision", metavar="BRANCH", help="branch; default: main")
     return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for, not for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        say(f"condlr {versions().get('hf_condlr', 'from a source tree')}")
+        parser.exit()
 
 
 def _nonempty(value: str) -> str:

@@ -8,14 +8,9 @@ from typing import Any
 from datasets import ClassLabel, DatasetDict, List, Value
 
 from hf_condlr.errors import listed
-from hf_condlr.robustness.evaluation.rows import match_classes
+from hf_condlr.robustness.evaluation.rows import class_names, match_classes
 from hf_condlr.scripts.checks import check_data
-
-
-def class_names(config: Any) -> list[str]:
-    """The model's classes, in the order of their numbers."""
-    names = getattr(config, "id2label", None) or {}
-    return [str(names[i]) for i in sorted(names)]
+from hf_condlr.scripts.dataset_columns import with_labels
 
 
 def match_labels(config: Any, data: DatasetDict) -> DatasetDict:
@@ -27,9 +22,7 @@ def match_labels(config: Any, data: DatasetDict) -> DatasetDict:
     theirs, ours = class_names(config), data["train"].features["labels"].names
     numbers = _numbers(config, theirs, ours)
     for split, rows in data.items():
-        matched = [numbers[label] for label in rows["labels"]]
-        renamed = rows.remove_columns("labels").add_column("labels", matched)
-        data[split] = renamed.cast_column("labels", ClassLabel(names=theirs))
+        data[split] = with_labels(rows, [numbers[label] for label in rows["labels"]], ClassLabel(names=theirs))
     return data
 
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from hf_condlr.checkpoints.card_header import pipeline_tag
 from hf_condlr.compression.arguments import InputArguments
 from hf_condlr.compression.classification import ImageClassification, TextClassification, TokenClassification
-from hf_condlr.compression.labels import class_names
 from hf_condlr.compression.language import LanguageModeling
 from hf_condlr.compression.task import Task
+from hf_condlr.robustness.evaluation.rows import class_names
 from hf_condlr.scripts.checks import check
 
 TASKS: dict[str, type[Task]] = {

@@ -9,7 +9,7 @@ from hf_condlr.errors import listed
 from hf_condlr.scripts.checks import check_data
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import ClassLabel, Dataset, DatasetDict
 
 
 def is_string(feature: Any) -> bool:
@@ -81,6 +81,10 @@ def labelled(data: DatasetDict, label: str, inputs: Mapping[str, str]) -> Datase
         ]
         rule = f"labels of the {split} split must be classes of the training split, {classes}"
         check_data(not wrong, rule, listed(wrong), "Repair or remove the rows.")
-        coded = [numbers[value] for value in rows["labels"]]
-        data[split] = rows.remove_columns("labels").add_column("labels", coded).cast_column("labels", feature)
+        data[split] = with_labels(rows, [numbers[value] for value in rows["labels"]], feature)
     return data
+
+
+def with_labels(rows: Dataset, labels: list[int], classes: ClassLabel) -> Dataset:
+    """The rows with these class numbers in the column `labels`."""
+    return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", classes)

@@ -14,7 +14,9 @@ from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import listed
 from hf_condlr.layers import converted_layers
 from hf_condlr.options import option
+from hf_condlr.robustness.evaluation.rows import class_names
 from hf_condlr.scripts.checks import check
+from hf_condlr.scripts.dataset_columns import with_labels
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -117,15 +119,14 @@ class ModelArguments:
         """
         from datasets import ClassLabel
 
-        stated: dict[Any, Any] = {} if self.model_name_or_path is None else self.config().id2label or {}
-        theirs, ours = [str(stated[i]) for i in sorted(stated)], data["train"].features["labels"].names
+        theirs = [] if self.model_name_or_path is None else class_names(self.config())
+        ours = data["train"].features["labels"].names
         if theirs == ours or sorted(theirs) != sorted(ours):
             return data
         logger.warning("classes are numbered as in %s: %s", self.model_name_or_path, listed(theirs))
         for split, rows in data.items():
-            matched = [theirs.index(ours[label]) for label in rows["labels"]]
-            renumbered = rows.remove_columns("labels").add_column("labels", matched)
-            data[split] = renumbered.cast_column("labels", ClassLabel(names=theirs))
+            numbers = [theirs.index(ours[label]) for label in rows["labels"]]
+            data[split] = with_labels(rows, numbers, ClassLabel(names=theirs))
         return data
 
     def converts(self, model: PreTrainedModel) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_condlr.errors import ConfigError, require
+from hf_condlr.robustness.evaluation.rows import class_names
 
 
 def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:  # (*, classes), (*, classes) -> (*)
@@ -135,8 +136,7 @@ def _without_adapter(model: nn.Module) -> nn.Module:
 
 def _class_order(student: nn.Module, teacher: nn.Module) -> Tensor | None:  # -> (classes,)
     """The numbers that the student's classes have in the teacher; None if they are the same."""
-    labels = [getattr(getattr(model, "config", None), "id2label", None) or {} for model in (student, teacher)]
-    own, others = ([str(each[index]) for index in sorted(each)] for each in labels)
+    own, others = (class_names(getattr(model, "config", None)) for model in (student, teacher))
     if not own or not others or own == others or len(own) == len(others) == 1:
         return None
     require(

@@ -183,9 +183,14 @@ def match_classes(model: Any, dataset: Any, label_column: Any) -> list[int] | No
     return matched
 
 
+def class_names(config: Any) -> list[str]:
+    """The classes of a model's config, in the order of their numbers."""
+    names = getattr(config, "id2label", None)
+    return [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else []
+
+
 def _model_names(model: Any) -> Sequence[str]:
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    values = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else []
+    values = class_names(getattr(model, "config", None))
     return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in values) else values
 
 
