@@ -18,14 +18,16 @@ class Gram:
         self._blocks: list[Tensor] = []  # columns i·BLOCK … (i + 1)·BLOCK, rows from i·BLOCK on
 
     def add(self, rows: Tensor) -> None:  # (N, n)
-        """Add the rows' outer products; the count is the caller's."""
+        """Add the rows' outer products; the count is the caller's.
+
+        In place, which autocast leaves alone: sums in bfloat16 would have two digits.
+        """
         rows = at_least_float32(rows)
         starts = range(0, self.size, BLOCK)
         if not self._blocks:
             self._blocks = [rows.new_zeros(self.size - s, min(BLOCK, self.size - s)) for s in starts]
-        with torch.autocast(rows.device.type, enabled=False):  # bfloat16 sums have two digits
-            for start, block in zip(starts, self._blocks, strict=True):
-                block.addmm_(rows[:, start:].mT, rows[:, start : start + BLOCK])
+        for start, block in zip(starts, self._blocks, strict=True):
+            block.addmm_(rows[:, start:].mT, rows[:, start : start + BLOCK])
 
     def mean(self) -> Tensor:  # (n, n)
         """The symmetric matrix over the count."""

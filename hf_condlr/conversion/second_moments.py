@@ -40,7 +40,7 @@ class Calibration:
     Args:
         data: As `calibration_data` of `get_robust_lowrank_model`.
         processing_class: Prepares texts and images, as in `get_robust_lowrank_model`.
-        autocast: Precision of the passes, `torch.bfloat16` where the processor multiplies in it: about half the time.
+        autocast: Precision of the passes, `torch.bfloat16` where the processor multiplies in it.
             Sums and decompositions stay in float32 and float64. None for the model's own.
         max_bytes: Memory for the second moments that are held at a time; None for the size of the model, at least
             1 GiB. If all need more, layers take turns, the model runs over the data again in each turn, and nothing is

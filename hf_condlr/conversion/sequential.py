@@ -7,7 +7,7 @@ to give W x for x̂, as AA-SVD (arXiv 2604.02119) does it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ class Inputs:
         x, seen = at_least_float32(x), at_least_float32(seen)
         self._gram.add(seen)
         self._gram.count += len(seen)
-        with torch.autocast(x.device.type, enabled=False):  # as in Gram
-            product = (x - seen).mT @ seen
-        self._difference = product if self._difference is None else self._difference.add_(product)
+        if self._difference is None:
+            self._difference = x.new_zeros(x.shape[1], x.shape[1])
+        self._difference.addmm_((x - seen).mT, seen)  # in place, as in Gram
 
     def means(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Ĉ and E.
@@ -135,12 +135,11 @@ class _Runs:
         with self._ready():
             self.chains, self.reads_decoder = find_chains(model, names, self.batches[0])
 
-    def _ready(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
         """The model in evaluation mode and frozen, its products in the precision that was asked for."""
-        stack = ExitStack()
-        stack.enter_context(frozen(self.model))
-        stack.enter_context(in_precision(self.model, self.autocast))
-        return stack
+        with frozen(self.model), in_precision(self.model, self.autocast):
+            yield
 
     @torch.no_grad()
     def begin(self, chain: Chain) -> tuple[list[list[Call]], list[list[Call]]]:

@@ -94,6 +94,25 @@ def test_a_calibration_of_another_model_is_refused():
         converted(make_bert(), calibration, init_weights="activation_aware")
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_passes_in_bfloat16_round_the_model_and_not_the_sums(sequential):
+    model, names = make_bert().eval(), [f"{ATTENTION}.output.dense", "bert.encoder.layer.1.output.dense"]
+    data = batches() * 20  # a prediction that is drawn differently counts little
+    exact = measure(model, names, data, gradients=True)
+    found = measure(model, names, data, gradients=True, autocast=torch.bfloat16)
+    for kind, rounded in zip(exact, found, strict=True):
+        for name in names:
+            expected, G = kind[name].mean(), rounded[name].mean()
+            assert G.dtype == expected.dtype and 1e-5 < (G - expected).norm() / expected.norm() < 0.05
+    options = {"init_weights": "activation_aware", "sequential_calibration": sequential}
+    _, plain = converted(model, Calibration(batches()), **options)
+    _, half = converted(model, Calibration(batches(), autocast=torch.bfloat16), **options)
+    for name, W in plain.items():  # another truncation where singular values are close, which is as good
+        dense = model.get_submodule(name).weight
+        assert half[name].dtype == W.dtype and not torch.equal(half[name], W)
+        assert (half[name] - dense).norm().item() == pytest.approx((W - dense).norm().item(), rel=0.1)
+
+
 # ------------------------------------------------------------------------------------------------------ shared inputs
 
 
@@ -174,6 +193,12 @@ def test_the_blocks_of_a_gram_matrix_are_the_product(size):
         gram.add(rows)
     gram.count = 50
     torch.testing.assert_close(gram.mean(), X.mT @ X / 50, rtol=1e-5, atol=1e-5)
+    again = Gram(size)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in X.split(20):
+            again.add(rows)
+    again.count = 50
+    assert torch.equal(again.mean(), gram.mean())
     assert gram_bytes(size) == sum(block.nbytes for block in gram._blocks) <= 4 * (size**2 / 2 + 96 * size)
 
 

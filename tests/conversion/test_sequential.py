@@ -11,7 +11,7 @@ from hf_condlr import CondLRConfig, condition_report, get_robust_lowrank_model
 from hf_condlr.conversion import convert
 from hf_condlr.conversion.calibration import calibration_batch
 from hf_condlr.conversion.measuring import input_covariances
-from hf_condlr.conversion.sequential import corrected_weight, sequential_inputs
+from hf_condlr.conversion.sequential import Inputs, corrected_weight, sequential_inputs
 from hf_condlr.conversion.spectra import activation_aware, fisher
 from hf_condlr.conversion.stages import find_chains
 from hf_condlr.errors import CondLRError, ConfigError, ConversionError
@@ -73,6 +73,20 @@ def test_the_factors_solve_the_reduced_rank_regression(m, with_fisher):
     A = corrected_weight(torch.tensor(W), C, E, ridge=0.0)
     U, S, V = fisher(A, r, C, torch.tensor(F)) if with_fisher else activation_aware(A, r, C)
     assert np.linalg.norm(targets - seen @ (U @ S @ V.mT).numpy().T @ root) == pytest.approx(optimum, rel=1e-6)
+
+
+def test_the_sums_are_exact_under_autocast():
+    X, seen = torch.randn(2, 60, 7)
+    found = []
+    for enabled in (False, True):
+        sums = Inputs(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for rows in zip(X.split(25), seen.split(25), strict=True):
+                sums.add(*rows)
+        found.append(sums.means(["layer"]))
+    for exact, again in zip(*found, strict=True):
+        assert torch.equal(exact, again)
+    torch.testing.assert_close(found[0][1], (X - seen).mT @ seen / 60)
 
 
 def test_the_weight_is_its_own_target_where_the_inputs_are_the_dense_ones():
