@@ -16,7 +16,7 @@ from tests.compression.cases import NAMES, case, pictures, vit
 QUICK = {"calibration_samples": 8, "max_eval_samples": 8, "batch_size": 8}
 
 
-def refused(error, match, out, task="image", model=None, data=None, processor=None, **options):
+def assert_refused(error, match, out, task="image", model=None, data=None, processor=None, **options):
     own = case(task)
     options = {"ratio": 0.4, "attacks": ()} | options
     with pytest.raises(error, match=match):
@@ -57,26 +57,28 @@ def out(tmp_path):
     ],
 )
 def test_options(options, match, out):
-    refused(ConfigError, match, out, **options)
+    assert_refused(ConfigError, match, out, **options)
 
 
 @pytest.mark.parametrize("task", ["token", "language"])
 def test_only_classifiers_are_attacked(task, out):
-    refused(ConfigError, r"of this model is not attacked; received pgd-linf", out, task, attacks=PGD(0.1))
+    assert_refused(ConfigError, r"of this model is not attacked; received pgd-linf", out, task, attacks=PGD(0.1))
 
 
 def test_a_recovery_that_cannot_train_is_refused_before_anything_is_measured(out):
     options = {"recovery_steps": 2, "adversarial_epsilon": 0.1}
-    refused(ConfigError, "only classifiers of images and texts recover on adversarial", out, "token", **options)
+    assert_refused(ConfigError, "only classifiers of images and texts recover on adversarial", out, "token", **options)
     half = vit().bfloat16()
-    refused(ConfigError, r"trains factors in float32; received torch.bfloat16", out, model=half, recovery_steps=2)
+    assert_refused(
+        ConfigError, r"trains factors in float32; received torch.bfloat16", out, model=half, recovery_steps=2
+    )
     assert not out.exists()
 
 
 @pytest.mark.parametrize("convert", [lambda model: model, fold_model])
 def test_a_model_that_is_compressed_already(convert, out):
     model = convert(get_robust_lowrank_model(vit(), CondLRConfig(rank_ratio=0.5)))
-    refused(ConfigError, r"the model must be dense; received one that is compressed already", out, model=model)
+    assert_refused(ConfigError, r"the model must be dense; received one that is compressed already", out, model=model)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_a_model_that_is_compressed_already(convert, out):
     ],
 )
 def test_a_model_of_another_task(model, match, out):
-    refused(ConfigError, match, out, model=model())
+    assert_refused(ConfigError, match, out, model=model())
 
 
 def test_no_processor(out):
@@ -128,20 +130,22 @@ def test_data(data, match, out):
         )
         assert report.data["evaluation"] == "rows held out of train"
         return
-    refused(EvaluationError, match, out, data=data)
+    assert_refused(EvaluationError, match, out, data=data)
 
 
 def test_too_few_rows_to_hold_some_out(out):
     data = pictures(rows=10, splits=("train",))
-    refused(EvaluationError, r"rows to hold out; received 10 rows in train", out, data=data)
+    assert_refused(EvaluationError, r"rows to hold out; received 10 rows in train", out, data=data)
 
 
 def test_class_numbers_beyond_those_of_the_model(out):
-    refused(EvaluationError, "of which there are 3; received 4: 0, 1, 2, 7", out, "text", data=numbered([0, 1, 2, 7]))
+    assert_refused(
+        EvaluationError, "of which there are 3; received 4: 0, 1, 2, 7", out, "text", data=numbered([0, 1, 2, 7])
+    )
 
 
 def test_numbers_that_are_no_class_numbers(out):
-    refused(
+    assert_refused(
         EvaluationError, "must be class numbers of the model, 0 to 2; received 7", out, "text", data=numbered([0, 7])
     )
 
@@ -164,7 +168,9 @@ def test_other_rows_are_other_data():
 
 def test_a_label_that_only_another_split_has(out):
     data = DatasetDict(train=numbered([0, 1, 0, 1])["train"], test=numbered([0, 2])["test"])
-    refused(EvaluationError, "labels of the test split must be classes of the training split", out, "text", data=data)
+    assert_refused(
+        EvaluationError, "labels of the test split must be classes of the training split", out, "text", data=data
+    )
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path):
@@ -181,7 +187,7 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path):
 def test_tags_without_a_word(out):
     _, data, _ = case("token")
     data["test"] = data["test"].map(lambda row: {"ner_tags": row["ner_tags"][:-1]})
-    refused(EvaluationError, "one label a word; received row 0 of the test split", out, "token", data=data)
+    assert_refused(EvaluationError, "one label a word; received row 0 of the test split", out, "token", data=data)
 
 
 def test_max_drop_that_no_ratio_satisfies(tmp_path):
@@ -199,9 +205,9 @@ def test_a_folder_that_holds_something_else(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
-    refused(ConfigError, r"must be new, empty, or of a run to resume; received .*out with thesis.tex", out)
+    assert_refused(ConfigError, r"must be new, empty, or of a run to resume; received .*out with thesis.tex", out)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
-    refused(ConfigError, r"output_dir must be a folder; received the file", out / "thesis.tex")
+    assert_refused(ConfigError, r"output_dir must be a folder; received the file", out / "thesis.tex")
 
 
 def test_a_run_with_other_settings(tmp_path):
@@ -227,4 +233,4 @@ def test_a_quality_that_is_not_a_number(out):
     model = vit()
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
-    refused(EvaluationError, r"the accuracy of the dense model must be a number; received nan", out, model=model)
+    assert_refused(EvaluationError, r"the accuracy of the dense model must be a number; received nan", out, model=model)
