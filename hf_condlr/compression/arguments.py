@@ -11,7 +11,7 @@ from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 
 # Fields that become fields of the CondLRConfig under the same name.
-_CONVERSION = ["tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation", "sequential_calibration"]
+_CONVERSION = ["tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation"]
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,11 @@ class CompressionArguments(InputArguments):
     rank_allocation: str = option(
         "fisher", "How the ratio is spread over the layers.", choices=CHOICES["rank_allocation"]
     )
-    sequential_calibration: bool = option(False, "Factor each layer for what the compressed layers before it give.")
+    sequential_calibration: bool | None = option(
+        None,
+        "Factor each layer for what the compressed layers before it give; by default so for classifiers most of whose "
+        "layers lie in blocks that run one after the other.",
+    )
     rank_multiple: int | None = option(
         None, "Ranks are rounded down to multiples of this; by default 8 for language models, else 1."
     )
@@ -97,12 +101,15 @@ class CompressionArguments(InputArguments):
         self._require(rate is None or rate > 0, "learning_rate", "be > 0")
         if self.adversarial_epsilon is not None:
             self.adversarial_epsilon = parse_epsilon(self.adversarial_epsilon)
-        self.condlr_config(ratio or 0.5, 1)  # checks the other values
+        self.condlr_config(ratio or 0.5)  # checks the other values
 
-    def condlr_config(self, ratio: float, rank_multiple: int) -> CondLRConfig:
-        """The config of a conversion that removes this share; `rank_multiple` holds where none was given."""
+    def condlr_config(
+        self, ratio: float, *, rank_multiple: int = 1, sequential_calibration: bool = False
+    ) -> CondLRConfig:
+        """The config of a conversion that removes this share; the other arguments hold where none were given."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _CONVERSION}
-        multiple = rank_multiple if self.rank_multiple is None else self.rank_multiple  # 0 is refused, not replaced
-        values |= {"rank_multiple": multiple, "conditioned_start": True}
+        defaults = {"rank_multiple": rank_multiple, "sequential_calibration": sequential_calibration}
+        values |= {name: value if (given := getattr(self, name)) is None else given for name, value in defaults.items()}
+        values["conditioned_start"] = True
         values["compression_form"] = "folded" if self.fold else "training"
         return CondLRConfig(compression_ratio=ratio, **values)

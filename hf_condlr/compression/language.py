@@ -21,6 +21,7 @@ class LanguageModeling(TextTask):
     """Column `text`; documents joined and cut into blocks, each ended by the end-of-text token."""
 
     metric, batch_size, rank_multiple = "perplexity", 4, 8
+    prefers_sequential = False  # no better than the Fisher start alone on SmolLM2-135M
 
     def _prepare(self, model: PreTrainedModel) -> None:
         super()._prepare(model)

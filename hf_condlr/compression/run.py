@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,11 +32,12 @@ from hf_condlr.compression.search import Point, largest_ratio
 from hf_condlr.compression.stages import Stages
 from hf_condlr.compression.task import Task
 from hf_condlr.compression.tasks import task_of
-from hf_condlr.config import CondLRConfig
+from hf_condlr.config import DATA_AWARE, CondLRConfig
 from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.conversion.rank_budget import largest_compression
 from hf_condlr.conversion.second_moments import Calibration
+from hf_condlr.conversion.sequential import runs_in_blocks
 from hf_condlr.conversion.targets import resolve_targets
 from hf_condlr.layers import compressed_layers, condition_report, weight_matrix
 from hf_condlr.options import finite_json, tau_as_json
@@ -64,7 +66,7 @@ class Run:
         self.attacks = self._attacks(attacks)
         is_used = args.attack_samples is None or len(self.attacks) > 0
         check(is_used, "attack_samples is for attacks, of which there are none", args.attack_samples, "Leave it out.")
-        self.config = args.condlr_config(args.ratio or 0.5, self.task.rank_multiple)
+        self.config = args.condlr_config(args.ratio or 0.5, rank_multiple=self.task.rank_multiple)
         self.names = resolve_targets(model, self.config).names  # an error before anything is measured
         self.largest = self._largest_ratio(model)
         rule, remedy = f"ratio must leave rank 1 in every layer, here at most {self.largest:.4f}", "Lower it."
@@ -150,10 +152,18 @@ class Run:
 
     def _converted(self, ratio: float) -> Any:
         """A compressed copy of the dense model."""
-        config: CondLRConfig = self.args.condlr_config(ratio, self.task.rank_multiple)
-        if config.needs_calibration_data and self.calibration is None:
+        if self.config.needs_calibration_data and self.calibration is None:
             self.calibration = Calibration(self.task.calibration_data(self.splits.train))  # remembers, for all ratios
+        config: CondLRConfig = self.args.condlr_config(
+            ratio, rank_multiple=self.task.rank_multiple, sequential_calibration=self._is_sequential
+        )
         return get_robust_lowrank_model(copy.deepcopy(self.dense), config, calibration_data=self.calibration)
+
+    @functools.cached_property
+    def _is_sequential(self) -> bool:
+        """Whether the start is sequential where nobody said so."""
+        can_be = self.task.prefers_sequential and self.config.init_weights in DATA_AWARE
+        return can_be and self.calibration is not None and runs_in_blocks(self.dense, self.names, self.calibration.data)
 
     def _factor(self, ratio: float) -> dict[str, Any]:
         model = self._converted(ratio)

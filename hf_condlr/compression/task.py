@@ -25,12 +25,16 @@ class Task:
     Attributes:
         metric: Name of the quality, which `quality` measures: `accuracy`, or `perplexity`.
         kind: Kind of the attacks' inputs, `pixels` or `texts`; None where nothing is attacked.
+        batch_size: Samples a batch, where none are given.
+        rank_multiple: Ranks are multiples of it, where none is given.
+        prefers_sequential: Whether the sequential start is worth its time, where the model has one.
     """
 
     metric = "accuracy"
     kind: str | None = None
     batch_size = 32
     rank_multiple = 1
+    prefers_sequential = True
 
     def __init__(self, model: PreTrainedModel, processor: Any, args: InputArguments) -> None:
         rule, remedy = "the model's inputs are made by its processor", "Pass processor=AutoProcessor.from_pretrained()."

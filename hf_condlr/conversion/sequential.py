@@ -6,7 +6,7 @@ to give W x for x̂, as AA-SVD (arXiv 2604.02119) does it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_condlr.conversion.calibration import (
     CalibrationBatch,
     accepted,
+    calibration_batch,
     calibration_batches,
     frozen,
     in_precision,
@@ -25,6 +26,7 @@ from hf_condlr.conversion.calibration import (
 from hf_condlr.conversion.grams import Gram
 from hf_condlr.conversion.measuring import layer_rows, require_values
 from hf_condlr.conversion.stages import Call, Chain, Stage, find_chains, hidden_of
+from hf_condlr.errors import ConversionError
 from hf_condlr.layers import replace_modules, weight_matrix
 from hf_condlr.linalg.precision import at_least_float32, to_float64
 
@@ -114,6 +116,26 @@ def sequential_inputs(
             for group in stage.groups:
                 yield group, *runs.inputs(group, stage, [calls[k] for calls in seen], read.pop(group[0]))
             runs.compressed_pass(stage, k, seen)
+
+
+def runs_in_blocks(model: nn.Module, names: Sequence[str], data: Iterable[Any]) -> bool:
+    """Whether `sequential_inputs` can treat most of the layers block by block, with one block's inputs in memory.
+
+    That is where each layer runs once in a forward pass, and more than half of them lie in blocks (stages of chains).
+
+    Args:
+        model: The dense model.
+        names: The layers to factor.
+        data: Batches, of which the first one is run.
+    """
+    with frozen(model):
+        try:
+            chains, _ = find_chains(model, names, calibration_batch(model, next(iter(data))))
+        except ConversionError:
+            return False
+    return 2 * sum(len(group) for chain in chains if chain.slots for s in chain.stages for group in s.groups) > len(
+        names
+    )
 
 
 class _Runs:

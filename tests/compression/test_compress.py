@@ -14,6 +14,7 @@ from hf_condlr.compression.measure import quality
 from hf_condlr.compression.tasks import task_of
 from hf_condlr.layers import FoldedLayer
 from hf_condlr.robustness.attacks import PGD
+from tests import text_models
 from tests.compression.cases import case
 
 QUICK = {"calibration_samples": 16, "max_eval_samples": 16, "batch_size": 8}
@@ -81,6 +82,31 @@ def test_other_tasks(task, out):
     if task == "language":
         assert 1 < report.dense.quality < math.inf
         assert all(x.r % 8 == 0 or x.r < 8 for x in condition_report(small).layers)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ("image", {}, True),
+        ("text", {}, True),
+        ("token", {}, True),
+        ("language", {}, False),
+        ("image", {"sequential_calibration": False}, False),
+        ("language", {"sequential_calibration": True}, True),
+        ("image", {"init_weights": "svd"}, False),
+    ],
+)
+def test_the_start_of_classifiers_is_sequential_unless_one_says_so(task, options, expected, out):
+    model, data, processor = case(task)
+    small, _ = compress(model, data, ratio=0.3, output_dir=out, processor=processor, attacks=(), **options, **QUICK)
+    assert small.condlr.config.sequential_calibration == expected
+
+
+def test_a_model_whose_layers_run_several_times_has_no_sequential_start(out):
+    _, data, processor = case("text")
+    model = text_models.classifier("Albert", vocab_size=261, embedding_size=8)
+    small, _ = compress(model, data, ratio=0.3, output_dir=out, processor=processor, attacks=(), **QUICK)
+    assert not small.condlr.config.sequential_calibration
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_predicted_tokens(out):

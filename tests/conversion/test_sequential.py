@@ -11,7 +11,7 @@ from hf_condlr import CondLRConfig, condition_report, get_robust_lowrank_model
 from hf_condlr.conversion import convert
 from hf_condlr.conversion.calibration import calibration_batch
 from hf_condlr.conversion.measuring import input_covariances
-from hf_condlr.conversion.sequential import Inputs, corrected_weight, sequential_inputs
+from hf_condlr.conversion.sequential import Inputs, corrected_weight, runs_in_blocks, sequential_inputs
 from hf_condlr.conversion.spectra import activation_aware, fisher
 from hf_condlr.conversion.stages import find_chains
 from hf_condlr.errors import CondLRError, ConfigError, ConversionError
@@ -204,6 +204,17 @@ def test_blocks_that_read_earlier_ones_are_no_chain():
     model = Skips()
     found = chains_of(model, torch.randn(5, 6))
     assert [chain.stages[0].module for chain in found] == [model, *(block[0] for block in model.blocks), model]
+
+
+def test_what_runs_in_blocks():
+    def in_blocks(model, data):
+        names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        return runs_in_blocks(model, names, [data])
+
+    for case in ("Qwen2", "DINOv2", "MPNet"):
+        assert in_blocks(*build(case)), case
+    assert not in_blocks(*build("ALBERT"))  # layers run several times
+    assert not in_blocks(*build("BART"))  # the encoder's output is read by every block of the decoder
 
 
 class Counts(nn.Module):
