@@ -1,8 +1,9 @@
 r"""A language model compressed without recovery: which start, and what sequential calibration gives.
 
-Plain SVD; FWSVD (Hsu et al. 2022), whose error weighs each row of a weight by its squared gradients; the inputs' metric
-with uniform ranks (SVD-LLM); ranks and start by Fisher; the last two also with sequential calibration. Ratios count the
-folded form. A row is kept when it is finished, and a second call goes on where the first one ended.
+Plain SVD; FWSVD (Hsu et al. 2022), whose error weighs the inputs of a layer by squared gradients; the inputs' metric
+with uniform ranks (SVD-LLM); ranks and start by Fisher, without a bound and with κ ≤ 5; the unbounded ones also with
+sequential calibration. Ratios count the folded form. A row is kept when it is finished, and a second call goes on where
+the first one ended.
 
     CONDLR_DATA=path/to/data python -m studies.language --model_path path/to/smollm2-135m
 """
@@ -19,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_condlr import Calibration, CondLRConfig, condition_report, get_robust_lowrank_model
-from hf_condlr.layers import Factors, factored_layers, weight_matrix
-from hf_condlr.linalg import truncated_svd
+from hf_condlr.layers import factored_layers, weight_matrix
 from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.language_texts import calibration_blocks, held_out_blocks
+from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.record import logger, parse, set_up, write_record
 from studies.rows import Rows
 
@@ -39,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "activation-aware, sequential": {"init_weights": "activation_aware", "sequential_calibration": True},
     "Fisher": FISHER,
     "Fisher, sequential": FISHER | {"sequential_calibration": True},
+    "Fisher, κ ≤ 5": FISHER | {"tau": 4.0, "conditioned_start": True},
 }
 PROMPT = "The capital of France is"
 
@@ -72,7 +74,7 @@ class Study:
         ]
         self.held_out = held_out_blocks(self.tokenizer, options.held_out_blocks, options.data_dir)
         self.calibration = Calibration(self.data, autocast=torch.bfloat16 if options.bfloat16 else None)
-        self._importance: dict[str, Tensor] = {}  # of rows, for FWSVD; its seconds count in the first row that needs it
+        self._information: dict[str, Tensor] = {}  # for FWSVD; its seconds count in the first row that needs it
 
     def _batches(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return blocks.split(self.options.batch_size)
@@ -83,18 +85,21 @@ class Study:
 
     def compressed(self, method: str, ratio: float, folder: Path) -> dict[str, Any]:
         """The row of a method at a ratio."""
-        config = CondLRConfig(compression_ratio=ratio, compression_form="folded", tau="inf", **METHODS[method])
+        config = CondLRConfig(
+            **{"compression_ratio": ratio, "compression_form": "folded", "tau": "inf"} | METHODS[method]
+        )
         model, start = copy.deepcopy(self.model), time.process_time()
         data = self.calibration if config.needs_calibration_data else None
         get_robust_lowrank_model(model, config, calibration_data=data)
         if method == "FWSVD":
             layers = factored_layers(model)
-            missing = [name for name in layers if name not in self._importance]
-            self._importance |= squared_gradients(self.model, missing, self.data) if missing else {}
-            weights = self._importance
+            if missing := [name for name in layers if name not in self._information]:
+                singly = ({"input_ids": ids, "labels": ids} for b in self.data for ids in b["input_ids"].split(1))
+                self._information |= input_information(self.model, missing, singly)
             for name, layer in layers.items():
                 W = weight_matrix(self.model.get_submodule(name))
-                layer.set_factors(*weighted_svd(W, layer.r, weights[name]))
+                with torch.no_grad():
+                    layer.set_factors(*weighted_factors(W, self._information[name], layer.r))
         seconds = time.process_time() - start
         kappa = max(layer.condition_number for layer in condition_report(model).layers)
         return {"seconds": seconds, "kappa": kappa if math.isfinite(kappa) else None} | self._measured(model)
@@ -111,27 +116,6 @@ class Study:
     def _perplexity(self, model: Any, blocks: Tensor) -> float:
         losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in self._batches(blocks)]
         return math.exp(sum(losses) / len(blocks))
-
-
-def squared_gradients(model: nn.Module, names: list[str], data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Σ (∂L/∂W_ij)² over the samples and over j: the importance (m,) of each row of the weights."""
-    sums = {name: torch.zeros(len(weight_matrix(model.get_submodule(name)))) for name in names}
-    for batch in data:
-        for ids in batch["input_ids"].split(1):
-            with torch.enable_grad():
-                loss = model(input_ids=ids, labels=ids).loss
-            gradients = torch.autograd.grad(loss, [model.get_submodule(name).weight for name in names])
-            for name, gradient in zip(names, gradients, strict=True):
-                sums[name] += gradient.square().sum(1)
-    return sums
-
-
-def weighted_svd(W: Tensor, r: int, weights: Tensor) -> Factors:  # (m, n), (m,)
-    """The best W ≈ U S Vᵀ of rank r where the squared error of row i counts weights_i times."""
-    root = weights.sqrt()[:, None].clamp_min(1e-6 * weights.max().sqrt())
-    P, S, V = truncated_svd(root * W, r)
-    U, R = torch.linalg.qr(P / root)
-    return U, R @ S, V
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,25 +43,3 @@ def test_rows_are_made_once(folder, data_dir, monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == text
     verbosity.set_verbosity(level)
     verbosity.enable_progress_bar()
-
-
-def test_weighted_svd_is_the_best_in_the_metric_of_the_rows():
-    W, weights = torch.randn(9, 7), torch.rand(9) + 0.1
-    U, S, V = language.weighted_svd(W, 3, weights)
-    torch.testing.assert_close(U.mT @ U, torch.eye(3), rtol=0, atol=1e-5)
-    D = np.diag(np.sqrt(weights.double().numpy()))
-    sigma = np.linalg.svd(D @ W.double().numpy(), compute_uv=False)
-    error = np.linalg.norm(D @ (W - U @ S @ V.mT).double().numpy())
-    assert error == pytest.approx(np.sqrt((sigma[3:] ** 2).sum()), rel=1e-5)
-
-
-def test_squared_gradients_are_summed_over_samples(folder):
-    model = LlamaForCausalLM.from_pretrained(folder)
-    ids, name = torch.arange(5, 29).reshape(3, 8), "model.layers.1.mlp.up_proj"
-    expected = 0
-    for sample in ids:
-        model.zero_grad()
-        model(input_ids=sample[None], labels=sample[None]).loss.backward()
-        expected = expected + model.get_submodule(name).weight.grad.square().sum(1)
-    found = language.squared_gradients(model, [name], [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}])
-    torch.testing.assert_close(found[name], expected)
