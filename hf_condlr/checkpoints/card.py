@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -171,8 +172,12 @@ def _section(model: nn.Module, report: ConditionReport, *, results: list[EvalRes
 
 
 def _module_of(model: nn.Module) -> str:
-    """Where the model's class is imported from."""
-    return "transformers" if hasattr(transformers, type(model).__name__) else type(model).__module__
+    """Where the model's class is imported from; a script is imported by the name of its file."""
+    if hasattr(transformers, type(model).__name__):
+        return "transformers"
+    name = type(model).__module__
+    script = getattr(sys.modules.get(name), "__file__", None)
+    return Path(script or "your_module").stem if name == "__main__" else name
 
 
 def _read(path: Path) -> tuple[ModelCard, list[dict[str, Any]]]:

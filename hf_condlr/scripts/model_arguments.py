@@ -14,7 +14,7 @@ from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import listed
 from hf_condlr.layers import converted_layers
 from hf_condlr.options import option
-from hf_condlr.robustness.evaluation.rows import class_names
+from hf_condlr.robustness.evaluation.rows import class_names, plain_name
 from hf_condlr.scripts.checks import check
 from hf_condlr.scripts.dataset_columns import with_labels
 
@@ -115,17 +115,19 @@ class ModelArguments:
     def align_labels(self, data: DatasetDict) -> DatasetDict:
         """Number the classes of the column `labels` as the checkpoint does, if it has the same names in another order.
 
-        Its head would otherwise start from rows of other classes. With other names the data keep their numbers.
+        Its head would otherwise start from rows of other classes. Names are compared without case. With other names the
+        data keep their numbers.
         """
         from datasets import ClassLabel
 
         theirs = [] if self.model_name_or_path is None else class_names(self.config())
-        ours = data["train"].features["labels"].names
-        if theirs == ours or sorted(theirs) != sorted(ours):
+        known = [plain_name(name) for name in theirs]
+        ours = [plain_name(name) for name in data["train"].features["labels"].names]
+        if known == ours or sorted(known) != sorted(ours) or len({*ours}) < len(ours):
             return data
         logger.warning("classes are numbered as in %s: %s", self.model_name_or_path, listed(theirs))
         for split, rows in data.items():
-            numbers = [theirs.index(ours[label]) for label in rows["labels"]]
+            numbers = [known.index(ours[label]) for label in rows["labels"]]
             data[split] = with_labels(rows, numbers, ClassLabel(names=theirs))
         return data
 

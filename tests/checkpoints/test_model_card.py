@@ -11,6 +11,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
+from transformers import ViTForImageClassification
 
 from hf_condlr import (
     CondLRConfig,
@@ -273,6 +274,16 @@ def test_the_card_of_a_folded_model_says_how_to_load_it():
     }
     assert "# tiny\n" in card.text and 'ViTForImageClassification.from_pretrained("me/tiny")' in card.text
     assert "import hf_condlr  #" in card.text
+
+
+def test_a_class_of_a_script_is_imported_from_the_script(monkeypatch):
+    class Tiny(ViTForImageClassification):
+        __module__ = "__main__"
+
+    model = fold_model(factored())
+    model.__class__ = Tiny
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "path/to/train.py", raising=False)
+    assert "from train import Tiny\n" in folded_card(model, "me/tiny").text
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -164,10 +164,10 @@ def match_classes(model: Any, dataset: Any, label_column: Any) -> list[int] | No
         EvaluationError: Some names agree, but neither their order nor all of them.
     """
     theirs, ours = _model_names(model), _data_names(dataset, label_column)
-    if not theirs or not ours or list(map(_plain, ours)) == list(map(_plain, theirs))[: len(ours)]:
+    if not theirs or not ours or list(map(plain_name, ours)) == list(map(plain_name, theirs))[: len(ours)]:
         return None
-    numbers = {_plain(name): i for i, name in enumerate(theirs)}
-    matched = [numbers.get(_plain(name), -1) for name in ours]
+    numbers = {plain_name(name): i for i, name in enumerate(theirs)}
+    matched = [numbers.get(plain_name(name), -1) for name in ours]
     both = f"{errors.listed(theirs)} for the model, {errors.listed(ours)} for the data set"
     known = [(i, j) for i, j in enumerate(matched) if j >= 0]
     if all(i == j for i, j in known):  # other words for the same classes, such as neg and NEGATIVE
@@ -200,5 +200,6 @@ def _data_names(dataset: Any, label_column: Any) -> Sequence[str]:
     return features[columns[0]].names if columns else getattr(dataset, "classes", None) or []
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A class name as it is compared: without case, and any of spaces, `_` and `-` as one space."""
     return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
