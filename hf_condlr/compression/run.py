@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -129,20 +131,26 @@ class Run:
     def _search(self, before: float) -> dict[str, Any]:
         seconds: list[float] = []
 
-        def measure(number: int, ratio: float) -> Point:
+        def measured(name: str, ratio: float, tau: float) -> Point:
             def step() -> dict[str, Any]:
-                candidate = self._converted(ratio)
+                candidate = self._converted(ratio, tau)
                 value = quality(candidate, self.task, self._selection(), f"{self.task.metric} at ratio {ratio:g}")
                 drop = self.task.drop(before, value)
                 kappa = condition_report(candidate).max_condition_number
                 return finite_json(asdict(Point(ratio, candidate.num_parameters(), value, drop, kappa)))
 
-            point = self.stages.run(f"search-{number}", step)
+            point = self.stages.run(name, step)
             seconds.append(point.pop("seconds"))
             return Point(**point)
 
         assert self.args.max_drop is not None
-        chosen, points = largest_ratio(measure, self.largest, self.args.max_drop, self.task.metric)
+        chosen, points = largest_ratio(
+            lambda number, ratio: measured(f"search-{number}", ratio, self.config.tau),
+            None if math.isinf(self.config.tau) else lambda ratio: measured("search-unbounded", ratio, math.inf),
+            self.largest,
+            self.args.max_drop,
+            self.task.metric,
+        )
         return {"ratio": chosen, "points": [asdict(point) for point in points], "seconds": round(sum(seconds), 2)}
 
     def _largest_ratio(self, model: Any) -> float:
@@ -150,13 +158,14 @@ class Run:
         shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
         return largest_compression(shapes, self.config.compression_form)
 
-    def _converted(self, ratio: float) -> Any:
+    def _converted(self, ratio: float, tau: float) -> Any:
         """A compressed copy of the dense model."""
         if self.config.needs_calibration_data and self.calibration is None:
             self.calibration = Calibration(self.task.calibration_data(self.splits.train))  # remembers, for all ratios
         config: CondLRConfig = self.args.condlr_config(
             ratio, rank_multiple=self.task.rank_multiple, sequential_calibration=self._is_sequential
         )
+        config = dataclasses.replace(config, tau=tau)
         return get_robust_lowrank_model(copy.deepcopy(self.dense), config, calibration_data=self.calibration)
 
     @functools.cached_property
@@ -166,7 +175,7 @@ class Run:
         return can_be and self.calibration is not None and runs_in_blocks(self.dense, self.names, self.calibration.data)
 
     def _factor(self, ratio: float) -> dict[str, Any]:
-        model = self._converted(ratio)
+        model = self._converted(ratio, self.config.tau)
         model.save_pretrained(self.stages.folder / FACTORED)
         return {"ranks": {layer.name: layer.r for layer in condition_report(model).layers}}
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hf_condlr.errors import ConfigError, require
+from hf_condlr.errors import ConfigError
 
-EVALUATIONS = 6  # leave an interval of 1/2⁶ = 1.6 points
+LEAST = 0.01  # the smallest ratio: nearly the largest ranks whose factors are smaller than the weights
+BISECTIONS = 6  # leave an interval of 1/2⁶ = 1.6 points
 
 
 @dataclass
@@ -26,16 +27,23 @@ class Point:
 
 
 def largest_ratio(
-    measure: Callable[[int, float], Point], most: float, max_drop: float, metric: str
+    measure: Callable[[int, float], Point],
+    unbounded: Callable[[float], Point] | None,
+    most: float,
+    max_drop: float,
+    metric: str,
 ) -> tuple[float, list[Point]]:
-    """Bisect between no compression, which costs nothing, and the largest possible one.
+    """Try the smallest ratio; if it fits, bisect between it and the largest possible one.
 
     Quality is taken to fall with the ratio. The answer was measured itself and is within `max_drop`, as is every
-    smaller ratio that was tried; the next larger one that was tried is not.
+    smaller ratio that was tried; the next larger one that was tried is not. Where the smallest one loses too much
+    already, it is measured once more without a bound on κ. With a bound all layers are factored (of a square one at
+    most 0.41 of the rank is left), without one they stay dense where that is better.
 
     Args:
         measure: Compresses at a ratio, for the number of the evaluation; a quality that is not a number counts as too
             low.
+        unbounded: The same with τ = ∞; None if there is no bound.
         most: The largest possible ratio.
         max_drop: Most that the quality may fall.
         metric: Name of the quality, for messages.
@@ -44,23 +52,30 @@ def largest_ratio(
         The ratio, and all points in the order of their ratios.
 
     Raises:
-        ConfigError: No ratio that was tried is within `max_drop`.
+        ConfigError: The smallest ratio is not within `max_drop`.
     """
-    low, high = 0.0, most
-    points: list[Point] = []
-    for number in range(EVALUATIONS):
+
+    def fits(point: Point) -> bool:
+        return point.drop is not None and math.isfinite(point.drop) and point.drop <= max_drop
+
+    low, high = min(LEAST, most), most
+    points = [measure(0, low)]
+    if not fits(points[0]):
+        received = f"a fall {_said(points[0])} at {low:g}, the least that is removed"
+        remedy = "Raise max_drop, or exclude_modules from the conversion."
+        if unbounded is not None:
+            received += f", and {_said(free := unbounded(low))} where tau=inf lets layers stay dense"
+            if fits(free):
+                remedy = "Leave layers dense: with exclude_modules, or all that should be with tau=inf."
+        rule = f"max_drop must leave a ratio whose {metric} falls by at most {max_drop:g}"
+        remedy += " Or give a ratio, and let recovery_steps make the loss good."
+        raise ConfigError(rule, received=received, remedy=remedy)
+    for number in range(1, BISECTIONS + 1):
         middle = math.floor((low + high) / 2 * 1e4) / 1e4  # few digits, and none above `most`
-        point = measure(number, middle)
-        points.append(point)
-        fits = point.drop is not None and math.isfinite(point.drop) and point.drop <= max_drop
-        low, high = (middle, high) if fits else (low, middle)
-    points.sort(key=lambda point: point.ratio)
-    tried = ", ".join(f"{point.ratio:g}: {_said(point.drop)}" for point in points)
-    rule = f"max_drop must leave a ratio whose {metric} falls by at most {max_drop:g}"
-    remedy = "Raise max_drop or tau, or give a ratio and let recovery_steps make the loss good."
-    require(low > 0, rule, received=f"drops of {tried}", remedy=remedy, error=ConfigError)
-    return low, points
+        points.append(measure(number, middle))
+        low, high = (middle, high) if fits(points[-1]) else (low, middle)
+    return low, sorted(points, key=lambda point: point.ratio)
 
 
-def _said(drop: float | None) -> str:
-    return "not a number" if drop is None else f"{drop:.2f}"
+def _said(point: Point) -> str:
+    return "that is not a number" if point.drop is None else f"of {point.drop:.2f}"

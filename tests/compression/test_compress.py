@@ -12,6 +12,7 @@ from hf_condlr.compression import recovery, run
 from hf_condlr.compression.data import load_data
 from hf_condlr.compression.measure import quality
 from hf_condlr.compression.tasks import task_of
+from hf_condlr.errors import ConfigError
 from hf_condlr.layers import FoldedLayer
 from hf_condlr.robustness.attacks import PGD
 from tests import text_models
@@ -137,7 +138,7 @@ def test_max_drop_finds_the_largest_ratio_and_shows_the_curve(out):
         model, data, max_drop=8.0, output_dir=out, processor=processor, attacks=(), calibration_samples=16
     )
     fits = [point for point in report.curve if point.drop <= 8.0]
-    assert len(report.curve) == 6 and report.ratio == max(point.ratio for point in fits)
+    assert len(report.curve) == 7 and report.ratio == max(point.ratio for point in fits)
     assert sorted(point.ratio for point in report.curve) == [point.ratio for point in report.curve]
     assert report.data["selection"] == "validation" and report.data["evaluation"] == "test"
     for point in report.curve:
@@ -145,6 +146,24 @@ def test_max_drop_finds_the_largest_ratio_and_shows_the_curve(out):
     assert (out / "quality.png").stat().st_size > 1000 and "quality.png" in (out / "report.md").read_text()
     assert str(report.max_drop).rstrip("0").rstrip(".") in (out / "README.md").read_text()
     assert small.num_parameters() == next(p.parameters for p in report.curve if p.ratio == report.ratio)
+
+
+def test_a_max_drop_that_no_ratio_meets_is_found_by_two_evaluations(out, monkeypatch):
+    model, data, processor = case("image")
+    seen = []
+
+    def quality_of(candidate, task, rows, name):
+        report = condition_report(candidate) if is_factored(candidate) else None
+        seen.append(None if report is None else len(report.layers))
+        return 0.9 if report is None or len(report.layers) < 12 else 0.5
+
+    monkeypatch.setattr(run, "quality", quality_of)
+    call = {"max_drop": 1.0, "output_dir": out, "processor": processor, "attacks": (), "calibration_samples": 16}
+    with pytest.raises(
+        ConfigError, match=r"a fall of 40.00 at 0.01, .*, and of 0.00 where tau=inf .*\. Leave layers de"
+    ):
+        compress(model, data, **call)
+    assert seen[:2] == [None, None] and seen[2] == 12 and 0 < seen[3] < 12 and len(seen) == 4
 
 
 def test_a_folded_model_is_saved_if_asked_for(out):
