@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_condlr.layers.conv2d import LowRankConv2d
     from hf_condlr.layers.linear import LowRankLinear
     from hf_condlr.layers.model import is_factored
+    from hf_condlr.manifold.repair import enforce_constraint
     from hf_condlr.manifold.step import attach_manifold_step
     from hf_condlr.robustness.evaluation import RobustnessReport, compare, evaluate_robustness, load_split
     from hf_condlr.robustness.metrics import AttackSuccessRate, RobustAccuracy
@@ -68,6 +69,7 @@ _MODULES = {
     "layers.conv2d": ["LowRankConv2d"],
     "layers.linear": ["LowRankLinear"],
     "layers.model": ["is_factored"],
+    "manifold.repair": ["enforce_constraint"],
     "manifold.step": ["attach_manifold_step"],
     "robustness.evaluation": ["RobustnessReport", "compare", "evaluate_robustness", "load_split"],
     "robustness.metrics": ["AttackSuccessRate", "RobustAccuracy"],
@@ -140,6 +142,7 @@ __all__ = [
     "compare",
     "compress",
     "condition_report",
+    "enforce_constraint",
     "evaluate_robustness",
     "export_onnx",
     "find_column",
