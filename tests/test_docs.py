@@ -78,6 +78,30 @@ def test_a_page_that_is_a_program_runs(name, capsys):
     assert PROGRAMS[name] in capsys.readouterr().out
 
 
+# Sections of docs/image_models.md, each a program, and what it needs that the package does not.
+SECTIONS = {
+    "timm": ["timm"],
+    "Mixup, CutMix, RandAugment": ["torchvision"],
+    "An average of the weights (EMA)": [],
+    "Rates of each layer": [],
+    "Lightning": ["lightning"],
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_that_is_a_program_runs(section):
+    for module in SECTIONS[section]:
+        pytest.importorskip(module)
+    found = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", text("docs/image_models.md"), re.MULTILINE | re.DOTALL))
+    programs = {
+        name: re.findall(r"^```python\n(.*?)^```", body, re.MULTILINE | re.DOTALL) for name, body in found.items()
+    }
+    assert [name for name, blocks in programs.items() if blocks] == [*SECTIONS]
+    [program] = programs[section]
+    run(program, section)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_import_names_that_exist(page):
     for node in ast.walk(ast.parse("\n".join(blocks(page)))):
