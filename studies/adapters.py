@@ -111,7 +111,7 @@ class AdapterExperiment(Experiment):
             diverged = not all(bool(p.isfinite().all()) for p in model.parameters())
             accuracy = trainer.evaluate(self.data["validation"])["eval_accuracy"]
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            kappa = {} if diverged else _kappas(model)
+            kappa = {} if diverged else update_condition_numbers(model)
             model = model.merge_and_unload()
             model.save_pretrained(folder)
             merged = {name: k for name, k in condition_numbers(model).items() if ".encoder." in name}
@@ -165,7 +165,7 @@ class AdapterExperiment(Experiment):
 
 
 @torch.no_grad()
-def _kappas(model: Any) -> dict[str, float | None]:
+def update_condition_numbers(model: Any) -> dict[str, float | None]:
     """κ of ΔW on its r directions in each adapted layer; None where it is not finite."""
     found = {}
     for name, layer in copy.deepcopy(model).named_modules():

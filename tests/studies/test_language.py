@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as verbosity
 
-from studies import language, language_texts
+from studies import adapters_language, language, language_texts
 from tests.text_models import byte_tokenizer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -43,3 +43,23 @@ def test_rows_are_made_once(folder, data_dir, monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == text
     verbosity.set_verbosity(level)
     verbosity.enable_progress_bar()
+
+
+def test_adapters_of_a_language_model(folder, data_dir, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        adapters_language, "docstrings", lambda *packages: [f"{p} makes arrays. " * 20 for p in packages]
+    )
+    monkeypatch.setattr(language_texts, "LENGTH", 16)
+    options = ["--model_path", folder, "--output_dir", tmp_path, "--data_dir", data_dir, "--r", "2", "--steps", "4"]
+    options += ["--batch_size", "2", "--held_out_blocks", "3", "--rows", "LoRA", "τ = 0.1"]
+    monkeypatch.setattr("sys.argv", ["adapters", *map(str, options)])
+    level = verbosity.get_verbosity()
+    adapters_language.main()
+    verbosity.set_verbosity(level)
+    verbosity.enable_progress_bar()
+    text, record = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
+    assert [row["label"] for row in record["rows"]] == ["LoRA", "τ = 0.1"] and "| not adapted |" in text
+    chosen = record["rows"][1]
+    assert chosen["validation_accuracy"] == max(r["validation_accuracy"] for r in record["sweep"] if r["tau"] == "0.1")
+    assert max(chosen["kappa_of_updates"].values()) <= 1.1 * (1 + 1e-4)
+    assert chosen["perplexity"] != record["dense"] and set(record["dense"]) == {"reviews", "docstrings"}

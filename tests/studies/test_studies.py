@@ -7,7 +7,7 @@ import pytest
 from transformers.utils import logging as verbosity
 
 from hf_condlr.robustness.attacks import FGSM, PGD, Corruption
-from studies import robustness_study, rows, text_study, vit_small
+from studies import adapters, robustness_study, rows, text_study, vit_small
 from studies.paper import study, table
 from tests.text_models import BAD, FILLER, GOOD, bert_for, word_tokenizer
 
@@ -124,3 +124,21 @@ def test_sweep_chooses_the_smaller_of_two_equal_rates_and_leaves_out_what_diverg
     assert results["chosen"] == [{"label": "a", "learning_rate": 2}, {"label": "never", "learning_rate": None}]
     assert [row["tested"] for row in results["rows"]] == [("a", 2, 7), ("a", 2, 8)]
     assert len(results["sweep"]) == 8
+
+
+def test_adapters_of_an_encoder(run, monkeypatch, tmp_path):
+    tokenizer = word_tokenizer(GOOD + BAD + FILLER)
+    bert_for(tokenizer).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    options = ["--model_path", tmp_path / "start", "--output_dir", tmp_path / "text_study", "--r", "2", "--steps", "3"]
+    options += ["--rows", "LoRA", "τ = 0.1", "τ = 0.1 from the gradient", "--seeds", "0", "1", "--attacked", "8"]
+    options += ["--learning_rates", "1e-3", "1e-2"]
+    text = run(adapters, *options)
+    record = json.loads((tmp_path / "adapters" / "results.json").read_text())
+    assert [row["label"] for row in record["rows"]] == 2 * ["LoRA", "τ = 0.1", "τ = 0.1 from the gradient"]
+    assert all(
+        max(row["kappa_of_updates"].values()) <= 1.1 * (1 + 1e-4) for row in record["rows"] if row["tau"] == "0.1"
+    )
+    assert len(record["sweep"]) == 6 and "median κ(ΔW)" in text and "worst case of embedding attacks" in text
+    again = counted(monkeypatch, adapters.AdapterExperiment, "_adapter_trainer")
+    assert run(adapters, *options) == text and not again
