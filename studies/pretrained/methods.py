@@ -42,6 +42,9 @@ METHODS = {
     "svd": Method("SVD, uniform ranks", "svd"),
     "fwsvd": Method("diagonal Fisher (FWSVD), uniform ranks", "fwsvd"),
     "activation-aware": Method("activation-aware, uniform ranks", "activation_aware"),
+    "activation-aware-sequential": Method(
+        "activation-aware, uniform ranks, sequential", "activation_aware", sequential=True
+    ),
     "ours": Method("Fisher, no bound", "fisher", "fisher", free=False),
     "ours-4": Method("Fisher, κ ≤ 5", "fisher", "fisher", 4.0, free=False),
     "ours-4-sequential": Method("Fisher, κ ≤ 5, sequential", "fisher", "fisher", 4.0, sequential=True, free=False),
