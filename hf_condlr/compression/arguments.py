@@ -26,7 +26,11 @@ class InputArguments:
         None, "Tokens a text, or of a language model a block; by default what the model takes, of a block 512 at most."
     )
     batch_size: int | None = option(None, "Samples a batch; by default 32, of a language model 4.")
-    calibration_samples: int = option(256, "Samples of the training data that choose the ranks and the factors.")
+    calibration_samples: int | None = option(
+        None,
+        "Samples of the training data that choose the ranks and the factors; by default 1,024, of a language model 256 "
+        "blocks.",
+    )
     seed: int = option(0, "Seed of the choice of samples and of the recovery.")
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ BLOCK_SIZE = 512  # tokens of a sample, at most, where the model takes more
 class LanguageModeling(TextTask):
     """Column `text`; documents joined and cut into blocks, each ended by the end-of-text token."""
 
-    metric, batch_size, rank_multiple = "perplexity", 4, 8
+    metric, batch_size, calibration_samples, rank_multiple = "perplexity", 4, 256, 8
     prefers_sequential = False  # no better than the Fisher start alone on SmolLM2-135M
 
     def _prepare(self, model: PreTrainedModel) -> None:

@@ -214,7 +214,7 @@ class Run:
             "evaluation": self.splits.evaluation_name,
             "evaluation_rows": len(self._evaluation()),
             "attacked": after.get("attacked", 0),
-            "calibration_rows": min(self.args.calibration_samples, len(self.splits.train)),
+            "calibration_rows": min(self.task.calibration_samples, len(self.splits.train)),
             "sample": after["sample"],
             "device": str(device),
             "threads": torch.get_num_threads(),

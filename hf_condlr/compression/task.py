@@ -25,7 +25,7 @@ class Task:
     Attributes:
         metric: Name of the quality, which `quality` measures: `accuracy`, or `perplexity`.
         kind: Kind of the attacks' inputs, `pixels` or `texts`; None where nothing is attacked.
-        batch_size: Samples a batch, where none are given.
+        batch_size, calibration_samples: Those of the arguments, or the task's own.
         rank_multiple: Ranks are multiples of it, where none is given.
         prefers_sequential: Whether the sequential start is worth its time, where the model has one.
     """
@@ -33,6 +33,7 @@ class Task:
     metric = "accuracy"
     kind: str | None = None
     batch_size = 32
+    calibration_samples = 1024
     rank_multiple = 1
     prefers_sequential = True
 
@@ -43,6 +44,7 @@ class Task:
         self.args, self.config = args, model.config
         self.taken = set(inspect.signature(model.forward).parameters)
         self.batch_size = args.batch_size or self.batch_size
+        self.calibration_samples = args.calibration_samples or self.calibration_samples
         self.collator: Callable[[list[Any]], dict[str, Any]] = default_data_collator
         self._prepare(model)
 
@@ -65,7 +67,7 @@ class Task:
 
     def calibration_data(self, train: Dataset) -> DataLoader[Any]:
         """Batches of `calibration_samples` rows of the training split, drawn with the seed."""
-        rows: Any = self.inputs(train, self.args.calibration_samples, shuffle=True)
+        rows: Any = self.inputs(train, self.calibration_samples, shuffle=True)
         return DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collator)
 
     def attacks(self) -> list[Attack]:

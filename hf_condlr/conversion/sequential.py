@@ -94,9 +94,9 @@ def sequential_inputs(
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Iterate over groups of layers that read the same tensor, in order of execution, each with its Ĉ and E.
 
-    Two runs go side by side through the model: the dense one, and one in which the layers so far are replaced. Between
-    stages (blocks) only the hidden states of both are kept, and within a stage what the dense layers read. At every
-    yield the model is as it was.
+    Two runs go side by side through the model: the dense one, and one in which the layers so far are replaced. Of both
+    only the hidden states between stages (blocks) are kept; each group of layers runs its stage once more, batch by
+    batch, up to where it reads. At every yield the model is as it was.
 
     Args:
         model: The dense model.
@@ -112,10 +112,10 @@ def sequential_inputs(
     for chain in runs.chains:
         dense, seen = runs.begin(chain)
         for k, stage in enumerate(chain.stages):
-            read = runs.dense_pass(stage, k, dense)
             for group in stage.groups:
-                yield group, *runs.inputs(group, stage, [calls[k] for calls in seen], read.pop(group[0]))
-            runs.compressed_pass(stage, k, seen)
+                yield group, *runs.inputs(group, stage, [calls[k] for calls in dense], [calls[k] for calls in seen])
+            if k + 1 < len(chain.stages):
+                runs.go_on(stage, k, dense, seen)
 
 
 def runs_in_blocks(model: nn.Module, names: Sequence[str], data: Iterable[Any]) -> bool:
@@ -177,39 +177,27 @@ class _Runs:
                 return dense, [_calls(self.model, chain, batch) for batch in self.batches]
 
     @torch.no_grad()
-    def dense_pass(self, stage: Stage, k: int, calls: list[list[Call]]) -> dict[str, list[Tensor]]:
-        """What the first layer of each group reads, {name: a tensor for each batch}; the next stage's calls are set."""
-        read: dict[str, list[Tensor]] = {group[0]: [] for group in stage.groups}
-        hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
-            for name, kept in read.items()
-        ]
-        try:
-            with self._ready():
-                for of_batch in calls:
-                    _go_on(stage.module, k, of_batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return read
+    def go_on(self, stage: Stage, k: int, dense: list[list[Call]], seen: list[list[Call]]) -> None:
+        """Set the calls of the next stage in both runs."""
+        with self._ready():
+            for of_batch in dense:
+                _go_on(stage.module, k, of_batch)
+            with replaced(stage.module, self.layers):
+                for of_batch in seen:
+                    _go_on(self.layers.get(stage.module, stage.module), k, of_batch)
 
     @torch.no_grad()
-    def compressed_pass(self, stage: Stage, k: int, calls: list[list[Call]]) -> None:
-        """Set the calls of the next stage in the compressed run."""
-        with self._ready(), replaced(stage.module, self.layers):
-            for of_batch in calls if k + 1 < len(calls[0]) else ():
-                _go_on(self.layers.get(stage.module, stage.module), k, of_batch)
-
-    @torch.no_grad()
-    def inputs(self, group: list[str], stage: Stage, calls: list[Call], dense: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def inputs(self, group: list[str], stage: Stage, dense: list[Call], seen: list[Call]) -> tuple[Tensor, Tensor]:
         """Ĉ and E of the layers of a group."""
         layer = self.model.get_submodule(group[0])
         sums = Inputs(weight_matrix(layer).shape[1])
-        with self._ready(), replaced(stage.module, self.layers):
-            for batch, call in zip(self.batches, calls, strict=True):
+        with self._ready():
+            for batch, call, compressed_call in zip(self.batches, dense, seen, strict=True):
                 mask = batch.decoder_mask if group[0] in self.reads_decoder else batch.mask
-                seen = _read_by(layer, stage.module, call)
-                sums.add(layer_rows(layer, dense.pop(0), mask), layer_rows(layer, seen, mask))
+                x = _read_by(layer, stage.module, call)
+                with replaced(stage.module, self.layers):
+                    x_hat = _read_by(layer, stage.module, compressed_call)
+                sums.add(layer_rows(layer, x, mask), layer_rows(layer, x_hat, mask))
         return sums.means(group)
 
 
@@ -259,8 +247,7 @@ def _calls(model: nn.Module, chain: Chain, batch: CalibrationBatch) -> list[Call
 def _go_on(module: nn.Module, k: int, calls: list[Call]) -> None:
     """Run stage k of a batch; what it puts out is what the next one reads, and what it read is freed."""
     output = hidden_of(module(*calls[k].args, **calls[k].kwargs))
-    if k + 1 < len(calls):
-        calls[k], calls[k + 1] = calls[k].given(None), calls[k + 1].given(output)
+    calls[k], calls[k + 1] = calls[k].given(None), calls[k + 1].given(output)
 
 
 @contextmanager
