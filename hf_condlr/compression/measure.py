@@ -80,7 +80,7 @@ def robustness(
         output_dir=folder,
     )
     return {
-        "robust": {f"{attack.name}, ε = {_budget(attack)}": attack.robust_accuracy for attack in report.attacks},
+        "robust": {f"{attack.name}, ε = {attack.budget}": attack.robust_accuracy for attack in report.attacks},
         "clean_of_attacked": report.clean_accuracy,
         "attacked": report.samples,
         "failed_checks": [str(check) for check in report.failed_checks],
@@ -146,11 +146,6 @@ def _moved(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor
     moved = {name: value.to(parameter.device) for name, value in batch.items()}
     labels = moved.pop("labels")
     return {n: v.to(parameter.dtype) if v.is_floating_point() else v for n, v in moved.items()}, labels
-
-
-def _budget(attack: Any) -> str:
-    """ε as it is usually stated: of pixels in the ℓ∞ norm as a multiple of 1/255."""
-    return f"{attack.epsilon * 255:.3g}/255" if attack.threat == "linf" else f"{attack.epsilon:.3g}"
 
 
 def _synchronize() -> None:

@@ -55,6 +55,11 @@ class AttackResult:
         return sum(self.survived) / len(self.survived)
 
     @property
+    def budget(self) -> str:
+        """ε as it is usually stated: of pixels in the ℓ∞ norm as a multiple of 1/255."""
+        return f"{self.epsilon * 255:.3g}/255" if self.threat == "linf" else f"{self.epsilon:.3g}"
+
+    @property
     def standard_error(self) -> float:
         """√(p(1 − p)/n) of the robust accuracy p: the error of the choice of samples alone."""
         p = self.robust_accuracy
@@ -134,7 +139,10 @@ class RobustnessReport:
             if sum((a.threat, a.epsilon) == (case.threat, case.epsilon) for a in self.attacks) > 1:
                 rows.append((case.name, case.threat, f"{case.epsilon:.4g}", percent(case), ""))
         clean = AttackResult("clean", "", 0, self.correct)
-        lines = [f"{self.model}: {self.samples:,} samples, clean {percent(clean)}", *columns(rows, texts=2)]
+        cases = [case for case in self.worst_cases if not case.threat.startswith("corruption")]
+        robust = [f", {case.robust_accuracy:.1%} at {case.threat} ε = {case.budget}" for case in cases]
+        lines = [f"{self.model}: {self.samples:,} samples, clean {percent(clean)}{''.join(robust)}"]
+        lines += columns(rows, texts=2)
         lines.append(f"robust accuracy, each sample's worst case over all attacks: {self.robust_accuracy:.1%}")
         if self.checks:
             passed = sum(check.passed is True for check in self.checks)
