@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,15 +40,47 @@ def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found_inf is not None and bool(full_tensor(found_inf).item())
 
 
-def check_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse `optimizer.step(closure)`. torch's hooks get the full argument tuple, the optimizer itself first."""
-    require(
-        all(argument is None for argument in (*args[1:], kwargs.get("closure"))),
-        "optimizer.step must be called without a closure: it makes gradients after they could be projected",
-        received="a closure",
-        remedy="Call backward() first and then step(); LBFGS cannot be used.",
-        error=OptimizerError,
-    )
+class EvaluatedClosure:
+    """The closure of a step, called before it so that its gradients can be projected; the step gets its loss.
+
+    Raises:
+        OptimizerError: A second call in a step: it would have to compute gradients at another point.
+    """
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        with torch.enable_grad():
+            self._loss = closure()
+        self._calls = 0
+
+    def __call__(self) -> Any:
+        self._calls += 1
+        require(
+            self._calls == 1,
+            "an optimizer must call its closure once in a step, since the gradients are projected before it",
+            received="a second call",
+            remedy="Call backward() first and then step(), or use another optimizer.",
+            error=OptimizerError,
+        )
+        return self._loss
+
+
+def with_evaluated_closure(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a step, with its closure called if it has one. The first of them is the optimizer itself.
+
+    Raises:
+        OptimizerError: The optimizer is LBFGS, which calls its closure many times.
+    """
+    inside = "closure" in kwargs
+    closure = kwargs["closure"] if inside else args[1] if len(args) > 1 else None
+    if closure is None or isinstance(closure, EvaluatedClosure):  # of the optimizer around this one
+        return args, kwargs
+    rule, remedy = "the optimizer must not be LBFGS, which moves factors between calls of its closure", "Use AdamW."
+    is_usable = not isinstance(optimizer, torch.optim.LBFGS)
+    require(is_usable, rule, received=type(optimizer).__name__, remedy=remedy, error=OptimizerError)
+    evaluated = EvaluatedClosure(closure)
+    return (args, kwargs | {"closure": evaluated}) if inside else ((args[0], evaluated, *args[2:]), kwargs)
 
 
 def with_inner(optimizer: Any) -> list[torch.optim.Optimizer]:

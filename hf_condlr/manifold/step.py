@@ -34,13 +34,13 @@ from hf_condlr.manifold.factor_stacks import FactorStacks
 from hf_condlr.manifold.repair import orthonormalize_bases
 from hf_condlr.manifold.requirements import (
     check_attached,
-    check_closure,
     check_layers,
     check_optimizer,
     check_wrappers,
     clear_non_finite_state,
     factors_of,
     is_skipped,
+    with_evaluated_closure,
     with_inner,
 )
 from hf_condlr.manifold.schedule import BoundSchedule, kappa_of, require_count
@@ -138,8 +138,12 @@ class ManifoldStep:
 
     @torch.compiler.disable  # if optimizer.step is compiled: it counts steps, and each number would be traced again
     @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        check_closure(args, kwargs)
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        args, kwargs = with_evaluated_closure(optimizer, args, kwargs)
+        self._project_gradients(optimizer)
+        return args, kwargs
+
+    def _project_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if self._stacks.is_repeated():
             return
         self._outermost = None
