@@ -66,6 +66,8 @@ class CompressionReport:
     curve: list[Point] = field(default_factory=list)
     """Ratios that the search for `max_drop` tried."""
     max_drop: float | None = None
+    recovery_steps: int = 0
+    quality_before_recovery: float | None = None
     failed_checks: list[str] = field(default_factory=list)
     """Reasons to doubt the accuracies under attack."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -112,6 +114,9 @@ class CompressionReport:
             f"Multiply-adds and latency are those of an input of {data['sample']}.",
             f"{total:.0f} seconds: {steps}; on {data['device']}, {data['threads']} threads.",
         ]
+        if self.recovery_steps:
+            before = self._quality(self.quality_before_recovery) + (" %" if self.metric == "accuracy" else "")
+            lines.append(f"Before the recovery of {self.recovery_steps:,} steps: {self.metric} {before}.")
         if self.max_drop is not None:
             unit = "points of accuracy" if self.metric == "accuracy" else "percent of the perplexity"
             tried = ", ".join(f"{p.ratio:.3g}: {'—' if p.drop is None else f'{p.drop:+.2f}'}" for p in self.curve)

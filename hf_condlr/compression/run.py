@@ -106,12 +106,13 @@ class Run:
             found = self._stage("search", lambda: self._search(before["selection_quality"]))
             ratio = found["ratio"]
         ranks = self._stage(FACTORED, lambda: self._factor(ratio))["ranks"]
-        model = self._load(FACTORED)
+        model, unrecovered = self._load(FACTORED), None
         if self.args.recovery_steps:
-            self._stage(RECOVERED, lambda: self._recover(model))
+            unrecovered = self._stage(RECOVERED, lambda: self._recover(model))["quality_before"]
             model = self._load(RECOVERED)
         after = self._stage("compressed", lambda: self._measure_compressed(model))
-        report = self._report(ratio, ranks, before, after, found)
+        self._warn_of_a_loss(unrecovered, after["quality"])
+        report = self._report(ratio, ranks, before, after, found, unrecovered)
         return (self._save(model, report, after), report)
 
     def _stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -180,9 +181,18 @@ class Run:
         return {"ranks": {layer.name: layer.r for layer in condition_report(model).layers}}
 
     def _recover(self, model: Any) -> dict[str, Any]:
+        value = quality(model, self.task, self._evaluation(), f"{self.task.metric} before the recovery")
         recover(model, self.dense, self.task, self.splits.train, self.args, self.stages.folder / TRAINING)
         model.save_pretrained(self.stages.folder / RECOVERED)
-        return {"steps": self.args.recovery_steps}
+        return finite_json({"steps": self.args.recovery_steps, "quality_before": value})
+
+    def _warn_of_a_loss(self, unrecovered: float | None, recovered: float) -> None:
+        """A learning rate that is too high spoils a good start; on adversarial samples a loss is to be expected."""
+        if unrecovered is None or self.args.adversarial_epsilon is not None:
+            return
+        if self.task.drop(unrecovered, recovered) > 0:
+            found = f"{self.task.metric} {unrecovered:.4g} before it, {recovered:.4g} after it"
+            logger.warning("the recovery made the model worse: %s; lower learning_rate, or leave it out", found)
 
     def _measure_compressed(self, model: Any) -> dict[str, Any]:
         value = quality(model, self.task, self._evaluation(), f"{self.task.metric} of the compressed model")
@@ -203,6 +213,7 @@ class Run:
         before: dict[str, Any],
         after: dict[str, Any],
         found: dict[str, Any] | None,
+        unrecovered: float | None,
     ) -> CompressionReport:
         def form(name: str, measured: dict[str, Any]) -> ModelMeasures:
             kept: dict[str, Any] = {k: measured.get(k) for k in ("quality", "largest_kappa", "clean_of_attacked")}
@@ -235,6 +246,8 @@ class Run:
             data=data,
             curve=[Point(**point) for point in found["points"]] if found is not None else [],
             max_drop=self.args.max_drop,
+            recovery_steps=self.args.recovery_steps,
+            quality_before_recovery=unrecovered,
             failed_checks=after.get("failed_checks", []),
             versions=versions(),
         )

@@ -14,7 +14,7 @@ from hf_condlr.tables import markdown_table
 from studies.record import mean_and_spread
 from studies.report import largest
 
-COLORS = ("#111111", "#8c8c8c", "#d1802f", "#b83280", "#2b6cb0", "#2f855a", "#6b46c1", "#c53030", "#319795")
+COLORS = ("#111111", "#8c8c8c", "#d1802f", "#b83280", "#2b6cb0", "#2f855a", "#6b46c1", "#c53030", "#319795", "#b7791f")
 
 
 def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:

@@ -234,6 +234,28 @@ def test_a_recovery_that_was_killed_resumes_from_its_checkpoint(out, monkeypatch
     assert report.factored.largest_kappa <= 5 * (1 + 1e-4)
 
 
+def test_the_report_says_what_a_recovery_gave_and_a_loss_is_warned_of(out, caplog, monkeypatch):
+    model, data, processor = case("image")
+    options = {"ratio": 0.4, "processor": processor, "attacks": (), **QUICK}
+    before = compress(model, data, output_dir=out.with_name("plain"), **options)[1].factored.quality
+    _, report = compress(model, data, output_dir=out, recovery_steps=2, **options)
+    assert report.quality_before_recovery == before
+    assert f"Before the recovery of 2 steps: accuracy {100 * before:.2f} %." in str(report)
+    assert ("made the model worse" in caplog.text) == (report.factored.quality < before)
+    caplog.clear()
+
+    def spoil(self, model):
+        with torch.no_grad():
+            model.classifier.weight.neg_()
+            model.classifier.bias.neg_()
+        model.save_pretrained(self.stages.folder / run.RECOVERED)
+        return {"quality_before": 1.0}
+
+    monkeypatch.setattr(run.Run, "_recover", spoil)
+    compress(model, data, output_dir=out.with_name("spoiled"), recovery_steps=2, **options)
+    assert "the recovery made the model worse: accuracy 1 before it, 0." in caplog.text
+
+
 def test_recovery_on_adversarial_samples_keeps_the_bound(out):
     model, data, processor = case("image")
     options = {"recovery_steps": 3, "adversarial_epsilon": "2/255", "learning_rate": 1e-2, "tau": 0.5}
