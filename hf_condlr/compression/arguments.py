@@ -76,7 +76,7 @@ class CompressionArguments(InputArguments):
         False, "Save two factors a layer, for inference only: smaller, but κ cannot be verified and it trains no more."
     )
     recovery_steps: int = option(0, "Steps of distillation from the dense model after compression, on training data.")
-    learning_rate: float | None = option(None, "Learning rate of the recovery; by default 1e-4.")
+    learning_rate: float | None = option(None, "Learning rate of the recovery; by default 1e-5.")
     adversarial_epsilon: float | str | None = option(
         None, "Recover on adversarial samples of this radius too, half of each batch; 1/255 for pixels, 0.05 for texts."
     )
