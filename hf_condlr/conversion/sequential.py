@@ -119,7 +119,7 @@ def sequential_inputs(
 
 
 def runs_in_blocks(model: nn.Module, names: Sequence[str], data: Iterable[Any]) -> bool:
-    """Whether `sequential_inputs` can treat most of the layers block by block, with one block's inputs in memory.
+    """Whether `sequential_inputs` takes each layer, and runs most of them with their block alone.
 
     That is where each layer runs once in a forward pass, and more than half of them lie in blocks (stages of chains).
 
@@ -133,9 +133,8 @@ def runs_in_blocks(model: nn.Module, names: Sequence[str], data: Iterable[Any]) 
             chains, _ = find_chains(model, names, calibration_batch(model, next(iter(data))))
         except ConversionError:
             return False
-    return 2 * sum(len(group) for chain in chains if chain.slots for s in chain.stages for group in s.groups) > len(
-        names
-    )
+    in_blocks = [group for chain in chains if chain.slots for stage in chain.stages for group in stage.groups]
+    return 2 * sum(map(len, in_blocks)) > len(names)
 
 
 class _Runs:
