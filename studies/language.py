@@ -15,7 +15,7 @@ import math
 import resource
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from hf_condlr import Calibration, CondLRConfig, condition_report, get_robust_lo
 from hf_condlr.layers import factored_layers, weight_matrix
 from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
-from studies.language_texts import calibration_blocks, held_out_blocks
+from studies.language_texts import calibration_blocks, held_out_blocks, written_blocks
 from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.record import logger, parse, set_up, write_record
 from studies.rows import Rows
@@ -55,8 +55,9 @@ class Options:
     methods: list[str] = option(list(METHODS), f"Of: {'; '.join(METHODS)}.")
     ratios: list[float] = option([0.2, 0.4, 0.6], "Shares of the blocks' linear weights that are removed.")
     calibration_blocks: int = option(48, "Blocks of 256 tokens to calibrate on.")
+    written_blocks: int = option(0, "Blocks that the dense model writes itself to calibrate on, in addition.")
     held_out_blocks: int = option(8, "Blocks of 256 tokens of each kind of text to measure on.")
-    batch_size: int = option(4, "Blocks that run at a time.")
+    batch_size: int = option(4, "Blocks that run at a time to measure perplexity; calibration takes one at a time.")
     bfloat16: bool = option(False, "Run over the calibration data in bfloat16; perplexities are measured in float32.")
     threads: int | None = option(None, "Threads of torch; by default its own choice.")
 
@@ -68,16 +69,22 @@ class Study:
         self.options = options
         self.tokenizer = AutoTokenizer.from_pretrained(options.model_path)
         self.model = AutoModelForCausalLM.from_pretrained(options.model_path, dtype=torch.float32).eval()
-        self.data = [
-            {"input_ids": ids}
-            for ids in self._batches(calibration_blocks(self.tokenizer, options.calibration_blocks, options.data_dir))
-        ]
         self.held_out = held_out_blocks(self.tokenizer, options.held_out_blocks, options.data_dir)
-        self.calibration = Calibration(self.data, autocast=torch.bfloat16 if options.bfloat16 else None)
         self._information: dict[str, Tensor] = {}  # for FWSVD; its seconds count in the first row that needs it
 
-    def _batches(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        return blocks.split(self.options.batch_size)
+    @cached_property
+    def data(self) -> list[dict[str, Tensor]]:
+        """A block in each batch: what a backward pass keeps of a batch is the peak of memory."""
+        options = self.options
+        blocks = calibration_blocks(self.tokenizer, options.calibration_blocks, options.data_dir)
+        if options.written_blocks:
+            blocks = torch.cat([blocks, written_blocks(self.model, self.tokenizer, options.written_blocks)])
+        return [{"input_ids": ids} for ids in blocks.split(1)]
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What all rows share, measured when the first one needs it."""
+        return Calibration(self.data, autocast=torch.bfloat16 if self.options.bfloat16 else None)
 
     def dense(self, folder: Path) -> dict[str, Any]:
         """The row of the dense model."""
@@ -94,8 +101,8 @@ class Study:
         if method == "FWSVD":
             layers = factored_layers(model)
             if missing := [name for name in layers if name not in self._information]:
-                singly = ({"input_ids": ids, "labels": ids} for b in self.data for ids in b["input_ids"].split(1))
-                self._information |= input_information(self.model, missing, singly)
+                labelled = (batch | {"labels": batch["input_ids"]} for batch in self.data)
+                self._information |= input_information(self.model, missing, labelled)
             for name, layer in layers.items():
                 W = weight_matrix(self.model.get_submodule(name))
                 with torch.no_grad():
@@ -114,7 +121,8 @@ class Study:
         return {"perplexity": perplexity, "peak_gib": peak, "sample": self.tokenizer.decode(written[0])}
 
     def _perplexity(self, model: Any, blocks: Tensor) -> float:
-        losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in self._batches(blocks)]
+        batches = blocks.split(self.options.batch_size)
+        losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in batches]
         return math.exp(sum(losses) / len(blocks))
 
 
@@ -142,6 +150,7 @@ def main() -> None:
         for method in options.methods:
             key = shared | {"method": method, "ratio": ratio, "config": METHODS[method]}
             key |= {"bfloat16": True} if options.bfloat16 and METHODS[method] else {}
+            key |= {"written_blocks": options.written_blocks} if options.written_blocks else {}
             label = f"{100 * ratio:.0f} % removed, {method}"
             rows.append(root.row(label, key, partial(study.compressed, method, ratio)) | {"label": label})
             logger.info("%s: perplexity %.4g", label, rows[-1]["perplexity"]["mean"])

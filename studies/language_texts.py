@@ -26,6 +26,8 @@ STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 LENGTH = 256
 LONGEST = 1024
 """Tokens that are taken of one text at most."""
+AT_A_TIME = 32
+"""Texts that a model writes at a time: its cache takes 12 MB a text of SmolLM2-135M."""
 
 
 def calibration_blocks(tokenizer: Any, count: int, data_dir: str | None = None) -> Tensor:  # (count, LENGTH)
@@ -47,6 +49,20 @@ def held_out_blocks(
     return {kind: blocks(texts, tokenizer, count) for kind, texts in kinds.items()}
 
 
+def written_blocks(model: Any, tokenizer: Any, count: int) -> Tensor:  # (count, LENGTH)
+    """Blocks that a model writes itself, as LLM-QAT does it (Liu et al. 2023, arXiv 2305.17888).
+
+    The first token is any of the vocabulary, the others are drawn from the model's predictions, with a fixed seed.
+    """
+    torch.manual_seed(0)
+    first = torch.randint(len(tokenizer), (count, 1))
+    length = {"min_length": LENGTH, "max_length": LENGTH, "pad_token_id": tokenizer.eos_token_id}
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return torch.cat(
+        [model.generate(ids, attention_mask=torch.ones_like(ids), **length, **drawn) for ids in first.split(AT_A_TIME)]
+    )
+
+
 def blocks(texts: Iterable[str], tokenizer: Any, count: int) -> Tensor:  # (count, LENGTH)
     """Distinct texts in a fixed random order, one after the other, cut into blocks."""
     ordered = sorted(set(texts))
@@ -55,7 +71,7 @@ def blocks(texts: Iterable[str], tokenizer: Any, count: int) -> Tensor:  # (coun
     for text in ordered:
         tokens += [*tokenizer(text)["input_ids"][:LONGEST], tokenizer.eos_token_id]
         if len(tokens) >= count * LENGTH:
-            return torch.tensor(tokens[: count * LENGTH]).view(count, LENGTH)
+            return torch.tensor(tokens[: count * LENGTH], dtype=torch.long).view(count, LENGTH)
     raise ValueError(f"texts must have {count * LENGTH} tokens; received {len(tokens)}. Ask for fewer blocks.")
 
 

@@ -25,7 +25,9 @@ class InputArguments:
     max_length: int | None = option(
         None, "Tokens a text, or of a language model a block; by default what the model takes, of a block 512 at most."
     )
-    batch_size: int | None = option(None, "Samples a batch; by default 32, of a language model 4.")
+    batch_size: int | None = option(
+        None, "Samples a batch; by default 32, of a language model 4, and 1 to calibrate it."
+    )
     calibration_samples: int | None = option(
         None,
         "Samples of the training data that choose the ranks and the factors; by default 1,024, of a language model 256 "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_condlr.compression.task import TextTask
@@ -39,6 +41,11 @@ class LanguageModeling(TextTask):
     def inputs(self, rows: Dataset, most: int | None = None, *, shuffle: bool = False) -> Dataset:
         rows = rows.shuffle(seed=self.args.seed) if shuffle else rows
         return pack_texts(rows, self.processor, self.block_size, rows.split or "given", most=most)
+
+    def calibration_data(self, train: Dataset) -> DataLoader[Any]:
+        """One block at a time: what the backward pass keeps of a batch is more than all second moments."""
+        blocks: Any = self.inputs(train, self.calibration_samples, shuffle=True)
+        return DataLoader(blocks, batch_size=self.args.batch_size or 1, collate_fn=self.collator)
 
     def counts(self, logits: Tensor, labels: Tensor) -> tuple[float, int]:
         """Summed loss of the predicted tokens, and their number: position t predicts t + 1."""

@@ -110,6 +110,15 @@ def test_a_model_whose_layers_run_several_times_has_no_sequential_start(out):
     assert not small.condlr.config.sequential_calibration
 
 
+@pytest.mark.parametrize(("given", "size"), [(None, 1), (3, 3)])
+def test_a_language_model_is_calibrated_one_block_at_a_time(given, size):
+    model, data, processor = case("language")
+    args = run.CompressionArguments(output_dir="", ratio=0.4, max_length=8, batch_size=given, calibration_samples=6)
+    task = task_of(model, processor, args)
+    batches = task.calibration_data(task.columns(load_data(data, None)[0])["train"])
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(size, 8)] * (6 // size)
+
+
 def test_perplexity_is_the_exponential_of_the_mean_loss_of_all_predicted_tokens(out):
     model, data, processor = case("language")
     args = run.CompressionArguments(output_dir="", ratio=0.4, max_length=8, batch_size=3)

@@ -1,10 +1,10 @@
-"""The study of language models on a tiny one: every row is made once; FWSVD by its formula."""
+"""The study of language models on a tiny one: every row is made once; texts that the model writes itself."""
 
 import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as verbosity
 
 from studies import adapters_language, language, language_texts
@@ -28,7 +28,7 @@ def test_rows_are_made_once(folder, data_dir, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(language_texts, "docstrings", lambda *packages: [f"{p} makes arrays. " * 20 for p in packages])
     monkeypatch.setattr(language_texts, "licences", lambda: ["Permission is hereby granted to all. " * 20])
     options = ["--model_path", folder, "--output_dir", tmp_path, "--data_dir", data_dir, "--ratios", "0.4"]
-    options += ["--calibration_blocks", "12", "--held_out_blocks", "3", "--batch_size", "2"]
+    options += ["--calibration_blocks", "12", "--held_out_blocks", "3", "--batch_size", "2", "--written_blocks", "2"]
     monkeypatch.setattr("sys.argv", ["language", *map(str, options)])
     level = verbosity.get_verbosity()
     language.main()
@@ -43,6 +43,17 @@ def test_rows_are_made_once(folder, data_dir, monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == text
     verbosity.set_verbosity(level)
     verbosity.enable_progress_bar()
+
+
+def test_a_model_writes_blocks_of_its_own(folder, monkeypatch):
+    monkeypatch.setattr(language_texts, "LENGTH", 16)
+    monkeypatch.setattr(language_texts, "AT_A_TIME", 2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.generation_config.eos_token_id = list(range(200))  # texts end early, if they may
+    blocks = language_texts.written_blocks(model, tokenizer, 5)
+    assert blocks.shape == (5, 16) and (blocks[:, 1:] >= 200).all()
+    assert len(set(blocks[:, 0].tolist())) > 1 and len(set(blocks[:, 1:].flatten().tolist())) > 10
+    assert torch.equal(blocks, language_texts.written_blocks(model, tokenizer, 5))
 
 
 def test_adapters_of_a_language_model(folder, data_dir, monkeypatch, capsys, tmp_path):
