@@ -1,9 +1,14 @@
 """The house has floors: packages import from lower ones only, files not in circles, recipes only public names."""
 
 import ast
+import importlib.metadata
+import sys
+from contextlib import suppress
 from importlib.util import resolve_name
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_condlr
 import hf_condlr.robustness.attacks
@@ -175,3 +180,29 @@ def test_circle(graph, found):
 )
 def test_private_imports(source, found):
     assert private_imports(source) == found
+
+
+def required(name, found):
+    """The distributions that an installation of one brings, extras left out."""
+    for line in importlib.metadata.requires(name) or ():
+        requirement = Requirement(line)
+        key = canonicalize_name(requirement.name)
+        if key not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(key)
+            with suppress(importlib.metadata.PackageNotFoundError):  # of another platform
+                required(key, found)
+    return found
+
+
+def test_what_is_imported_at_once_is_installed_with_the_package():
+    """Extras are imported where they are needed, inside functions."""
+    installed, owners = required(PACKAGE, set()), importlib.metadata.packages_distributions()
+    missing = []
+    for path in ROOT.glob(f"{PACKAGE}/**/*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for module in {name.split(".")[0] for name in names} - {PACKAGE} - sys.stdlib_module_names:
+                if not {canonicalize_name(owner) for owner in owners.get(module, ())} & installed:
+                    missing.append(f"{path.relative_to(ROOT)}: {module}")
+    assert missing == []
