@@ -1,4 +1,4 @@
-r"""A language model compressed without recovery: which start, and what sequential calibration gives.
+r"""A language model compressed, without a recovery and with one: which start, and what sequential calibration gives.
 
 Plain SVD; FWSVD (Hsu et al. 2022), whose error weighs the inputs of a layer by squared gradients; the inputs' metric
 with uniform ranks (SVD-LLM); ranks and start by Fisher, without a bound and with κ ≤ 5; the unbounded ones also with
@@ -21,9 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 
-from hf_condlr import Calibration, CondLRConfig, condition_report, get_robust_lowrank_model
+from hf_condlr import (
+    Calibration,
+    CondLRConfig,
+    CondLRTrainer,
+    CondLRTrainingArguments,
+    condition_report,
+    get_robust_lowrank_model,
+)
 from hf_condlr.layers import factored_layers, weight_matrix
 from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
@@ -43,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Fisher, κ ≤ 5": FISHER | {"tau": 4.0, "conditioned_start": True},
 }
 PROMPT = "The capital of France is"
+RECOVERY_BATCH = 2
 
 
 @dataclass
@@ -58,6 +66,8 @@ class Options:
     written_blocks: int = option(0, "Blocks that the dense model writes itself to calibrate on, in addition.")
     held_out_blocks: int = option(8, "Blocks of 256 tokens of each kind of text to measure on.")
     batch_size: int = option(4, "Blocks that run at a time to measure perplexity; calibration takes one at a time.")
+    recovery_steps: int = option(0, "Steps of distillation from the dense model, on texts of the calibration's kinds.")
+    learning_rate: float = option(1e-4, "Learning rate of the recovery.")
     bfloat16: bool = option(False, "Run over the calibration data in bfloat16; perplexities are measured in float32.")
     threads: int | None = option(None, "Threads of torch; by default its own choice.")
 
@@ -107,9 +117,37 @@ class Study:
                 W = weight_matrix(self.model.get_submodule(name))
                 with torch.no_grad():
                     layer.set_factors(*weighted_factors(W, self._information[name], layer.r))
+        if self.options.recovery_steps:
+            self.recover(model, folder)
         seconds = time.process_time() - start
         kappa = max(layer.condition_number for layer in condition_report(model).layers)
         return {"seconds": seconds, "kappa": kappa if math.isfinite(kappa) else None} | self._measured(model)
+
+    def recover(self, model: Any, folder: Path) -> None:
+        """Distil the dense model into a compressed one, in place, with the settings of `compress`."""
+        set_seed(0)
+        steps, tokenizer, data_dir = self.options.recovery_steps, self.tokenizer, self.options.data_dir
+        texts = calibration_blocks(tokenizer, 3 * math.ceil(steps * RECOVERY_BATCH / 3), data_dir)
+        args = CondLRTrainingArguments(
+            output_dir=str(folder / "recovery"),
+            max_steps=steps,
+            learning_rate=self.options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            per_device_train_batch_size=RECOVERY_BATCH,
+            conditioning_warmup_ratio=0.0,
+            distillation_weight=0.9,
+            save_strategy="no",
+            logging_steps=10,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=self.model.device.type == "cpu",
+        )
+        samples: Any = [{"input_ids": ids, "labels": ids} for ids in texts]
+        trainer = CondLRTrainer(model=model, args=args, train_dataset=samples, teacher=self.model)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        model.eval()
 
     @torch.no_grad()
     def _measured(self, model: Any) -> dict[str, Any]:
@@ -151,6 +189,7 @@ def main() -> None:
             key = shared | {"method": method, "ratio": ratio, "config": METHODS[method]}
             key |= {"bfloat16": True} if options.bfloat16 and METHODS[method] else {}
             key |= {"written_blocks": options.written_blocks} if options.written_blocks else {}
+            key |= {k: getattr(options, k) for k in ("recovery_steps", "learning_rate") if options.recovery_steps}
             label = f"{100 * ratio:.0f} % removed, {method}"
             rows.append(root.row(label, key, partial(study.compressed, method, ratio)) | {"label": label})
             logger.info("%s: perplexity %.4g", label, rows[-1]["perplexity"]["mean"])

@@ -38,9 +38,16 @@ def test_rows_are_made_once(folder, data_dir, monkeypatch, capsys, tmp_path):
     assert set(record["rows"][0]["perplexity"]) == {"docstrings", "reviews", "licences", "source", "mean"}
     means = [row["perplexity"]["mean"] for row in record["rows"]]
     assert all(mean > 1 for mean in means) and len(set(means)) == len(means)  # every method makes another model
-    monkeypatch.setattr(language.Study, "compressed", lambda *args: pytest.fail("made again"))
-    language.main()
+    with monkeypatch.context() as patched:
+        patched.setattr(language.Study, "compressed", lambda *args: pytest.fail("made again"))
+        language.main()
     assert capsys.readouterr().out == text
+
+    options += ["--methods", "Fisher, κ ≤ 5", "--recovery_steps", "6", "--learning_rate", "1e-2"]
+    monkeypatch.setattr("sys.argv", ["language", *map(str, options)])
+    language.main()
+    recovered = json.loads((tmp_path / "results.json").read_text())["rows"][1]
+    assert recovered["perplexity"]["mean"] not in means and recovered["kappa"] <= 5 * (1 + 1e-4)
     verbosity.set_verbosity(level)
     verbosity.enable_progress_bar()
 
