@@ -124,7 +124,7 @@ class Study:
         return {"seconds": seconds, "kappa": kappa if math.isfinite(kappa) else None} | self._measured(model)
 
     def recover(self, model: Any, folder: Path) -> None:
-        """Distil the dense model into a compressed one, in place, with the settings of `compress`."""
+        """Distil the dense model into a compressed one, in place, by the schedule of `compress`."""
         set_seed(0)
         steps, tokenizer, data_dir = self.options.recovery_steps, self.tokenizer, self.options.data_dir
         texts = calibration_blocks(tokenizer, 3 * math.ceil(steps * RECOVERY_BATCH / 3), data_dir)
