@@ -27,7 +27,7 @@ ALL_LINEAR = "all-linear"
 Head = Literal["dense", "full_rank", "low_rank"]
 RankAllocation = Literal["uniform", "energy", "fisher"]
 Start = Literal["svd", "randomized_svd", "activation_aware", "fisher", "orthogonal"]
-CompressionForm = Literal["training", "folded"]
+CompressionForm = Literal["training", "folded", "pivoted"]
 Trainable = Literal["all", "factors"]
 
 DATA_AWARE = ("activation_aware", "fisher")
@@ -78,8 +78,8 @@ class CondLRConfig(PeftConfig):
     )
     compression_form: CompressionForm = option(
         "training",
-        "What counts as the size of a layer (m, n) of rank r: r(m+n)+r² of U, S, V, or the r(m+n) that are stored and "
-        "multiplied once the model is folded for inference.",
+        "What counts as the size of a layer (m, n) of rank r: r(m+n)+r² of U, S, V, or what is stored and multiplied "
+        "once the model is folded for inference, r(m+n), or pivoted, r(m+n-r).",
     )
     rank_allocation: RankAllocation = option(
         "uniform",

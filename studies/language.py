@@ -2,8 +2,8 @@ r"""A language model compressed, without a recovery and with one: which start, a
 
 Plain SVD; FWSVD (Hsu et al. 2022), whose error weighs the inputs of a layer by squared gradients; the inputs' metric
 with uniform ranks (SVD-LLM); ranks and start by Fisher, without a bound and with κ ≤ 5; the unbounded ones also with
-sequential calibration. Ratios count the folded form. A row is kept when it is finished, and a second call goes on where
-the first one ended.
+sequential calibration. Ratios count the form that is served, folded or pivoted. A row is kept when it is finished, and
+a second call goes on where the first one ended.
 
     CONDLR_DATA=path/to/data python -m studies.language --model_path path/to/smollm2-135m
 """
@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from hf_condlr import (
     CondLRTrainer,
     CondLRTrainingArguments,
     condition_report,
+    fold_model,
     get_robust_lowrank_model,
 )
-from hf_condlr.layers import factored_layers, weight_matrix
+from hf_condlr.layers import InferenceForm, factored_layers, weight_matrix
 from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.language_texts import calibration_blocks, held_out_blocks, written_blocks
@@ -61,6 +62,7 @@ class Options:
     output_dir: str = option("runs/language", "Folder for the rows.")
     data_dir: str | None = option(None, "Folder that holds sst2; by default CONDLR_DATA.")
     methods: list[str] = option(list(METHODS), f"Of: {'; '.join(METHODS)}.")
+    form: str = option("pivoted", "Form that ratios count, and that is measured.", choices=get_args(InferenceForm))
     ratios: list[float] = option([0.2, 0.4, 0.6], "Shares of the blocks' linear weights that are removed.")
     calibration_blocks: int = option(48, "Blocks of 256 tokens to calibrate on.")
     written_blocks: int = option(0, "Blocks that the dense model writes itself to calibrate on, in addition.")
@@ -103,7 +105,7 @@ class Study:
     def compressed(self, method: str, ratio: float, folder: Path) -> dict[str, Any]:
         """The row of a method at a ratio."""
         config = CondLRConfig(
-            **{"compression_ratio": ratio, "compression_form": "folded", "tau": "inf"} | METHODS[method]
+            **{"compression_ratio": ratio, "compression_form": self.options.form, "tau": "inf"} | METHODS[method]
         )
         model, start = copy.deepcopy(self.model), time.process_time()
         data = self.calibration if config.needs_calibration_data else None
@@ -121,6 +123,7 @@ class Study:
             self.recover(model, folder)
         seconds = time.process_time() - start
         kappa = max(layer.condition_number for layer in condition_report(model).layers)
+        fold_model(model, self.options.form)
         return {"seconds": seconds, "kappa": kappa if math.isfinite(kappa) else None} | self._measured(model)
 
     def recover(self, model: Any, folder: Path) -> None:
@@ -187,6 +190,7 @@ def main() -> None:
     for ratio in options.ratios:
         for method in options.methods:
             key = shared | {"method": method, "ratio": ratio, "config": METHODS[method]}
+            key |= {"form": options.form} if options.form != "folded" else {}  # rows of before had no other
             key |= {"bfloat16": True} if options.bfloat16 and METHODS[method] else {}
             key |= {"written_blocks": options.written_blocks} if options.written_blocks else {}
             key |= {k: getattr(options, k) for k in ("recovery_steps", "learning_rate") if options.recovery_steps}

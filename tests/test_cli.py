@@ -18,7 +18,7 @@ from hf_condlr import (
     load_split,
 )
 from hf_condlr.cli import main
-from hf_condlr.layers import FoldedLayer, LowRankLayer
+from hf_condlr.layers import FoldedLayer, InferenceLayer, LowRankLayer, PivotedLayer
 from hf_condlr.robustness.attacks import make_attacks
 from tests import models
 
@@ -69,7 +69,7 @@ def test_compress(dense, pictures, tmp_path, capsys):
     assert list(report.dense.robust) == ["pgd-linf, ε = 1/255"] and report.tau == 1
     assert condition_report(load(out)).max_condition_number <= 2 * (1 + 1e-4)
     assert len(condition_report(load(out)).layers) == 4
-    options = f"--max_drop 50 --fold --output {out}2 --attack none"
+    options = f"--max_drop 50 --form pivoted --output {out}2 --attack none"
     assert call("compress", dense, "--dataset", pictures, *options.split()) == 0
     assert CompressionReport.load(f"{out}2").max_drop == 50
 
@@ -133,9 +133,13 @@ def test_fold_and_densify(factored, tmp_path):
     assert call("fold", factored, tmp_path / "folded") == 0
     folded = load(tmp_path / "folded")
     assert any(isinstance(module, FoldedLayer) for module in folded.modules())
+    assert call("fold", factored, tmp_path / "pivoted", "--form", "pivoted") == 0
+    pivoted = load(tmp_path / "pivoted")
+    assert any(isinstance(module, PivotedLayer) for module in pivoted.modules())
+    assert torch.allclose(output(pivoted), expected, atol=1e-5)
     assert call("densify", factored, tmp_path / "dense") == 0
     plain = load(tmp_path / "dense")
-    assert not any(isinstance(module, (FoldedLayer, LowRankLayer)) for module in plain.modules())
+    assert not any(isinstance(module, (InferenceLayer, LowRankLayer)) for module in plain.modules())
     assert torch.allclose(output(folded), expected, atol=1e-5)
     assert torch.allclose(output(plain), expected, atol=1e-5)
     assert (tmp_path / "dense" / "model.safetensors").is_file()

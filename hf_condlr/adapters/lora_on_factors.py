@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.distributed.sharded_linalg import orthonormalize
 from hf_condlr.errors import ConversionError, listed, require
-from hf_condlr.layers import FoldedLayer, LowRankConv2d, LowRankLinear, compressed_layers
-from hf_condlr.layers.folded import filled
+from hf_condlr.layers import InferenceLayer, LowRankConv2d, LowRankLinear, PivotedLayer, compressed_layers
+from hf_condlr.layers.inference import SHAPE_ATTRIBUTES, filled
 from hf_condlr.linalg import robust_svd
 from hf_condlr.linalg.precision import to_float64
 
@@ -46,7 +46,7 @@ def prepare_lora(config: Any, model: nn.Module) -> None:
     remedy = f"Leave it out; init_lora_weights may be one of {', '.join(map(repr, STARTS))}."
     require(not asked, rule, received=listed(asked), remedy=remedy, error=ConversionError)
     config._register_custom_module(
-        {LowRankLinear: LoraOnFactors, FoldedLayer: _lora_on_folded, LowRankConv2d: _refuse_convolution}
+        {LowRankLinear: LoraOnFactors, InferenceLayer: _lora_for_inference, LowRankConv2d: _refuse_convolution}
     )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = _all_linear(config, model, layers)
@@ -61,7 +61,7 @@ def _all_linear(config: Any, model: Any, layers: dict[str, Any]) -> set[str]:
     linear = {
         name
         for name, layer in layers.items()
-        if (isinstance(layer, LowRankLinear) or (isinstance(layer, FoldedLayer) and isinstance(layer.up, nn.Linear)))
+        if (isinstance(layer, LowRankLinear) or (isinstance(layer, InferenceLayer) and isinstance(layer.up, nn.Linear)))
         and layer not in heads
     }
     return linear | {name for name in expanded.target_modules if name.rpartition(".")[0] not in layers}
@@ -98,10 +98,10 @@ class LoraOnFactors(Linear):
         base: Any = self.get_base_layer()
         lora_A, lora_B = cast(dict[str, Any], self.lora_A), cast(dict[str, Any], self.lora_B)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in lora_A] if merge else []
-        if not isinstance(base, (LowRankLinear, FoldedLayer)):  # it was made dense under its adapters
+        if not isinstance(base, (LowRankLinear, InferenceLayer)):  # it was made dense under its adapters
             self.fan_in_fan_out = isinstance(base, Conv1D)
             super().merge(safe_merge, names)
-        if not names or not isinstance(base, (LowRankLinear, FoldedLayer)):
+        if not names or not isinstance(base, (LowRankLinear, InferenceLayer)):
             return base
         B = torch.cat([to_float64(self.scaling[name] * lora_B[name].weight.detach()) for name in names], 1)
         A = torch.cat([to_float64(lora_A[name].weight.detach()) for name in names], 0)
@@ -112,13 +112,12 @@ class LoraOnFactors(Linear):
                 require(bias is not None, rule, received="none", remedy=remedy, error=ConversionError)
                 added = self.scaling[name] * lora_B[name].bias.detach()
                 bias = nn.Parameter((bias.detach() + added).to(bias.dtype), requires_grad=bias.requires_grad)
-        merged: Any = _folded_sum(base, B, A) if isinstance(base, FoldedLayer) else _factored_sum(base, B, A)
-        set_bias = merged.up if isinstance(merged, FoldedLayer) else merged
-        set_bias.bias = bias
-        return merged.train(base.training)
+        if isinstance(base, LowRankLinear):
+            return _factored_sum(base, B, A, bias).train(base.training)
+        return _inference_sum(base, B, A, bias).train(base.training)
 
 
-def _factored_sum(base: LowRankLinear, B: Tensor, A: Tensor) -> LowRankLinear:  # (m, k), (k, n)
+def _factored_sum(base: LowRankLinear, B: Tensor, A: Tensor, bias: Any) -> LowRankLinear:  # (m, k), (k, n)
     """The layer of W + BA with the least rank that loses nothing but rounding, at most r + k.
 
     [U B] blockdiag(S, I) [V Aᵀ]ᵀ = W + BA; QR of the outer matrices and an SVD of what is left between them. The bound
@@ -137,25 +136,26 @@ def _factored_sum(base: LowRankLinear, B: Tensor, A: Tensor) -> LowRankLinear:  
     layer.set_factors(Q_U @ P[:, : layer.r], torch.diag(sigma[: layer.r]), Q_V @ Qh[: layer.r].mT)
     for name in "USV":
         getattr(layer, name).requires_grad_(getattr(base, name).requires_grad)
+    layer.bias = bias
     return layer
 
 
-def _folded_sum(base: FoldedLayer, B: Tensor, A: Tensor) -> FoldedLayer:  # (m, k), (k, n)
-    """The layer of W + BA with rank r + k: up ← [up B], down ← [down; A]."""
-    up, down = base.up.weight, base.down.weight
-    (m, r), n = up.shape, down.shape[1]
-    parts = OrderedDict(
-        down=filled(lambda: nn.Linear(n, r + len(A), bias=False), torch.cat((to_float64(down), A), 0), None, like=down),
-        up=filled(lambda: nn.Linear(r + len(A), m, bias=False), torch.cat((to_float64(up), B), 1), None, like=up),
-    )
-    folded = FoldedLayer(parts)
-    for name, value in vars(base).items():
-        if not name.startswith("_"):
-            setattr(folded, name, value)
-    return folded
+def _inference_sum(base: InferenceLayer, B: Tensor, A: Tensor, bias: Any) -> nn.Module:  # (m, k), (k, n)
+    """The layer of W + BA with rank r + k: [L B] [R; A] with W = L R. A pivoted layer of full rank becomes dense."""
+    L, R = map(to_float64, base.values())
+    L, R = torch.cat((L, B), 1), torch.cat((R, A), 0)
+    like: Tensor = base.down.weight
+    if isinstance(base, PivotedLayer) and len(R) >= min(len(L), R.shape[1]):
+        return filled(base.build_dense, L @ R, bias, like=like)
+    builders = base.build_dense, partial(nn.Linear, R.shape[1], bias=False), partial(nn.Linear, bias=False)
+    layer = type(base).of(L, R, bias, builders, like=like)
+    for name in SHAPE_ATTRIBUTES:
+        if hasattr(base, name):
+            setattr(layer, name, getattr(base, name))
+    return layer
 
 
-def _lora_on_folded(target: Any, adapter_name: str, **kwargs: Any) -> nn.Module:
+def _lora_for_inference(target: Any, adapter_name: str, **kwargs: Any) -> nn.Module:
     if isinstance(target.up, nn.Linear):
         return LoraOnFactors(target, adapter_name, **kwargs)
     _refuse_convolution(target, adapter_name)

@@ -32,6 +32,7 @@ from hf_condlr.checkpoints.verify import (
     FETCH,
     Header,
     check_factors,
+    check_order,
     read_headers,
     require_regular_files,
     verify_files,
@@ -41,6 +42,8 @@ from hf_condlr.layers import (
     ConversionRecord,
     LowRankConv2d,
     LowRankLinear,
+    PivotedLayer,
+    compressed_layers,
     head_names,
     replace_modules,
     set_conversion_record,
@@ -135,6 +138,9 @@ class FactoredCheckpointLoader(HfQuantizer):
         for name, (stored_name, stored, dtype) in self._loaded.items():
             check_factors(stored_name, loaded_factors(model, name), stored, dtype)
             model.get_submodule(name).bound = stored.bound
+        for name, layer in compressed_layers(model).items():
+            if isinstance(layer, PivotedLayer):
+                check_order(name, layer.order)
         self.remove_quantization_config(model)
         del model.config.transformers_weights
         set_conversion_record(model, ConversionRecord(self.manifest.config))
@@ -176,13 +182,13 @@ def _empty_layer(dense: Any, stored: StoredLayer) -> nn.Module:
     layer = cls.empty_like(dense, min(stored.r, m, n), tau=stored.tau, center=stored.center)
     layer.bias = dense.bias
     layer.train(dense.training)
-    return layer.fold() if stored.form == "folded" else layer
+    return layer if stored.form == "factored" else layer.fold(stored.form)
 
 
 def _fits(layer: nn.Module, stored_name: str, tensors: Header) -> bool:
     return all(
-        f"{stored_name}.{part}" in tensors and tensors[f"{stored_name}.{part}"][0] == tuple(parameter.shape)
-        for part, parameter in layer.named_parameters()
+        f"{stored_name}.{part}" in tensors and tensors[f"{stored_name}.{part}"][0] == tuple(tensor.shape)
+        for part, tensor in layer.state_dict().items()
     )
 
 
@@ -194,8 +200,8 @@ def _check_factors_stated(manifest: Manifest, tensors: Header) -> None:
         if missing := [key for key in keys if key not in tensors]:
             wrong += [f"no {key}" for key in missing]
             continue
-        shapes, dtypes = [tensors[key][0] for key in keys], {tensors[key][1] for key in keys}
-        # U (m, r), S (r, r), V (n, r); down (r, n), up (m, r); convolutions have further dimensions of a folded layer
+        shapes, dtypes = [tensors[key][0] for key in keys], {tensors[key][1] for key in keys if key[-6:] != ".order"}
+        # U (m, r), S (r, r), V (n, r); down (r, n), up (m, r) or pivoted (m − r, r), of convolutions with further ones
         ranks = [shape[1:2] for shape in shapes] if stored.form == "factored" else [shapes[0][:1], shapes[1][1:2]]
         if set(ranks) != {(stored.r,)}:
             wrong.append(f"r={stored.r} for {name} with {_shapes(name, stored, tensors)}")

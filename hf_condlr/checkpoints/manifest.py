@@ -21,7 +21,7 @@ from hf_condlr.checkpoints import METHOD
 from hf_condlr.checkpoints.rounding import can_be_orthonormal, least_condition_number
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import CheckpointError, listed, require
-from hf_condlr.layers import Factors, FoldedLayer, LowRankLayer
+from hf_condlr.layers import Factors, FoldedLayer, InferenceLayer, LowRankLayer
 from hf_condlr.layers.model import compressed_layers, loaded_factors
 from hf_condlr.linalg import CENTERS, Center, obeys_bound
 
@@ -31,6 +31,7 @@ NOTICE = "the weights are low-rank factors; pip install hf_condlr, and import hf
 MANIFEST = "quantization_config"  # where transformers looks for what builds a model's layers before it loads them
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 PARTS = {"factored": ("U", "S", "V"), "folded": ("down.weight", "up.weight")}
+PARTS["pivoted"] = (*PARTS["folded"], "order")
 UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 """Exceptions that reading values of the wrong type or size raises."""
 
@@ -44,7 +45,7 @@ class StoredLayer:
     """Description of one layer in a checkpoint."""
 
     r: int
-    form: Literal["factored", "folded"] = "factored"
+    form: Literal["factored", "folded", "pivoted"] = "factored"
     tau: float = math.inf
     center: Center = "nearest"
     orthonormal: bool = False
@@ -53,10 +54,10 @@ class StoredLayer:
     """The bound on κ(W) in force when it was saved; inf where none was, or the factors did not obey it."""
 
     @classmethod
-    def of(cls, layer: LowRankLayer | FoldedLayer, factors: Factors | None = None) -> StoredLayer:
+    def of(cls, layer: LowRankLayer | InferenceLayer, factors: Factors | None = None) -> StoredLayer:
         """Describe the layer as it is, or as it would be with other factors."""
-        if isinstance(layer, FoldedLayer):
-            return cls(r=layer.up.weight.shape[1], form="folded")
+        if isinstance(layer, InferenceLayer):
+            return cls(r=layer.r, form="folded" if isinstance(layer, FoldedLayer) else "pivoted")
         factors = (layer.U, layer.S, layer.V) if factors is None else factors
         U, S, V = factors
         orthonormal = all([can_be_orthonormal(basis, S.dtype) for basis in (U, V)])  # each may be a sum over processes
@@ -155,7 +156,7 @@ def stored_layers(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
         CheckpointError: `state_dict` lacks a factor, or has one of another shape.
     """
     layers = compressed_layers(model)
-    own = {f"{name}.{part}": p.shape for name, layer in layers.items() for part, p in layer.named_parameters()}
+    own = {f"{name}.{part}": p.shape for name, layer in layers.items() for part, p in layer.state_dict().items()}
     given = own if state_dict is None else {name: tensor.shape for name, tensor in state_dict.items()}
     wrong = [name for name, shape in own.items() if given.get(name) != shape]
     rule, found = "a state_dict must hold the tensors of this model", f"none of the right shape for {listed(wrong)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from hf_condlr.checkpoints.manifest import MANIFEST, Manifest, StoredLayer
@@ -48,6 +49,17 @@ def check_factors(name: str, factors: Factors, stored: StoredLayer, dtype: torch
     if stored.bound < math.inf and not obeys_bound(least_condition_number(S, dtype), stored.bound):
         kappa = condition_number(full_tensor(S)).item()
         raise _changed(name, f"κ(S) must be at most {stored.bound:.6g} as {CONFIG_NAME} states", f"κ = {kappa:.6g}")
+
+
+def check_order(name: str, order: Tensor) -> None:
+    """Check that the order of a pivoted layer's outputs is one: a permutation.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    is_read = not order.is_meta  # `device_map` may have left it on the disk
+    if is_read and not torch.equal(order.sort().values, torch.arange(len(order)).to(order)):
+        raise _changed(name, "the order of outputs must be a permutation", "another list of numbers")
 
 
 def _changed(name: str, rule: str, received: str) -> CheckpointError:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 from huggingface_hub.constants import REPOCARD_NAME
@@ -24,7 +24,7 @@ from hf_condlr.conversion.convert import get_robust_lowrank_model
 from hf_condlr.conversion.fold import fold_model, to_dense_model
 from hf_condlr.conversion.onnx import export_onnx
 from hf_condlr.errors import CondLRError, ConfigError
-from hf_condlr.layers import condition_report, conversion_record
+from hf_condlr.layers import InferenceForm, condition_report, conversion_record
 from hf_condlr.robustness.attacks import ATTACKS
 from hf_condlr.robustness.evaluation import evaluate_robustness, load_split
 from hf_condlr.robustness.evaluation.provenance import versions
@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--json", action="store_true", help="print JSON instead of the table")
     option("--plot", metavar="FILE", help="draw accuracy over ε; pip install 'hf_condlr[plot]'")
 
-    add(_fold, "join U and S: two matrix products a layer, for inference", "out")
+    option = add(_fold, "put two matrix products in place of three in each layer, for inference", "out")
+    forms = "folded: r(m+n) weights for a layer (m, n) of rank r; pivoted: r(m+n-r); default: folded"
+    option("--form", choices=get_args(InferenceForm), default="folded", help=forms)
     add(_densify, "multiply the factors out: a dense checkpoint for any program", "out")
     add(_export, "write an ONNX file, folded; needs pip install 'hf_condlr[onnx]'", "file")
     option = add(_push, "upload a factored or folded model to the Hub, with a model card", "repo")
@@ -187,7 +189,7 @@ def _attack(args: argparse.Namespace) -> None:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    save(fold_model(load(args, compressed=True)), args)
+    save(fold_model(load(args, compressed=True), args.form), args)
 
 
 def _densify(args: argparse.Namespace) -> None:

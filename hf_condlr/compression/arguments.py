@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from hf_condlr.config import CHOICES, CondLRConfig
 from hf_condlr.errors import ConfigError, require
+from hf_condlr.layers import InferenceForm
 from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 
 # Fields that become fields of the CondLRConfig under the same name.
-_CONVERSION = ["tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation"]
+_CONVERSION = ["target_modules", "exclude_modules", "init_weights", "rank_allocation"]
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,11 @@ class CompressionArguments(InputArguments):
         "Instead of a ratio: remove as much as costs at most so many points of validation accuracy (of a language "
         "model: so many percent of its perplexity), before any recovery.",
     )
-    tau: float = option(4.0, "κ(S) ≤ 1 + tau in every converted layer; 'inf' leaves κ unbounded.")
+    tau: float | None = option(
+        None,
+        "κ(S) ≤ 1 + tau in every converted layer; 'inf' leaves κ unbounded. By default 4; for a language model, "
+        "which a bound costs much, inf.",
+    )
     target_modules: list[str] | str = option(
         "all-linear", "Modules to convert, as in CondLRConfig: by default every linear layer but the head."
     )
@@ -68,14 +73,17 @@ class CompressionArguments(InputArguments):
     )
     sequential_calibration: bool | None = option(
         None,
-        "Factor each layer for what the compressed layers before it give; by default so for classifiers most of whose "
-        "layers lie in blocks that run one after the other.",
+        "Factor each layer for what the compressed layers before it give; by default so where most layers lie in "
+        "blocks that run one after the other.",
     )
     rank_multiple: int | None = option(
         None, "Ranks are rounded down to multiples of this; by default 8 for language models, else 1."
     )
-    fold: bool = option(
-        False, "Save two factors a layer, for inference only: smaller, but κ cannot be verified and it trains no more."
+    form: str = option(
+        "factored",
+        "What is saved: U, S, V, which train on within the bound; or for inference only, smaller but without a bound "
+        "that can be verified, folded with r(m+n) weights a layer, or pivoted with r(m+n-r).",
+        choices=("factored", *get_args(InferenceForm)),
     )
     recovery_steps: int = option(0, "Steps of distillation from the dense model after compression, on training data.")
     learning_rate: float | None = option(None, "Learning rate of the recovery; by default 1e-5.")
@@ -110,12 +118,13 @@ class CompressionArguments(InputArguments):
         self.condlr_config(ratio or 0.5)  # checks the other values
 
     def condlr_config(
-        self, ratio: float, *, rank_multiple: int = 1, sequential_calibration: bool = False
+        self, ratio: float, *, tau: float = 4.0, rank_multiple: int = 1, sequential_calibration: bool = False
     ) -> CondLRConfig:
         """The config of a conversion that removes this share; the other arguments hold where none were given."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _CONVERSION}
-        defaults = {"rank_multiple": rank_multiple, "sequential_calibration": sequential_calibration}
+        defaults: dict[str, Any] = {"tau": tau, "rank_multiple": rank_multiple}
+        defaults["sequential_calibration"] = sequential_calibration
         values |= {name: value if (given := getattr(self, name)) is None else given for name, value in defaults.items()}
         values["conditioned_start"] = True
-        values["compression_form"] = "folded" if self.fold else "training"
+        values["compression_form"] = "training" if self.form == "factored" else self.form
         return CondLRConfig(compression_ratio=ratio, **values)

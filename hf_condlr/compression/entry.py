@@ -28,7 +28,7 @@ def compress(
     processor: Any = None,
     ratio: float | None = None,
     max_drop: float | None = None,
-    tau: float = 4.0,
+    tau: float | None = None,
     attacks: Iterable[Attack] | Attack | None = None,
     **options: Any,
 ) -> Compressed:
@@ -46,7 +46,7 @@ def compress(
         processor: The model's image processor or tokenizer.
         ratio: Share of the converted layers' weights to remove.
         max_drop: Instead: remove as much as costs at most so many points of accuracy, or percent of the perplexity.
-        tau: κ(S) ≤ 1 + tau in every converted layer.
+        tau: κ(S) ≤ 1 + tau in every converted layer; by default 4, and no bound for a language model.
         attacks: Attacks that the report measures; by default PGD with ε = 1/255 on pixels, 0.02 on embeddings of
             texts, and none on tokens' classifiers and language models; `()` for none.
         options: Further fields of `CompressionArguments`: layers, start, recovery, columns, numbers of samples.

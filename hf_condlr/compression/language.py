@@ -23,7 +23,7 @@ class LanguageModeling(TextTask):
     """Column `text`; documents joined and cut into blocks, each ended by the end-of-text token."""
 
     metric, batch_size, calibration_samples, rank_multiple = "perplexity", 4, 256, 8
-    prefers_sequential = False  # no better than the Fisher start alone on SmolLM2-135M
+    tau = math.inf  # every layer would be factored, which costs more than the bound itself
 
     def _prepare(self, model: PreTrainedModel) -> None:
         super()._prepare(model)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_condlr.compression.task import Task
 from hf_condlr.conversion.fold import fold_model
 from hf_condlr.errors import EvaluationError, require
-from hf_condlr.layers import weight_matrix
+from hf_condlr.layers import InferenceForm, weight_matrix
 from hf_condlr.linalg import condition_number
 from hf_condlr.robustness.attacks.base import Attack, attacked
 from hf_condlr.robustness.evaluation import evaluate_robustness
@@ -124,8 +124,9 @@ def latencies(models: Iterable[nn.Module], sample: dict[str, Tensor]) -> list[fl
 
 
 def forms(dense: nn.Module, factored: nn.Module, task: Task, rows: Dataset) -> dict[str, Any]:
-    """Sizes and latencies of the dense, the factored and the folded model for the first of the rows, and its shape."""
-    models = {"dense": dense, "factored": factored, "folded": fold_model(copy.deepcopy(factored))}
+    """Size and latency of the dense model and each form of the compressed one for the first row, and its shape."""
+    models = {"dense": dense, "factored": factored}
+    models |= {form: fold_model(copy.deepcopy(factored), form) for form in get_args(InferenceForm)}
     sample = _moved(dense, task.collator([rows[0]]))[0]
     found: dict[str, Any] = {}
     for (name, model), milliseconds in zip(models.items(), latencies(models.values(), sample), strict=True):

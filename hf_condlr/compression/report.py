@@ -53,10 +53,11 @@ class CompressionReport:
     """Share of the converted layers' weights that was removed, counted in the form that is saved."""
     tau: float
     form: str
-    """What is saved: `factored` or `folded`."""
+    """What is saved: `factored`, `folded` or `pivoted`."""
     dense: ModelMeasures
     factored: ModelMeasures
     folded: ModelMeasures
+    pivoted: ModelMeasures
     ranks: dict[str, int]
     """The rank of each factored layer."""
     seconds: dict[str, float]
@@ -72,10 +73,10 @@ class CompressionReport:
     """Reasons to doubt the accuracies under attack."""
     versions: dict[str, str] = field(default_factory=dict)
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Cells of the table: measure, dense, factored, folded."""
-        forms = (self.dense, self.factored, self.folded)
-        rows = [
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table: measure, dense, factored, folded, pivoted."""
+        forms = (self.dense, self.factored, self.folded, self.pivoted)
+        return [
             ("parameters", *(f"{form.parameters:,}" for form in forms)),
             ("bytes", *(f"{form.bytes:,}" for form in forms)),
             ("multiply-adds of a sample", *(f"{form.multiply_adds:,}" for form in forms)),
@@ -92,11 +93,10 @@ class CompressionReport:
             ),
             ("largest κ", *(_kappa(form) for form in forms)),
         ]
-        return [(row[0], row[1], row[2], row[3]) for row in rows]
 
     def table(self) -> str:
         """The table in Markdown, and below it what was measured on which rows, and how long it took."""
-        header = ("", "dense", "compressed: U, S, V", "compressed, folded")
+        header = ("", "dense", "compressed: U, S, V", "compressed, folded", "compressed, pivoted")
         return markdown_table(header, self.rows(), align="lr") + "\n\n" + "\n".join(self.notes())
 
     def notes(self) -> list[str]:
@@ -107,7 +107,7 @@ class CompressionReport:
         lines = [
             f"{self.ratio:.1%} of the converted layers' weights are removed, counted in the form that is saved "
             f"({self.form}): {len(self.ranks)} layers of ranks {min(self.ranks.values())} to "
-            f"{max(self.ranks.values())}, {bound}. The folded form computes the same as U, S, V, to rounding.",
+            f"{max(self.ranks.values())}, {bound}. The other forms compute the same as U, S, V, to rounding.",
             f"{self.metric.capitalize()} on {data['evaluation_rows']:,} samples of {data['evaluation']}"
             + (f", {data['attacked']:,} of which were attacked" if self.dense.robust else "")
             + f"; calibrated on {data['calibration_rows']:,} samples of train. "
@@ -127,8 +127,8 @@ class CompressionReport:
         return lines + [f"A check of the attacks failed: {check}" for check in self.failed_checks]
 
     def __str__(self) -> str:
-        rows = [("", "dense", "U, S, V", "folded"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("", "dense", "U, S, V", "folded", "pivoted"), *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
@@ -142,7 +142,7 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`; τ of None is infinite."""
-        forms = {name: ModelMeasures(**values[name]) for name in ("dense", "factored", "folded")}
+        forms = {name: ModelMeasures(**values[name]) for name in ("dense", "factored", "folded", "pivoted")}
         tau = math.inf if values["tau"] is None else values["tau"]
         return cls(**values | forms | {"tau": tau, "curve": [Point(**point) for point in values["curve"]]})
 

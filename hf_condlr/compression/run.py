@@ -68,7 +68,7 @@ class Run:
         self.attacks = self._attacks(attacks)
         is_used = args.attack_samples is None or len(self.attacks) > 0
         check(is_used, "attack_samples is for attacks, of which there are none", args.attack_samples, "Leave it out.")
-        self.config = args.condlr_config(args.ratio or 0.5, rank_multiple=self.task.rank_multiple)
+        self.config = self._config(args.ratio or 0.5)
         self.names = resolve_targets(model, self.config).names  # an error before anything is measured
         self.largest = self._largest_ratio(model)
         rule, remedy = f"ratio must leave rank 1 in every layer, here at most {self.largest:.4f}", "Lower it."
@@ -163,16 +163,17 @@ class Run:
         """A compressed copy of the dense model."""
         if self.config.needs_calibration_data and self.calibration is None:
             self.calibration = Calibration(self.task.calibration_data(self.splits.train))  # remembers, for all ratios
-        config: CondLRConfig = self.args.condlr_config(
-            ratio, rank_multiple=self.task.rank_multiple, sequential_calibration=self._is_sequential
-        )
-        config = dataclasses.replace(config, tau=tau)
+        config = dataclasses.replace(self._config(ratio, sequential_calibration=self._is_sequential), tau=tau)
         return get_robust_lowrank_model(copy.deepcopy(self.dense), config, calibration_data=self.calibration)
+
+    def _config(self, ratio: float, **values: Any) -> CondLRConfig:
+        """What the task takes where the arguments say nothing."""
+        return self.args.condlr_config(ratio, tau=self.task.tau, rank_multiple=self.task.rank_multiple, **values)
 
     @functools.cached_property
     def _is_sequential(self) -> bool:
         """Whether the start is sequential where nobody said so."""
-        can_be = self.task.prefers_sequential and self.config.init_weights in DATA_AWARE
+        can_be = self.config.init_weights in DATA_AWARE
         return can_be and self.calibration is not None and runs_in_blocks(self.dense, self.names, self.calibration.data)
 
     def _factor(self, ratio: float) -> dict[str, Any]:
@@ -237,10 +238,11 @@ class Run:
             metric=self.task.metric,
             ratio=ratio,
             tau=self.config.tau,
-            form="folded" if self.args.fold else "factored",
+            form=self.args.form,
             dense=form("dense", before),
             factored=form("factored", after),
             folded=ModelMeasures(**after["folded"]),
+            pivoted=ModelMeasures(**after["pivoted"]),
             ranks=ranks,
             seconds=self.seconds,
             data=data,
@@ -255,7 +257,8 @@ class Run:
     def _save(self, model: Any, report: CompressionReport, after: dict[str, Any]) -> Any:
         """Write the model, its processor, the card and the report, which says that the run is complete."""
         folder = Path(self.args.output_dir)
-        saved = fold_model(copy.deepcopy(model)) if self.args.fold else model
+        form: Any = self.args.form
+        saved = model if form == "factored" else fold_model(copy.deepcopy(model), form)
         saved.save_pretrained(folder)
         with suppress(AttributeError):  # a processor of one's own
             self.task.processor.save_pretrained(folder)

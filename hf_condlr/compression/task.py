@@ -26,16 +26,15 @@ class Task:
         metric: Name of the quality, which `quality` measures: `accuracy`, or `perplexity`.
         kind: Kind of the attacks' inputs, `pixels` or `texts`; None where nothing is attacked.
         batch_size, calibration_samples: Those of the arguments, or the task's own.
-        rank_multiple: Ranks are multiples of it, where none is given.
-        prefers_sequential: Whether the sequential start is worth its time, where the model has one.
+        tau, rank_multiple: Those of the conversion, where none are given.
     """
 
     metric = "accuracy"
     kind: str | None = None
     batch_size = 32
     calibration_samples = 1024
+    tau = 4.0
     rank_multiple = 1
-    prefers_sequential = True
 
     def __init__(self, model: PreTrainedModel, processor: Any, args: InputArguments) -> None:
         rule, remedy = "the model's inputs are made by its processor", "Pass processor=AutoProcessor.from_pretrained()."

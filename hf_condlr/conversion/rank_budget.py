@@ -1,7 +1,7 @@
 """Ranks from a budget: `compression_ratio` spread uniformly, or where truncation costs least.
 
-A layer (m, n) of rank r has r(m + n) + r² weights in the training form, and r(m + n) folded. It stays dense where that
-is not less than mn.
+A layer (m, n) of rank r has r(m + n) + r² weights in the training form, r(m + n) folded and r(m + n − r) pivoted. It
+stays dense where that is not less than mn.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ Ranks = dict[str, int | None]  # None: the layer stays dense
 def break_even_rank(m: int, n: int, form: CompressionForm = "training") -> int:
     """The largest r whose factors are smaller than mn; 0 where even rank 1 does not pay.
 
-    About 0.41 n for a square layer in the training form, below 0.5 n folded.
+    About 0.41 n for a square layer in the training form, below 0.5 n folded; any but the full one pivoted.
     """
+    if form == "pivoted":
+        return min(m, n) - 1  # r(m + n − r) < mn ⇔ (m − r)(n − r) > 0
     if form == "folded":
         return (m * n - 1) // (m + n)
     return (math.isqrt((m + n) ** 2 + 4 * m * n - 1) - (m + n)) // 2  # (2r + m + n)² < (m + n)² + 4mn
@@ -81,7 +83,7 @@ def allocate_by_energy(
         energies: σ_i² of each layer in descending order, in the metric that the error is measured in.
         compression_ratio: Share of Σ mn to remove.
         multiple: Ranks not smaller than this are multiples of it.
-        form: Whether sizes are those of training or folded ones.
+        form: The form that sizes are counted in.
         leave_dense: Whether a layer may stay dense, at its full size and without a bound on κ, even where a rank pays.
 
     Raises:

@@ -36,7 +36,7 @@ def requested_ranks(
             "factors are not smaller than the weight they replace in: %s; compression_ratio chooses ranks that save "
             "weights, which for a square layer are those below rank_ratio=%s",
             listed(larger),
-            "0.41" if form == "training" else "0.5",
+            {"training": "0.41", "folded": "0.5", "pivoted": "1"}[form],
         )
     budgeted = {name: W for name, W in matrices.items() if name not in explicit}
     ranks: Ranks = {**explicit, **(_allocate(budgeted, config, energies) if budgeted else {})}

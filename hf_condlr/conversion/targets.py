@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.config import ALL_LINEAR, CondLRConfig
 from hf_condlr.errors import ConversionError, listed, require
-from hf_condlr.layers import FoldedLayer, converted_layers, head_names
+from hf_condlr.layers import InferenceLayer, converted_layers, head_names
 
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that hand their children's weights to fused kernels, without calling the children's forward."""
@@ -103,7 +103,7 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module, tied: set[str]) ->
     if not name:
         return "the model is this layer itself; convert it with LowRankLinear.from_dense"
     parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, FoldedLayer):
+    if isinstance(parent, InferenceLayer):
         return "part of a folded layer"
     if isinstance(parent, READS_WEIGHTS):
         return f"nn.{type(parent).__name__} multiplies by its weight itself"

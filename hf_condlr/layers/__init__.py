@@ -4,10 +4,11 @@ U (m, r) and V (n, r) have orthonormal columns, S (r, r) is dense; m = out_featu
 compute: `attach_manifold_step` keeps the constraint while an optimizer moves the factors.
 """
 
-from hf_condlr.layers.base import Factorization, Factors, LowRankLayer, weight_matrix
+from hf_condlr.layers.base import Factorization, Factors, InferenceForm, LowRankLayer, weight_matrix
 from hf_condlr.layers.condition_report import ConditionReport, condition_report
 from hf_condlr.layers.conv2d import LowRankConv2d
 from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.inference import InferenceLayer
 from hf_condlr.layers.linear import LowRankLinear
 from hf_condlr.layers.model import (
     ModuleTree,
@@ -18,6 +19,7 @@ from hf_condlr.layers.model import (
     is_factored,
     replace_modules,
 )
+from hf_condlr.layers.pivoted import PivotedLayer
 from hf_condlr.layers.record import (
     ConversionRecord,
     ConversionReport,
@@ -34,12 +36,15 @@ __all__ = [
     "Factorization",
     "Factors",
     "FoldedLayer",
+    "InferenceForm",
+    "InferenceLayer",
     "LayerConversion",
     "LowRankConv2d",
     "LowRankLayer",
     "LowRankLinear",
     "LowRankUpdate",
     "ModuleTree",
+    "PivotedLayer",
     "compressed_layers",
     "condition_report",
     "conversion_record",

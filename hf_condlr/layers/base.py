@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.errors import ConfigError, ConversionError, require
-from hf_condlr.layers.folded import FoldedLayer, filled
+from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.inference import SHAPE_ATTRIBUTES, Builders, InferenceLayer, filled
+from hf_condlr.layers.pivoted import PivotedLayer
 from hf_condlr.layers.weight_stand_in import stand_in
 from hf_condlr.linalg import (
     CENTERS,
@@ -29,7 +30,9 @@ from hf_condlr.linalg.precision import at_least_float32, to_float64
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
-Builders = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
+InferenceForm = Literal["folded", "pivoted"]
+
+FORMS: dict[str, type[InferenceLayer]] = {"folded": FoldedLayer, "pivoted": PivotedLayer}
 
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
 
@@ -98,24 +101,29 @@ class LowRankLayer(nn.Module):
 
     @abstractmethod
     def builders(self) -> Builders:
-        """Build without a bias: the dense layer, one with the weight Vᵀ, and one with the weight U S."""
+        """What builds the dense layer and the two of a form for inference."""
 
     def to_dense(self) -> Any:
         """Multiply the factors out to an ordinary layer of the class that this one came from."""
         build_dense, _, _ = self.builders()
         return filled(build_dense, self.matrix(), self.bias, like=self.U).train(self.training)
 
-    def fold(self) -> FoldedLayer:
-        """Join U S: two ordinary layers with r(m + n) weights in all, for inference."""
-        build_dense, build_down, build_up = self.builders()
+    def fold(self, form: InferenceForm = "folded") -> Any:
+        """Two ordinary layers in place of U, S, V, for inference.
+
+        Args:
+            form: `folded` for Vᵀ and U S, r(m + n) weights; `pivoted` for r(m + n − r) of them, of which a layer of
+                full rank becomes the dense one, which is as small.
+        """
+        if form == "pivoted" and self.r == min(len(self.U), len(self.V)):
+            return self.to_dense()
+        kind = FORMS[form]
         US = to_float64(self.U) @ to_float64(self.S)
-        down, up = filled(build_down, self.V.mT, None, like=self.U), filled(build_up, US, self.bias, like=self.U)
-        folded = FoldedLayer(OrderedDict(down=down, up=up)).train(self.training)
-        folded.build_dense = build_dense
-        for name in ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
+        layer = kind.of(US, self.V.mT, self.bias, self.builders(), like=self.U).train(self.training)
+        for name in SHAPE_ATTRIBUTES:
             if hasattr(self, name):  # models ask their layers for the shape
-                setattr(folded, name, getattr(self, name))
-        return folded
+                setattr(layer, name, getattr(self, name))
+        return layer
 
     @property
     def r(self) -> int:

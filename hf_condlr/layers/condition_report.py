@@ -14,7 +14,8 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.folded import FoldedLayer, quantized_values
+from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.inference import InferenceLayer
 from hf_condlr.layers.model import compressed_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
 from hf_condlr.linalg import obeys_bound, singular_values
@@ -23,17 +24,17 @@ from hf_condlr.options import finite_json
 
 @dataclass
 class LayerRecord:
-    """Measurements of one factored or folded layer."""
+    """Measurements of one layer: factored, folded or pivoted."""
 
     name: str
     shape: tuple[int, int]  # (m, n) = (out, in) of the matrix W
     r: int
     condition_number: float  # σ_max/σ_min over the r singular values of W; inf if one is 0 or factors are not finite
     bound: float  # on κ; inf before the first step, without a manifold step, and for tau = inf
-    orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F; of V alone where U S is one matrix
+    orthonormality_error: float  # the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F; of V alone folded, 0 pivoted
     singular_values: list[float]  # the r of W, descending
-    parameters: int  # r(m + n) + r², or r(m + n) of a folded layer, and the bias
-    folded_parameters: int  # r(m + n), and the bias: once folded for inference
+    parameters: int  # r(m + n) + r², folded r(m + n), pivoted r(m + n − r), and the bias
+    folded_parameters: int  # r(m + n), and the bias: once folded; of a pivoted layer its own
     dense_parameters: int  # mn, and the bias
 
 
@@ -137,7 +138,7 @@ class ConditionReport:
 
 @torch.no_grad()
 def condition_report(model: nn.Module) -> ConditionReport:
-    """Measure every factored and folded layer, adapters included, in float64; of quantized weights their values.
+    """Measure every compressed layer, adapters included, in float64; of quantized weights the values.
 
     κ is that of W = U S Vᵀ on its r directions, also where U and V are not orthonormal (trained without the manifold
     step): the singular values of R_U S R_Vᵀ with U = Q_U R_U and V = Q_V R_V. Every process of a sharded
@@ -149,8 +150,8 @@ def condition_report(model: nn.Module) -> ConditionReport:
     reshard(model)
     compressed = compressed_layers(model)  # without adapters, which took the place of nothing
     records = [
-        _folded_record(name, layer)
-        if isinstance(layer, FoldedLayer)
+        _inference_record(name, layer)
+        if isinstance(layer, InferenceLayer)
         else _record(name, layer, loaded_factors(model, name))
         for name, layer in (factored_layers(model) | compressed).items()
     ]
@@ -184,14 +185,15 @@ def _record(name: str, layer: LowRankLayer, factors: Factors) -> LayerRecord:
     )
 
 
-def _folded_record(name: str, layer: FoldedLayer) -> LayerRecord:
-    rule, remedy = "κ of a folded layer needs its weights in memory", "Load the model without device_map."
+def _inference_record(name: str, layer: InferenceLayer) -> LayerRecord:
+    rule, remedy = "κ of a layer for inference needs its weights in memory", "Load the model without device_map."
     require(not layer.up.weight.is_meta, rule, received=f"{name} on the meta device", remedy=remedy)
-    US, V = quantized_values(layer.up).flatten(1), quantized_values(layer.down).flatten(1).mT
-    (m, r), n = US.shape, len(V)
-    sigma, kappa = _spectrum((US, torch.eye(r, dtype=US.dtype, device=US.device), V))
-    error = orthonormality_error(V).item()
+    L, R = layer.values()
+    (m, r), n = L.shape, R.shape[1]
+    sigma, kappa = _spectrum((L, torch.eye(r, dtype=L.dtype, device=L.device), R.mT))
+    error = orthonormality_error(R.mT).item() if isinstance(layer, FoldedLayer) else 0.0
     bias = m if layer.bias is not None else 0
+    parameters = bias + factored_size(m, n, r, "folded" if isinstance(layer, FoldedLayer) else "pivoted")
     return LayerRecord(
         name=name,
         shape=(m, n),
@@ -200,8 +202,8 @@ def _folded_record(name: str, layer: FoldedLayer) -> LayerRecord:
         bound=math.inf,
         orthonormality_error=error if math.isfinite(error) else math.inf,
         singular_values=sigma.tolist(),
-        parameters=r * (m + n) + bias,
-        folded_parameters=r * (m + n) + bias,
+        parameters=parameters,
+        folded_parameters=parameters,
         dense_parameters=m * n + bias,
     )
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_condlr.errors import ConversionError, require
-from hf_condlr.layers.base import Builders, LowRankLayer
+from hf_condlr.layers.base import LowRankLayer
+from hf_condlr.layers.inference import Builders
 from hf_condlr.linalg import Center
 
 
@@ -94,11 +95,14 @@ class LowRankConv2d(LowRankLayer):
         return amounts
 
     def builders(self) -> Builders:
-        """Build the convolution, one with r filters, and a 1x1."""
+        """What builds the convolution, one with r filters, and a 1x1."""
         geometry = {name: getattr(self, name) for name in self._GEOMETRY}
-        convolution, m = partial(nn.Conv2d, bias=False), self.out_channels
-        down = partial(convolution, **geometry | {"out_channels": self.r})
-        return partial(convolution, **geometry), down, partial(convolution, self.r, m, 1)
+        convolution = partial(nn.Conv2d, bias=False)
+
+        def down(r: int) -> nn.Conv2d:
+            return convolution(**geometry | {"out_channels": r})
+
+        return partial(convolution, **geometry), down, partial(convolution, kernel_size=1)
 
     def extra_repr(self) -> str:
         """Describe shapes, rank and bound."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_condlr.layers.base import Builders, LowRankLayer, weight_matrix
+from hf_condlr.layers.base import LowRankLayer, weight_matrix
+from hf_condlr.layers.inference import Builders
 from hf_condlr.linalg import Center
 
 # torch 2.6 cannot tell exporting from compiling
@@ -80,10 +81,10 @@ class LowRankLinear(LowRankLayer):
         return F.linear(F.linear(x, VS.mT), self.U, self.bias)
 
     def builders(self) -> Builders:
-        """Build a Linear or Conv1D, and two Linear."""
+        """What builds a Linear or Conv1D, and two Linear."""
         m, n, linear = self.out_features, self.in_features, partial(nn.Linear, bias=False)
         dense = partial(Conv1D, m, n) if self.dense_class is Conv1D else partial(linear, n, m)
-        return dense, partial(linear, n, self.r), partial(linear, self.r, m)
+        return dense, partial(linear, n), linear
 
     def extra_repr(self) -> str:
         """Describe shapes, rank and bound."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.folded import FoldedLayer
+from hf_condlr.layers.inference import InferenceLayer
 from hf_condlr.layers.update import LowRankUpdate
 
 
@@ -29,9 +29,9 @@ def converted_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     return {name: layer for name, layer in factored_layers(model).items() if not isinstance(layer, LowRankUpdate)}
 
 
-def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | FoldedLayer]:
-    """{name: layer} of all converted and folded layers; a layer used in several places under its first name."""
-    kinds, update = (LowRankLayer, FoldedLayer), LowRankUpdate
+def compressed_layers(model: nn.Module) -> dict[str, LowRankLayer | InferenceLayer]:
+    """{name: layer} of all converted layers, folded ones too; a layer used in several places under its first name."""
+    kinds, update = (LowRankLayer, InferenceLayer), LowRankUpdate
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, update)}
 
 

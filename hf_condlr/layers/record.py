@@ -11,8 +11,8 @@ from hf_condlr.config import CompressionForm, CondLRConfig
 
 
 def factored_size(m: int, n: int, r: int, form: CompressionForm = "training") -> int:
-    """Number of weights in the factors: r(m + n) + r² of U, S, V in training, r(m + n) of U S and V once folded."""
-    return r * (m + n) + (r * r if form == "training" else 0)
+    """Number of weights: r(m + n) + r² of U, S, V in training, r(m + n) of U S and V folded, r(m + n − r) pivoted."""
+    return r * (m + n) + {"training": 1, "folded": 0, "pivoted": -1}[form] * r * r
 
 
 @dataclass
@@ -35,6 +35,11 @@ class LayerConversion:
         """r(m + n), without the bias: once the layer is folded for inference."""
         return factored_size(*self.shape, self.r, "folded")
 
+    @property
+    def pivoted_parameters(self) -> int:
+        """r(m + n − r), without the bias: once the layer is pivoted for inference."""
+        return factored_size(*self.shape, self.r, "pivoted")
+
 
 @dataclass
 class ConversionReport:
@@ -47,7 +52,8 @@ class ConversionReport:
         dense = sum(math.prod(layer.shape) for layer in self.converted.values())
         factored = sum(layer.parameters for layer in self.converted.values())
         folded = sum(layer.folded_parameters for layer in self.converted.values())
-        sizes = f"{dense:,} weights became {factored:,}, {folded:,} once folded"
+        pivoted = sum(layer.pivoted_parameters for layer in self.converted.values())
+        sizes = f"{dense:,} weights became {factored:,}, {folded:,} once folded, {pivoted:,} once pivoted"
         lines = [f"{len(self.converted)} layers converted, {sizes}"]
         return "\n".join(lines + [f"  left dense: {name}: {reason}" for name, reason in self.skipped.items()])
 

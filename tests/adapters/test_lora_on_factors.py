@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from hf_condlr import attach_manifold_step, condition_report, fold_model, to_dense_model
 from hf_condlr.adapters.lora_on_factors import LoraOnFactors
 from hf_condlr.errors import ConversionError
-from hf_condlr.layers import FoldedLayer, LowRankLinear, compressed_layers, factored_layers
+from hf_condlr.layers import FoldedLayer, LowRankLinear, PivotedLayer, compressed_layers, factored_layers
 from tests.conversion.conversions import assert_same, convert
 from tests.manifold.nets import assert_guarantee
 from tests.models import MODELS, bert, gpt2, resnet
@@ -23,13 +23,13 @@ from tests.paths import ROOT
 # PEFT asks every model for a property that transformers deprecated; the new names are younger than our oldest version.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
-FORMS = ("factored", "folded")
+FORMS = {"factored": LowRankLinear, "folded": FoldedLayer, "pivoted": PivotedLayer}
 INPUTS = MODELS["bert"].inputs()
 
 
 def small_bert(form, **options):
     model = convert(bert(), rank_ratio=0.4, tau=0.1, conditioned_start=True, **options)
-    return fold_model(model) if form == "folded" else model
+    return model if form == "factored" else fold_model(model, form)
 
 
 def drawn(model, seed=1):
@@ -136,10 +136,7 @@ def test_a_model_that_was_saved_and_loaded_takes_adapters(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_merging_makes_layers_of_a_higher_rank_that_compute_the_same(form, dtype):
     model = small_bert(form).to(dtype)
-    ranks = {
-        name: layer.r if form == "factored" else layer.up.in_features
-        for name, layer in compressed_layers(model).items()
-    }
+    ranks = {name: layer.r for name, layer in compressed_layers(model).items()}
     options = {"lora_bias": True, "use_rslora": True}
     adapted = drawn(get_peft_model(model, LoraConfig(r=3, target_modules=["query", "dense"], **options)))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraOnFactors)}
@@ -153,9 +150,8 @@ def test_merging_makes_layers_of_a_higher_rank_that_compute_the_same(form, dtype
     assert merged is model and weights
     for name, W in weights.items():
         layer = merged.get_submodule(name)
-        assert isinstance(layer, FoldedLayer if form == "folded" else LowRankLinear)
-        r = layer.r if form == "factored" else layer.up.in_features
-        assert ranks[name] < r <= ranks[name] + 3
+        assert isinstance(layer, FORMS[form])
+        assert ranks[name] < layer.r <= ranks[name] + 3
         assert np.linalg.norm(dense_weight(layer) - W) <= tolerance * np.linalg.norm(W)
         assert not any(p.requires_grad for p in layer.parameters() if p is not layer.bias)
     if dtype != torch.bfloat16:

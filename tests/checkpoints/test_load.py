@@ -23,7 +23,7 @@ from transformers import (
 from hf_condlr import attach_manifold_step, condition_report, fold_model, to_dense_model
 from hf_condlr.checkpoints.manifest import NOTICE
 from hf_condlr.errors import CheckpointError
-from hf_condlr.layers import FoldedLayer
+from hf_condlr.layers import FoldedLayer, PivotedLayer
 from tests import models
 from tests.checkpoints.checkpoint_models import (
     ARCHITECTURES,
@@ -37,6 +37,8 @@ from tests.checkpoints.checkpoint_models import (
     write_config,
 )
 from tests.models import MODELS, logits
+
+FORMS = {"folded": FoldedLayer, "pivoted": PivotedLayer}
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
@@ -61,10 +63,12 @@ def test_saved_and_loaded_it_is_the_same_model(case, tmp_path):
         {"condlr.safetensors", "config.json", *(["generation_config.json"] if model.can_generate() else [])}
     )
 
-    fold_model(model).save_pretrained(tmp_path / "folded")
-    folded = type(model).from_pretrained(tmp_path / "folded")
-    assert any(isinstance(module, FoldedLayer) for module in folded.modules())
-    assert torch.equal(output(folded, inputs), output(model, inputs))
+    for form, kind in FORMS.items():
+        folded = fold_model(copy.deepcopy(model), form)
+        folded.save_pretrained(tmp_path / form)
+        loaded = type(model).from_pretrained(tmp_path / form)
+        assert any(isinstance(module, kind) for module in loaded.modules())
+        assert torch.equal(output(loaded, inputs), output(folded, inputs))
 
 
 def persistent_buffers(model):

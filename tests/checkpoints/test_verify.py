@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_condlr import fold_model
 from hf_condlr.checkpoints.manifest import StoredLayer
 from hf_condlr.checkpoints.restore import restore_weights
 from hf_condlr.checkpoints.verify import check_factors
@@ -122,7 +123,7 @@ DAMAGE = {
     ),
     "an unknown form": (
         lambda f: edit_manifest(f, lambda m: m["layers"][Q].update(form="tucker")),
-        "form must be one of factored, folded",
+        "form must be one of factored, folded, pivoted",
     ),
     "no layers": (lambda f: edit_manifest(f, lambda m: m.pop("layers")), "must describe a factored checkpoint"),
     "a path elsewhere": (
@@ -212,4 +213,16 @@ def test_damaged_json_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="JSON files must be readable"):
         restore_weights(factored_vit(), tmp_path)
     with pytest.raises(ValueError):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda order: order.zero_(), lambda order: order.add_(1)], ids=["twice", "out of range"]
+)
+def test_the_order_of_a_pivoted_layer_must_be_a_permutation(harm, tmp_path):
+    fold_model(factored_vit(), "pivoted").save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: harm(tensors[f"{Q}.order"]))
+    with pytest.raises(
+        CheckpointError, match=r"the order of outputs must be a permutation; received another list.*in "
+    ):
         AutoModelForImageClassification.from_pretrained(tmp_path)

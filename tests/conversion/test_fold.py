@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr import LowRankLinear, fold_model, is_factored, to_dense_model
 from hf_condlr.errors import ConversionError
-from hf_condlr.layers import FoldedLayer
+from hf_condlr.layers import FoldedLayer, PivotedLayer
 from tests.conversion.conversions import EVERY_CONV, LINEAR_MODELS, assert_same, convert, factored, lossless
 from tests.models import (
     MODELS,
@@ -26,8 +26,15 @@ from tests.models import (
 from tests.models import tokens as token_inputs
 
 
+def pivot_model(model):
+    return fold_model(model, "pivoted")
+
+
+WAYS_BACK = {to_dense_model: (nn.Linear, Conv1D), fold_model: FoldedLayer, pivot_model: PivotedLayer}
+
+
 @pytest.mark.parametrize("case", LINEAR_MODELS)
-@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+@pytest.mark.parametrize("back", WAYS_BACK)
 def test_the_ways_back_keep_the_outputs(case, back):
     model, inputs = convert(case.build(), rank_ratio=0.25), case.inputs()
     with torch.no_grad():
@@ -39,7 +46,7 @@ def test_the_ways_back_keep_the_outputs(case, back):
     assert_same(logits(model, inputs), before)
     for name in names:
         layer = model.get_submodule(name)
-        assert isinstance(layer, FoldedLayer if back is fold_model else (nn.Linear, Conv1D))
+        assert isinstance(layer, WAYS_BACK[back])
     assert not hasattr(model, "condlr")
 
 
@@ -61,7 +68,7 @@ def test_the_dense_model_has_the_weights_of_before():
         assert_same(value, before[name])
 
 
-@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+@pytest.mark.parametrize("back", WAYS_BACK)
 def test_the_ways_back_of_convolutions(back):
     model = convert(resnet(), target_modules=EVERY_CONV)
     before = logits(model, pixels())
@@ -69,7 +76,7 @@ def test_the_ways_back_of_convolutions(back):
     assert_same(logits(back(model), pixels()), before)
 
 
-@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+@pytest.mark.parametrize("back", WAYS_BACK)
 def test_the_ways_back_keep_modes_and_dtype(back):
     model = convert(bert().to(torch.bfloat16).train()).requires_grad_(False)
     back(model)
@@ -78,10 +85,28 @@ def test_the_ways_back_keep_modes_and_dtype(back):
     assert all(m.training for m in model.modules())
 
 
-def test_a_folded_model_has_as_many_weights_as_the_method_says():
+@pytest.mark.parametrize(("form", "saved"), [("folded", 0), ("pivoted", 4 * 4)])
+def test_a_folded_model_has_as_many_weights_as_the_method_says(form, saved):
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10, bias=False))
-    fold_model(convert(model, r=4))
-    assert sum(p.numel() for p in model.parameters()) == 4 * 50 + 30 + 4 * 40
+    fold_model(convert(model, r=4), form)
+    assert sum(p.numel() for p in model.parameters()) == 4 * 50 - saved + 30 + 4 * 40 - saved
+
+
+def test_pivoted_a_layer_of_full_rank_is_dense():
+    """mn weights are as few."""
+    model = convert(bert(), rank_ratio=1.0)
+    before = logits(model, token_inputs())
+    size = sum(p.numel() for p in bert().parameters())
+    pivot_model(model)
+    assert not any(isinstance(m, PivotedLayer) for m in model.modules())
+    assert sum(p.numel() for p in model.parameters()) == size
+    assert "save_pretrained" not in vars(model)  # an ordinary checkpoint
+    assert_same(logits(model, token_inputs()), before)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ConversionError, match="form must be one of folded, pivoted; received 'factored'"):
+        fold_model(convert(bert()), "factored")
 
 
 def test_a_dense_model_can_be_converted_again():
@@ -90,14 +115,14 @@ def test_a_dense_model_can_be_converted_again():
     assert_same(logits(convert(model, r=3), token_inputs()), before)  # its weights have rank 3
 
 
-@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+@pytest.mark.parametrize("back", WAYS_BACK)
 def test_a_layer_cannot_replace_itself(back):
     with pytest.raises(ConversionError, match="received LowRankLinear"):
         back(LowRankLinear(6, 6, 2))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT
-@pytest.mark.parametrize("back", [to_dense_model, fold_model])
+@pytest.mark.parametrize("back", WAYS_BACK)
 def test_the_ways_back_of_a_model_with_an_adapter(back):
     """A PeftModel forwards attributes such as the record to the model inside."""
     model = convert(bert(), exclude_modules=["query"])

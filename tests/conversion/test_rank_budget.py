@@ -24,23 +24,28 @@ def dense_size(shapes):
     return sum(m * n for m, n in shapes.values())
 
 
-@pytest.mark.parametrize("form", ["training", "folded"])
+@pytest.mark.parametrize("form", ["training", "folded", "pivoted"])
 @pytest.mark.parametrize("shape", [(8, 8), (100, 3), (3, 100), (1, 5), (768, 3072), (32, 32), (2, 2)])
 def test_break_even_rank(shape, form):
     m, n = shape
-    pays = [r for r in range(1, min(m, n) + 1) if r * (m + n) + (r * r if form == "training" else 0) < m * n]
+    pays = [
+        r
+        for r in range(1, min(m, n) + 1)
+        if r * (m + n) + {"training": r, "folded": 0, "pivoted": -r}[form] * r < m * n
+    ]
     assert break_even_rank(m, n, form) == max(pays, default=0)
 
 
 def test_a_square_layer_that_pays_folded_only():
-    """At 20 % removed a square layer has r = 0.35 n in the training form and 0.4 n folded, below n/2."""
+    """At 20 % removed a square layer has r = 0.35 n in the training form, 0.4 n folded and 0.55 n pivoted."""
     shapes = {"square": (1000, 1000)}
     assert allocate_uniform(shapes, 0.2) == {"square": pytest.approx(1000 * (0.8 + 1) ** 0.5 - 1000, abs=1)}
     assert allocate_uniform(shapes, 0.2, form="folded") == {"square": 400}
+    assert allocate_uniform(shapes, 0.2, form="pivoted") == {"square": pytest.approx(1000 - 1000 * 0.2**0.5, abs=1)}
     assert (break_even_rank(1000, 1000), break_even_rank(1000, 1000, "folded")) == (414, 499)
 
 
-@pytest.mark.parametrize("form", ["training", "folded"])
+@pytest.mark.parametrize("form", ["training", "folded", "pivoted"])
 @pytest.mark.parametrize("ratio", [0.01, 0.2, 0.5, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("allocation", ["uniform", "energy"])
 def test_budget_is_met_and_never_exceeded(allocation, ratio, form):

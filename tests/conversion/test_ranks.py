@@ -87,14 +87,21 @@ def test_no_warning_where_all_layers_get_smaller(caplog):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("form", ["training", "folded"])
-def test_the_ratio_counts_the_form_that_is_asked_for(form):
-    """A square layer of 60: 0.8 · 3600 weights are r = 20 in training (20·120 + 400) and r = 24 folded (24·120)."""
+@pytest.mark.parametrize(
+    ("form", "r", "size"),
+    [
+        ("training", 20, 20 * 120 + 400),
+        ("folded", 24, 24 * 120 + 576),
+        ("pivoted", 33, 33 * 120 + 1089),
+    ],
+)
+def test_the_ratio_counts_the_form_that_is_asked_for(form, r, size):
+    """A square layer of 60: 0.8 · 3600 weights are r = 20 in training, r = 24 folded (24·120), 33 pivoted (33·87)."""
     report = convert(nn.Sequential(nn.Linear(60, 60)), compression_ratio=0.2, compression_form=form).condlr.report
     (layer,) = report.converted.values()
-    r, size = (20, 2800) if form == "training" else (24, 3456)
     assert (layer.r, layer.parameters, layer.folded_parameters) == (r, size, 120 * r)
-    assert str(report) == f"1 layers converted, 3,600 weights became {size:,}, {120 * r:,} once folded"
+    forms = f"{120 * r:,} once folded, {r * (120 - r):,} once pivoted"
+    assert str(report) == f"1 layers converted, 3,600 weights became {size:,}, {forms}"
 
 
 def test_a_form_without_a_ratio_is_refused():

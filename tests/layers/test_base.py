@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_condlr import LowRankConv2d, LowRankLinear
 from hf_condlr.errors import CondLRError, ConversionError
-from hf_condlr.layers import FoldedLayer
+from hf_condlr.layers import FoldedLayer, PivotedLayer
 from tests.layers.cases import (
     DENSE_LAYERS,
     LAYERS,
@@ -32,7 +32,7 @@ def test_dtype_is_kept(build, shape, dtype):
     x = torch.randn(2, *shape, dtype=dtype)
     layer = factor(dense, 5)
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.06, torch.float16: 6e-3}[dtype]
-    for module in (layer, layer.to_dense(), layer.fold()):
+    for module in (layer, layer.to_dense(), layer.fold(), layer.fold("pivoted")):
         assert {p.dtype for p in module.parameters()} == {dtype}
         assert module(x).dtype == dtype
         assert_close(module(x), dense(x), tolerance)
@@ -44,7 +44,7 @@ def test_dtype_is_kept(build, shape, dtype):
 def test_training_mode_and_requires_grad_are_kept(build, shape, training, requires_grad):
     dense = build().train(training).requires_grad_(requires_grad)
     layer = factor(dense, 2)
-    for module in (layer, layer.to_dense(), layer.fold()):
+    for module in (layer, layer.to_dense(), layer.fold(), layer.fold("pivoted")):
         assert all(m.training is training for m in module.modules())
         assert {p.requires_grad for p in module.parameters()} == {requires_grad}
 
@@ -193,6 +193,7 @@ def test_parameters_are_counted_as_in_the_method(build, shape, bias):
     b = m if bias else 0
     assert sum(p.numel() for p in layer.parameters()) == r * (m + n) + r * r + b
     assert sum(p.numel() for p in layer.fold().parameters()) == r * (m + n) + b
+    assert sum(p.numel() for p in layer.fold("pivoted").parameters()) == r * (m + n - r) + b
     assert sum(p.numel() for p in layer.to_dense().parameters()) == m * n + b
 
 
@@ -203,11 +204,12 @@ def test_literal_parameter_counts():
 
 @pytest.mark.parametrize(("build", "shape"), LAYERS)
 def test_fold_gives_ordinary_layers_only(build, shape):
-    folded = build().fold()
-    assert isinstance(folded, FoldedLayer)
-    assert {type(m) for m in folded.children()} <= {nn.Linear, nn.Conv2d}
-    assert [name for name, _ in folded.named_children()] == ["down", "up"]
-    assert list(folded.state_dict()) == ["down.weight", "up.weight", "up.bias"]
+    for form, kind, own in (("folded", FoldedLayer, {"up.bias"}), ("pivoted", PivotedLayer, {"bias", "order"})):
+        folded = build().fold(form)
+        assert isinstance(folded, kind)
+        assert {type(m) for m in folded.children()} <= {nn.Linear, nn.Conv2d}
+        assert [name for name, _ in folded.named_children()] == ["down", "up"]
+        assert set(folded.state_dict()) == {"down.weight", "up.weight"} | own
 
 
 @pytest.mark.parametrize("r", [0, -1, 6, 100])

@@ -268,15 +268,21 @@ def test_a_model_without_factored_layers_is_refused():
         condition_report(nn.Sequential(nn.Linear(3, 3)))
 
 
-def test_a_folded_model_has_the_same_spectra():
+@pytest.mark.parametrize(("form", "saved"), [("folded", 1), ("pivoted", 2)])
+def test_a_folded_model_has_the_same_spectra(form, saved):
     model = disturb(network())
     expected = condition_report(model)
-    report = condition_report(fold_model(model))
-    for layer, before in zip(report.layers, expected.layers, strict=True):
+    report = condition_report(fold_model(model, form))
+    before_of = {layer.name: layer for layer in expected.layers}
+    of_full_rank = {layer.name for layer in expected.layers if layer.r == min(layer.shape)}
+    pivoted_are_dense = of_full_rank if form == "pivoted" else set()
+    assert {layer.name for layer in report.layers} == set(before_of) - pivoted_are_dense != set()
+    for layer in report.layers:
+        before = before_of[layer.name]
         assert (layer.name, layer.shape, layer.r, layer.bound) == (before.name, before.shape, before.r, math.inf)
         assert layer.condition_number == pytest.approx(before.condition_number, rel=1e-5)
         assert layer.singular_values == pytest.approx(before.singular_values, rel=1e-5)
-        assert layer.parameters == before.parameters - before.r**2
+        assert layer.parameters == layer.folded_parameters == before.parameters - saved * before.r**2
     assert report.dense_parameters == expected.dense_parameters
     assert str(report) and strict_json(report.to_dict())
 

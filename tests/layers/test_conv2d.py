@@ -48,7 +48,9 @@ def test_conv_is_the_dense_convolution_in_every_geometry(mode, padding, kernel):
         expected = dense(x)
         assert_close(layer(x), expected)
         assert_close(layer.to_dense()(x), expected)
-        assert_close(layer.fold()(x), expected)
+        for form in ("folded", "pivoted"):
+            assert_close(layer.fold(form)(x), expected)
+            assert_close(layer.fold(form).to_dense()(x), expected)
 
 
 @pytest.mark.parametrize("r", [1, 3, 4])

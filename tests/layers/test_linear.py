@@ -10,6 +10,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from hf_condlr import LowRankLinear
+from hf_condlr.layers import InferenceLayer
 from tests.layers.cases import (
     LEADING,
     LINEAR_CASES,
@@ -62,7 +63,11 @@ def test_linear_multiplies_by_u_s_vt(m, n, r, bias):
     assert_close(layer.matrix(), W)
     assert_close(layer.to_dense()(x), expected)
     assert_close(layer.to_dense().weight, W)
-    assert_close(layer.fold()(x), expected)
+    for form in ("folded", "pivoted"):
+        folded = layer.fold(form)
+        assert_close(folded(x), expected)
+        dense = folded.to_dense() if isinstance(folded, InferenceLayer) else folded  # of full rank
+        assert_close(dense.weight, W)
 
 
 @pytest.mark.parametrize("bias", [True, False])

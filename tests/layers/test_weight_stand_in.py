@@ -10,11 +10,11 @@ from tests.layers.cases import BUILDERS, assert_close
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("form", [None, "folded", "pivoted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_answers_without_existing(name, fold, dtype):
+def test_weight_answers_without_existing(name, form, dtype):
     build, _, weight_shape = BUILDERS[name]
-    layer = build(dtype=dtype).fold() if fold else build(dtype=dtype)
+    layer = build(dtype=dtype).fold(form) if form else build(dtype=dtype)
     weight = layer.weight
     assert (weight.dtype, weight.device, tuple(weight.shape)) == (dtype, torch.device("cpu"), weight_shape)
     with torch._C.DisableTorchFunctionSubclass():
@@ -31,10 +31,10 @@ def test_weight_answers_on_another_device(name):
     assert (weight.device.type, tuple(weight.shape)) == ("meta", weight_shape)
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_computing_with_weight_is_an_error_that_says_what_to_do(fold):
+@pytest.mark.parametrize("form", [None, "folded", "pivoted"])
+def test_computing_with_weight_is_an_error_that_says_what_to_do(form):
     layer = LowRankLinear(7, 5, 3)
-    weight = (layer.fold() if fold else layer).weight
+    weight = (layer.fold(form) if form else layer).weight
     x = torch.randn(2, 7)
     for compute in (lambda: nn.functional.linear(x, weight), lambda: x @ weight, lambda: weight.norm()):
         with pytest.raises(ConversionError, match=r"exists only as U, S and V; .*Put the layer in exclude_modules"):
@@ -66,12 +66,12 @@ class ReducesWeight(ReadsFacts):
         return x * self.layer.weight.sum(0)
 
 
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("form", [None, "folded", "pivoted"])
 @pytest.mark.parametrize("trace", ["eager", "aot_eager", "export"])
-def test_traced_code_may_read_facts_and_computes_nothing_from_a_weight(fold, trace):
+def test_traced_code_may_read_facts_and_computes_nothing_from_a_weight(form, trace):
     """Where it computes with a weight, the graph raises an error instead of returning NaN."""
     layer, x = LowRankLinear(7, 5, 3), torch.randn(2, 7)
-    layer = layer.fold() if fold else layer
+    layer = layer.fold(form) if form else layer
 
     def traced(module):
         if trace == "export":
