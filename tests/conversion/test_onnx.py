@@ -52,6 +52,16 @@ def test_onnx_runtime_agrees(case, tmp_path):
     assert sorted(tmp_path.iterdir()) == [path]  # all weights in the one file
 
 
+@pytest.mark.parametrize("case", ["vit", "resnet"])
+def test_a_pivoted_model_is_exported_as_it_is(case, tmp_path):
+    targets = r".*\.convolution" if case == "resnet" else "all-linear"
+    model, inputs = MODELS[case].build(), MODELS[case].inputs()
+    get_robust_lowrank_model(model, CondLRConfig(rank_ratio=0.5, target_modules=targets))
+    fold_model(model, "pivoted")
+    path = export_onnx(model, tmp_path / "model.onnx", inputs=inputs)
+    assert_outputs_agree(path, model, inputs)
+
+
 def assert_outputs_agree(path, model, inputs):
     found = outputs(path, inputs)
     with torch.no_grad():
