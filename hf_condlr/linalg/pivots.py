@@ -26,12 +26,18 @@ def pivot_rows(X: Tensor, largest: float = LARGEST_COEFFICIENT) -> tuple[Tensor,
         order (m,), the indices of the rows, those of p first, and C (m − r, r) in float64.
     """
     X = to_float64(X)
-    r = X.shape[1]
-    P, L, _ = torch.linalg.lu(X)  # X = P L R
-    order = P.argmax(0)
+    m, r = X.shape
+    L, swaps = torch.linalg.lu_factor(X)  # L below the diagonal; as a matrix (m, m) the swaps could be larger than X
+    places = list(range(m))
+    for i, j in enumerate(swaps.tolist()):  # rows i and j - 1 changed places, one after the other
+        places[i], places[j - 1] = places[j - 1], places[i]
+    order = torch.tensor(places, device=X.device)
     C = torch.linalg.solve_triangular(L[:r], L[r:], upper=False, left=False, unitriangular=True)
-    while C.numel() and C.abs().max() > largest:
-        i, j = divmod(int(C.abs().argmax()), r)
+    while C.numel():
+        size, index = C.abs().flatten().max(0)
+        if not size > largest:
+            break
+        i, j = divmod(int(index), r)
         row, column, c = C[i].clone(), C[:, j].clone(), C[i, j].clone()
         C.addr_(column, row / c, alpha=-1)
         C[i], C[:, j], C[i, j] = -row / c, column / c, 1 / c
