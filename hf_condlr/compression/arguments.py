@@ -12,7 +12,9 @@ from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 
 # Fields that become fields of the CondLRConfig under the same name.
-_CONVERSION = ["target_modules", "exclude_modules", "init_weights", "rank_allocation"]
+_CONVERSION = ["tau", "target_modules", "exclude_modules", "init_weights", "rank_allocation", "rank_multiple"]
+_CONVERSION += ["sequential_calibration"]
+_FORMS = ("factored", *get_args(InferenceForm))
 
 
 @dataclass(kw_only=True)
@@ -83,7 +85,7 @@ class CompressionArguments(InputArguments):
         "factored",
         "What is saved: U, S, V, which train on within the bound; or for inference only, smaller but without a bound "
         "that can be verified, folded with r(m+n) weights a layer, or pivoted with r(m+n-r).",
-        choices=("factored", *get_args(InferenceForm)),
+        choices=_FORMS,
     )
     recovery_steps: int = option(0, "Steps of distillation from the dense model after compression, on training data.")
     learning_rate: float | None = option(None, "Learning rate of the recovery; by default 1e-5.")
@@ -115,16 +117,12 @@ class CompressionArguments(InputArguments):
         self._require(rate is None or rate > 0, "learning_rate", "be > 0")
         if self.adversarial_epsilon is not None:
             self.adversarial_epsilon = parse_epsilon(self.adversarial_epsilon)
+        self._require(self.form in _FORMS, "form", f"be one of {', '.join(_FORMS)}")
         self.condlr_config(ratio or 0.5)  # checks the other values
 
-    def condlr_config(
-        self, ratio: float, *, tau: float = 4.0, rank_multiple: int = 1, sequential_calibration: bool = False
-    ) -> CondLRConfig:
-        """The config of a conversion that removes this share; the other arguments hold where none were given."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _CONVERSION}
-        defaults: dict[str, Any] = {"tau": tau, "rank_multiple": rank_multiple}
-        defaults["sequential_calibration"] = sequential_calibration
-        values |= {name: value if (given := getattr(self, name)) is None else given for name, value in defaults.items()}
-        values["conditioned_start"] = True
-        values["compression_form"] = "training" if self.form == "factored" else self.form
-        return CondLRConfig(compression_ratio=ratio, **values)
+    def condlr_config(self, ratio: float, **defaults: Any) -> CondLRConfig:
+        """The config of a conversion that removes this share; `defaults` hold where nothing was given."""
+        given = {name: value for name in _CONVERSION if (value := getattr(self, name)) is not None}
+        form = "training" if self.form == "factored" else self.form
+        fixed: dict[str, Any] = {"compression_ratio": ratio, "compression_form": form, "conditioned_start": True}
+        return CondLRConfig(**defaults | given | fixed)

@@ -45,6 +45,7 @@ def out(tmp_path):
         ({"ratio": 0.0}, r"ratio must lie in \(0, 1\); received 0.0"),
         ({"ratio": 0.99}, r"ratio must leave rank 1 in every layer, here at most 0\.8\d+; received 0.99"),
         ({"ratio": None, "max_drop": -1.0}, r"max_drop must lie in \[0, 100\); received -1.0"),
+        ({"form": "training"}, r"form must be one of factored, folded, pivoted; received training"),
         ({"tau": -1.0}, r"tau must be a number ≥ 0"),
         ({"rank_multiple": 0}, r"rank_multiple must be an integer ≥ 1"),
         ({"init_weights": "fischer"}, r"init_weights must be one of svd, .*; received 'fischer'"),
