@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_condlr.distributed.sharded_linalg import orthonormalize
 from hf_condlr.errors import ConversionError, listed, require
-from hf_condlr.layers import InferenceLayer, LowRankConv2d, LowRankLinear, PivotedLayer, compressed_layers
-from hf_condlr.layers.inference import SHAPE_ATTRIBUTES, filled
+from hf_condlr.layers import InferenceLayer, LowRankConv2d, LowRankLinear, compressed_layers
 from hf_condlr.linalg import robust_svd
 from hf_condlr.linalg.precision import to_float64
 
@@ -114,7 +113,7 @@ class LoraOnFactors(Linear):
                 bias = nn.Parameter((bias.detach() + added).to(bias.dtype), requires_grad=bias.requires_grad)
         if isinstance(base, LowRankLinear):
             return _factored_sum(base, B, A, bias).train(base.training)
-        return _inference_sum(base, B, A, bias).train(base.training)
+        return _inference_sum(base, B, A, bias)
 
 
 def _factored_sum(base: LowRankLinear, B: Tensor, A: Tensor, bias: Any) -> LowRankLinear:  # (m, k), (k, n)
@@ -141,18 +140,11 @@ def _factored_sum(base: LowRankLinear, B: Tensor, A: Tensor, bias: Any) -> LowRa
 
 
 def _inference_sum(base: InferenceLayer, B: Tensor, A: Tensor, bias: Any) -> nn.Module:  # (m, k), (k, n)
-    """The layer of W + BA with rank r + k: [L B] [R; A] with W = L R. A pivoted layer of full rank becomes dense."""
+    """The layer of W + BA with rank r + k: [L B] [R; A] with W = L R."""
     L, R = map(to_float64, base.values())
-    L, R = torch.cat((L, B), 1), torch.cat((R, A), 0)
-    like: Tensor = base.down.weight
-    if isinstance(base, PivotedLayer) and len(R) >= min(len(L), R.shape[1]):
-        return filled(base.build_dense, L @ R, bias, like=like)
     builders = base.build_dense, partial(nn.Linear, R.shape[1], bias=False), partial(nn.Linear, bias=False)
-    layer = type(base).of(L, R, bias, builders, like=like)
-    for name in SHAPE_ATTRIBUTES:
-        if hasattr(base, name):
-            setattr(layer, name, getattr(base, name))
-    return layer
+    L, R = torch.cat((L, B), 1), torch.cat((R, A), 0)
+    return type(base).of(L, R, bias, builders, replaced=base, like=base.down.weight)
 
 
 def _lora_for_inference(target: Any, adapter_name: str, **kwargs: Any) -> nn.Module:

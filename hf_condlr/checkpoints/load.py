@@ -200,7 +200,8 @@ def _check_factors_stated(manifest: Manifest, tensors: Header) -> None:
         if missing := [key for key in keys if key not in tensors]:
             wrong += [f"no {key}" for key in missing]
             continue
-        shapes, dtypes = [tensors[key][0] for key in keys], {tensors[key][1] for key in keys if key[-6:] != ".order"}
+        shapes = [tensors[key][0] for key in keys]
+        dtypes = {tensors[key][1] for key in keys if not key.endswith(".order")}  # which holds integers
         # U (m, r), S (r, r), V (n, r); down (r, n), up (m, r) or pivoted (m − r, r), of convolutions with further ones
         ranks = [shape[1:2] for shape in shapes] if stored.form == "factored" else [shapes[0][:1], shapes[1][1:2]]
         if set(ranks) != {(stored.r,)}:

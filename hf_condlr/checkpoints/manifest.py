@@ -21,7 +21,7 @@ from hf_condlr.checkpoints import METHOD
 from hf_condlr.checkpoints.rounding import can_be_orthonormal, least_condition_number
 from hf_condlr.config import CondLRConfig
 from hf_condlr.errors import CheckpointError, listed, require
-from hf_condlr.layers import Factors, FoldedLayer, InferenceLayer, LowRankLayer
+from hf_condlr.layers import Factors, InferenceLayer, LowRankLayer
 from hf_condlr.layers.model import compressed_layers, loaded_factors
 from hf_condlr.linalg import CENTERS, Center, obeys_bound
 
@@ -30,8 +30,11 @@ STEM = "condlr"
 NOTICE = "the weights are low-rank factors; pip install hf_condlr, and import hf_condlr before from_pretrained"
 MANIFEST = "quantization_config"  # where transformers looks for what builds a model's layers before it loads them
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-PARTS = {"factored": ("U", "S", "V"), "folded": ("down.weight", "up.weight")}
-PARTS["pivoted"] = (*PARTS["folded"], "order")
+PARTS = {
+    "factored": ("U", "S", "V"),
+    "folded": ("down.weight", "up.weight"),
+    "pivoted": ("down.weight", "up.weight", "order"),
+}
 UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 """Exceptions that reading values of the wrong type or size raises."""
 
@@ -57,7 +60,7 @@ class StoredLayer:
     def of(cls, layer: LowRankLayer | InferenceLayer, factors: Factors | None = None) -> StoredLayer:
         """Describe the layer as it is, or as it would be with other factors."""
         if isinstance(layer, InferenceLayer):
-            return cls(r=layer.r, form="folded" if isinstance(layer, FoldedLayer) else "pivoted")
+            return cls(r=layer.r, form=layer.form)
         factors = (layer.U, layer.S, layer.V) if factors is None else factors
         U, S, V = factors
         orthonormal = all([can_be_orthonormal(basis, S.dtype) for basis in (U, V)])  # each may be a sum over processes

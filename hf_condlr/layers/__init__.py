@@ -4,11 +4,11 @@ U (m, r) and V (n, r) have orthonormal columns, S (r, r) is dense; m = out_featu
 compute: `attach_manifold_step` keeps the constraint while an optimizer moves the factors.
 """
 
-from hf_condlr.layers.base import Factorization, Factors, InferenceForm, LowRankLayer, weight_matrix
+from hf_condlr.layers.base import Factorization, Factors, LowRankLayer, weight_matrix
 from hf_condlr.layers.condition_report import ConditionReport, condition_report
 from hf_condlr.layers.conv2d import LowRankConv2d
 from hf_condlr.layers.folded import FoldedLayer
-from hf_condlr.layers.inference import InferenceLayer
+from hf_condlr.layers.inference import InferenceForm, InferenceLayer
 from hf_condlr.layers.linear import LowRankLinear
 from hf_condlr.layers.model import (
     ModuleTree,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_condlr.distributed.shards import full_tensor
 from hf_condlr.errors import ConfigError, ConversionError, require
 from hf_condlr.layers.folded import FoldedLayer
-from hf_condlr.layers.inference import SHAPE_ATTRIBUTES, Builders, InferenceLayer, filled
+from hf_condlr.layers.inference import Builders, InferenceForm, InferenceLayer, filled
 from hf_condlr.layers.pivoted import PivotedLayer
 from hf_condlr.layers.weight_stand_in import stand_in
 from hf_condlr.linalg import (
@@ -30,9 +30,7 @@ from hf_condlr.linalg.precision import at_least_float32, to_float64
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
-InferenceForm = Literal["folded", "pivoted"]
-
-FORMS: dict[str, type[InferenceLayer]] = {"folded": FoldedLayer, "pivoted": PivotedLayer}
+FORMS: dict[str, type[InferenceLayer]] = {kind.form: kind for kind in (FoldedLayer, PivotedLayer)}
 
 Factorization = Callable[[Tensor, int], Factors]  # (m, n) matrix and r -> U (m, r), S (r, r), V (n, r)
 
@@ -115,15 +113,8 @@ class LowRankLayer(nn.Module):
             form: `folded` for Vᵀ and U S, r(m + n) weights; `pivoted` for r(m + n − r) of them, of which a layer of
                 full rank becomes the dense one, which is as small.
         """
-        if form == "pivoted" and self.r == min(len(self.U), len(self.V)):
-            return self.to_dense()
-        kind = FORMS[form]
         US = to_float64(self.U) @ to_float64(self.S)
-        layer = kind.of(US, self.V.mT, self.bias, self.builders(), like=self.U).train(self.training)
-        for name in SHAPE_ATTRIBUTES:
-            if hasattr(self, name):  # models ask their layers for the shape
-                setattr(layer, name, getattr(self, name))
-        return layer
+        return FORMS[form].of(US, self.V.mT, self.bias, self.builders(), replaced=self, like=self.U)
 
     @property
     def r(self) -> int:

@@ -14,7 +14,6 @@ from hf_condlr.distributed.sharded_linalg import orthonormality_error, orthonorm
 from hf_condlr.distributed.shards import reshard
 from hf_condlr.errors import MissingExtraError, require
 from hf_condlr.layers.base import Factors, LowRankLayer
-from hf_condlr.layers.folded import FoldedLayer
 from hf_condlr.layers.inference import InferenceLayer
 from hf_condlr.layers.model import compressed_layers, factored_layers, loaded_factors
 from hf_condlr.layers.record import factored_size
@@ -191,9 +190,9 @@ def _inference_record(name: str, layer: InferenceLayer) -> LayerRecord:
     L, R = layer.values()
     (m, r), n = L.shape, R.shape[1]
     sigma, kappa = _spectrum((L, torch.eye(r, dtype=L.dtype, device=L.device), R.mT))
-    error = orthonormality_error(R.mT).item() if isinstance(layer, FoldedLayer) else 0.0
+    error = orthonormality_error(R.mT).item() if layer.form == "folded" else 0.0
     bias = m if layer.bias is not None else 0
-    parameters = bias + factored_size(m, n, r, "folded" if isinstance(layer, FoldedLayer) else "pivoted")
+    parameters = bias + factored_size(m, n, r, layer.form)
     return LayerRecord(
         name=name,
         shape=(m, n),

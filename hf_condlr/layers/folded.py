@@ -13,14 +13,13 @@ from hf_condlr.layers.inference import Builders, InferenceLayer, filled, quantiz
 class FoldedLayer(nn.Sequential, InferenceLayer):
     """`down` (Vᵀ) and `up` (U S with the bias), r(m + n) weights: plain torch layers that any exporter knows."""
 
+    form = "folded"
+
     @classmethod
-    def of(cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, *, like: Tensor) -> Self:
-        """The layer with the weight L R; dtype and device are those of `like`."""
-        (m, r), (build_dense, build_down, build_up) = L.shape, builders
+    def _with_weight(cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, like: Tensor) -> Self:
+        (m, r), (_, build_down, build_up) = L.shape, builders
         down, up = filled(lambda: build_down(r), R, None, like=like), filled(lambda: build_up(r, m), L, bias, like=like)
-        layer = cls(OrderedDict(down=down, up=up))
-        layer.build_dense = build_dense
-        return layer
+        return cls(OrderedDict(down=down, up=up))
 
     def values(self) -> tuple[Tensor, Tensor]:
         """U S (m, r) and Vᵀ (r, n); of quantized layers, what their weights stand for."""

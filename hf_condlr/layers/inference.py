@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from hf_condlr.linalg.precision import at_least_float32
 Builders = tuple[Callable[[], Any], Callable[[int], Any], Callable[[int, int], Any]]
 """Build without a bias: the dense layer; `down` for r; `up` for r and a number of rows."""
 
-SHAPE_ATTRIBUTES = ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size")
+InferenceForm = Literal["folded", "pivoted"]
+
+_SHAPE = ("weight_shape", "in_features", "out_features", "in_channels", "out_channels", "kernel_size")
 
 _PLAIN = (Tensor, nn.Parameter, DTensor)
 
@@ -26,10 +28,12 @@ class InferenceLayer(nn.Module):
     """`down` and `up`, plain torch layers, applied one after the other; their rank is the number of outputs of `down`.
 
     Attributes:
+        form: Its name.
         weight_shape: Shape of the dense layer's weight.
         build_dense: Builds the dense layer, without a bias.
     """
 
+    form: ClassVar[InferenceForm]
     down: Any
     up: Any
     bias: Any
@@ -42,9 +46,31 @@ class InferenceLayer(nn.Module):
         return self.down.weight.shape[0]
 
     @classmethod
+    def of(
+        cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, *, replaced: nn.Module, like: Tensor
+    ) -> Any:
+        """Build the layer with the weight L R, which takes the place of another.
+
+        Args:
+            L: (m, r).
+            R: (r, n).
+            bias: The parameter itself.
+            builders: Those of `LowRankLayer.builders`.
+            replaced: What models ask their layers for, the shape, is copied from it, and the mode.
+            like: A parameter that has the dtype, device and requires_grad.
+        """
+        layer = cls._with_weight(L, R, bias, builders, like)
+        layer.build_dense = builders[0]
+        for name in _SHAPE:
+            if hasattr(replaced, name):
+                setattr(layer, name, getattr(replaced, name))
+        return layer.train(replaced.training)
+
+    @classmethod
     @abstractmethod
-    def of(cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, *, like: Tensor) -> Self:
-        """The layer with the weight L R, (m, r) (r, n); dtype, device and requires_grad are those of `like`."""
+    def _with_weight(
+        cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, like: Tensor
+    ) -> Self: ...
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class PivotedLayer(InferenceLayer):
         axis: The dimension of the outputs' features or channels.
     """
 
+    form = "pivoted"
     order: Tensor
     axis: int
 
@@ -37,12 +38,16 @@ class PivotedLayer(InferenceLayer):
         self.register_buffer("order", order)
 
     @classmethod
-    def of(cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, *, like: Tensor) -> Self:
-        """The layer with the weight L R; dtype and device are those of `like`.
+    def of(cls, L: Tensor, R: Tensor, bias: Any, builders: Builders, *, replaced: nn.Module, like: Tensor) -> Any:
+        """As `InferenceLayer.of`; a layer of full rank becomes the dense one, which is as small."""
+        if L.shape[1] >= min(len(L), R.shape[1]):
+            return filled(builders[0], to_float64(L) @ to_float64(R), bias, like=like).train(replaced.training)
+        return super().of(L, R, bias, builders, replaced=replaced, like=like)
 
-        L = Q T by QR, so that the rows are chosen of an orthonormal Q; W_p = Q_p T R and C = Q_q Q_p⁻¹.
-        """
-        (m, r), (build_dense, build_down, build_up) = L.shape, builders
+    @classmethod
+    def _with_weight(cls, L: Tensor, R: Tensor, bias: nn.Parameter | None, builders: Builders, like: Tensor) -> Self:
+        """L = Q T by QR, so that the rows are chosen of an orthonormal Q; W_p = Q_p T R and C = Q_q Q_p⁻¹."""
+        (m, r), (_, build_down, build_up) = L.shape, builders
         order, C, rows = torch.empty(m, device=L.device), L[r:], R
         if not L.is_meta:  # on the meta device there is nothing to choose by: a checkpoint fills it
             Q, T = torch.linalg.qr(to_float64(L))
@@ -50,9 +55,7 @@ class PivotedLayer(InferenceLayer):
             rows = Q[order[:r]] @ T @ to_float64(R)
         down = filled(lambda: build_down(r), rows, None, like=like)
         up = filled(lambda: build_up(r, m - r), C, None, like=like)
-        layer = cls(down, up, bias, order.argsort().int())
-        layer.build_dense = build_dense
-        return layer
+        return cls(down, up, bias, order.argsort().int())
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b."""
