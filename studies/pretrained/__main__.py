@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_condlr.options import option
+from hf_condlr.robustness.attacks.registry import parse_epsilon
 from studies.pretrained.experiment import Experiment, Samples, Variant
 from studies.pretrained.methods import METHODS
 from studies.pretrained.report import draw, table
@@ -34,14 +35,19 @@ class Options:
     ratios: list[float] = option([0.6], "Shares of the weights of the encoder's linear layers that are removed.")
     recovery_steps: int = option(0, "Optimizer steps of distillation after compression; 0: none.")
     adversarial: float = option(
-        0.0, "Recover on adversarial samples too, half of each batch, by one step of this ε (1/255 is 0.0039); 0: none."
+        0.0,
+        "Recover on adversarial samples too, by one step of this ε (1/255 is 0.0039); 0: none. The rate is then chosen "
+        "by the mean of clean and robust accuracy.",
     )
+    adversarial_share: float = option(0.5, "Share of each batch that is attacked then.")
     learning_rates: list[float] = option([1e-4], "Sweep of the recovery, the same for every method.")
     seeds: list[int] = option([0], "Of the recovery; the first one sweeps.")
     calibration: int = option(256, "Training samples that starts and ranks see.")
     clean: int = option(500, "Test samples of the clean accuracy, drawn once; more than there are: all.")
     attacked: int = option(100, "Test samples that are attacked, drawn once.")
     attack_steps: int = option(5, "Steps of PGD.")
+    epsilons: list[str] | None = option(None, "Budgets such as 1/255 or 0.05; by default two for each task.")
+    queries: int = option(0, "Queries of an attack without gradients in addition to PGD; 0: none.")
     check: str | None = option(None, "A method whose attacks are checked for signs of weakness.")
     bf16: bool = option(True, "Recover with forward passes in bfloat16.")
     threads: int = option(1, "Threads of torch.")
@@ -60,9 +66,18 @@ def main() -> None:
     [options] = parse(Options)
     set_up(options.threads)
     task = load_task(options.task, options.data, options.model_path)
-    samples = Samples(options.calibration, options.clean, options.attacked, options.attack_steps)
+    epsilons = tuple(map(parse_epsilon, options.epsilons or ()))
+    numbers = (options.calibration, options.clean, options.attacked, options.attack_steps)
+    samples = Samples(*numbers, epsilons, options.queries)
     output = Path(options.output_dir)
-    experiment = Experiment(task, options.model_path, output / "rows", samples, bf16=options.bf16)
+    experiment = Experiment(
+        task,
+        options.model_path,
+        output / "rows",
+        samples,
+        bf16=options.bf16,
+        adversarial_share=options.adversarial_share,
+    )
     variants = [
         Variant(method, 0.0 if method == "dense" else ratio, options.recovery_steps, options.adversarial)
         for ratio in options.ratios

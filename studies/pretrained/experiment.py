@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from hf_condlr import evaluate_robustness
-from hf_condlr.robustness.attacks import PGD, Attack, Corruption, EmbeddingPGD
+from hf_condlr.robustness.attacks import PGD, Attack, Corruption, EmbeddingPGD, EmbeddingSearch, Square
 from studies.paper.methods import condition_numbers
 from studies.pretrained.latency import milliseconds
 from studies.pretrained.methods import METHODS, calibration, compressed
@@ -25,6 +25,7 @@ from studies.rows import Rows
 
 BUDGETS = {"imagenette": (0.5 / 255, 1 / 255), "sst2": (0.02, 0.05)}
 CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast", "jpeg")  # of severity 3
+VALIDATED_UNDER_ATTACK = 200  # rows of the validation split
 DISTILLATION = 0.9  # weight of the dense model's outputs; 0.1 is that of the labels
 
 
@@ -36,7 +37,7 @@ class Variant:
     ratio: float
     steps: int = 0
     adversarial: float = 0.0
-    """ε of the adversarial samples that are half of each batch of that training."""
+    """ε of the adversarial samples in each batch of that training."""
 
     @property
     def label(self) -> str:
@@ -53,6 +54,10 @@ class Samples:
     clean: int = 500
     attacked: int = 100
     attack_steps: int = 5
+    epsilons: tuple[float, ...] = ()
+    """Budgets of the attacks; by default two for each task, `BUDGETS`."""
+    queries: int = 0
+    """Of an attack without gradients, in addition to PGD; 0: none."""
 
 
 class Experiment:
@@ -64,10 +69,21 @@ class Experiment:
         root: Folder of the rows.
         samples: Numbers of rows.
         bf16: Recover in bfloat16.
+        adversarial_share: Of each batch, where a recovery is adversarial.
     """
 
-    def __init__(self, task: Task, dense_path: str, root: Path, samples: Samples, *, bf16: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        dense_path: str,
+        root: Path,
+        samples: Samples,
+        *,
+        bf16: bool = True,
+        adversarial_share: float = 0.5,
+    ) -> None:
         self.task, self.dense_path, self.samples, self.bf16 = task, dense_path, samples, bf16
+        self.adversarial_share = adversarial_share
         self.rows = Rows(root)
 
     @functools.cached_property
@@ -79,17 +95,30 @@ class Experiment:
     def _measured(self) -> Any:
         return calibration(self.task, self.samples.calibration)
 
+    @functools.cached_property
+    def _measured_under_attack(self) -> Any:
+        return calibration(self.task, self.samples.calibration, self.dense, self._pgd(max(self.epsilons)))
+
+    @property
+    def epsilons(self) -> tuple[float, ...]:
+        """Budgets of the attacks."""
+        return self.samples.epsilons or BUDGETS[self.task.name]
+
     def start(self, variant: Variant) -> dict[str, Any]:
         """The row of a compressed model before any training; the model lies in its folder."""
         method = METHODS[variant.method]
-        key = {**asdict(method), "tau": str(method.tau), "calibration": self.samples.calibration}
+        key = {**asdict(method), "tau": str(method.tau), "cap": str(method.cap)}
+        key["calibration"] = self.samples.calibration
+        if method.attacked:
+            key["epsilon"] = max(self.epsilons)
         if method.start != "dense":
             key["ratio"] = variant.ratio
 
         def make(folder: Path) -> dict[str, Any]:
             set_seed(0)
             begin = time.process_time()
-            model = compressed(self.task, self.dense, method, variant.ratio, self._measured, self.samples.calibration)
+            measured = self._measured_under_attack if method.attacked else self._measured
+            model = compressed(self.task, self.dense, method, variant.ratio, measured, self.samples.calibration)
             seconds = round(time.process_time() - begin, 1)  # less where another method has measured the same moments
             return {"conversion_seconds": seconds, **self._saved(model, folder)}
 
@@ -109,12 +138,17 @@ class Experiment:
             options |= {"free": method.free, "bf16": self.bf16}
             if variant.adversarial:
                 options |= {"adversarial_attack": "fgsm", "adversarial_epsilon": variant.adversarial}
-                options |= {"adversarial_share": 0.5, "adversarial_schedule": "constant"}
+                options |= {"adversarial_share": self.adversarial_share, "adversarial_schedule": "constant"}
             result = fitted(self.task, model, folder, rate=rate, steps=variant.steps, seed=seed, **options)
+            if variant.adversarial:  # the mean of clean and robust accuracy chooses the rate
+                result["validation_clean"] = result["validation_accuracy"]
+                result["validation_robust"] = self._validated_under_attack(model, variant.adversarial)
+                result["validation_accuracy"] = (result["validation_clean"] + result["validation_robust"]) / 2
             return {**result, **self._saved(model, folder)}
 
         key = {"start": start["key"], "steps": variant.steps, "rate": rate, "seed": seed, "bf16": self.bf16}
-        key |= {"adversarial": variant.adversarial} if variant.adversarial else {}
+        if variant.adversarial:
+            key |= {"adversarial": variant.adversarial, "adversarial_share": self.adversarial_share}
         name = f"{self.task.name} {variant.method} {variant.ratio:g} steps {variant.steps} lr {rate:g} seed {seed}"
         row = self.rows.row(name, key, make)
         return {**row, **facts, "diverged": not math.isfinite(row["training_loss"])}
@@ -132,7 +166,7 @@ class Experiment:
             right = hits(self.task, model, rows)
             report = evaluate_robustness(
                 model,
-                self.task.attacked_test(),
+                self.task.attackable(self.task.test),
                 attacks,
                 processor=self.task.processor,
                 name=variant.label,
@@ -171,14 +205,31 @@ class Experiment:
         return self.rows.row("latency", key, make)["milliseconds"]
 
     def attacks(self) -> list[Attack]:
-        """PGD at two budgets; images: against cross entropy and margin (equal for two classes), and corruptions."""
-        budgets = BUDGETS[self.task.name]
-        if self.task.name == "sst2":
-            return [EmbeddingPGD(epsilon, steps=self.samples.attack_steps) for epsilon in budgets]
-        found: list[Attack] = [
-            PGD(epsilon, steps=self.samples.attack_steps, loss=loss) for epsilon in budgets for loss in ("ce", "margin")
-        ]
-        return found + [Corruption(corruption, 3) for corruption in CORRUPTIONS]
+        """PGD and perhaps a search at each budget; images: PGD also against the margin, and corruptions."""
+        found: list[Attack] = []
+        for epsilon in self.epsilons:
+            found.append(self._pgd(epsilon))
+            if self.task.name == "imagenette":  # equal to the cross entropy for two classes
+                found.append(replace(self._pgd(epsilon), loss="margin"))
+            if self.samples.queries:
+                search = Square if self.task.name == "imagenette" else EmbeddingSearch
+                found.append(search(epsilon, queries=self.samples.queries))
+        return found + [Corruption(kind, 3) for kind in CORRUPTIONS if self.task.name == "imagenette"]
+
+    def _pgd(self, epsilon: float) -> Any:
+        return (PGD if self.task.name == "imagenette" else EmbeddingPGD)(epsilon, steps=self.samples.attack_steps)
+
+    def _validated_under_attack(self, model: Any, epsilon: float) -> float:
+        report = evaluate_robustness(
+            model.eval(),
+            self.task.attackable(self.task.validation),
+            self._pgd(epsilon),
+            processor=self.task.processor,
+            max_samples=VALIDATED_UNDER_ATTACK,
+            progress=False,
+            checks=False,
+        )
+        return report.attacks[0].robust_accuracy
 
     def _saved(self, model: Any, folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_condlr import Calibration, CondLRConfig, get_robust_lowrank_model
 from hf_condlr.layers import factored_layers
+from hf_condlr.robustness.attacks import Attack
 from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.pretrained.tasks import ENCODER, Task
+
+QUERIES_AND_KEYS = r".*\.(query|key)"
+MLPS = r".*\.(mlp\..*|layer\.\d+\.(intermediate|output)\.dense)"
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,9 @@ class Method:
         tau: κ ≤ 1 + τ from the start on; inf: no bound.
         sequential: Each layer is factored for what the compressed layers before it give.
         free: The recovery trains U, S, V without the manifold step, as plain low rank does.
+        tau_pattern: Other bounds of some layers.
+        cap: No singular value of S is larger than this multiple of their rms; inf: no limit.
+        attacked: Every second calibration batch is attacked.
     """
 
     label: str
@@ -35,6 +44,9 @@ class Method:
     tau: float = math.inf
     sequential: bool = False
     free: bool = True
+    tau_pattern: dict[str, float] = field(default_factory=dict)
+    cap: float = math.inf
+    attacked: bool = False
 
 
 METHODS = {
@@ -50,12 +62,33 @@ METHODS = {
     "ours-4-sequential": Method("Fisher, κ ≤ 5, sequential", "fisher", "fisher", 4.0, sequential=True, free=False),
     "ours-1": Method("Fisher, κ ≤ 2", "fisher", "fisher", 1.0, free=False),
     "ours-0.1": Method("Fisher, κ ≤ 1.1", "fisher", "fisher", 0.1, free=False),
+    # What else might buy robustness.
+    **{
+        f"ours-{tau:g}-sequential{name}": Method(
+            f"Fisher, {bound}, sequential{label}", "fisher", "fisher", tau, sequential=True, free=False, **options
+        )
+        for tau, bound, name, label, options in [
+            (math.inf, "no bound", "", "", {}),
+            (1.0, "κ ≤ 2", "", "", {}),
+            (4.0, "κ ≤ 5", "-qk", ", κ ≤ 2 in queries and keys", {"tau_pattern": {QUERIES_AND_KEYS: 1.0}}),
+            (4.0, "κ ≤ 5", "-mlp", ", κ ≤ 2 in the MLPs", {"tau_pattern": {MLPS: 1.0}}),
+            (4.0, "κ ≤ 5", "-cap-2", ", σ ≤ 2 rms", {"cap": 2.0}),
+            (4.0, "κ ≤ 5", "-cap-1.5", ", σ ≤ 1.5 rms", {"cap": 1.5}),
+            (4.0, "κ ≤ 5", "-attacked", ", calibrated under attack", {"attacked": True}),
+        ]
+    },
 }
 
 
-def calibration(task: Task, samples: int) -> Calibration:
-    """Training rows, drawn once, for starts and ranks; what was measured serves all methods."""
-    return Calibration(DataLoader(_rows(task, samples), batch_size=32, collate_fn=task.collate))
+def calibration(task: Task, samples: int, model: Any = None, attack: Attack | None = None) -> Calibration:
+    """Training rows, drawn once, for starts and ranks; what was measured serves all methods.
+
+    With an attack on the dense model, every second batch of them is attacked.
+    """
+    batches: Iterable[Any] = DataLoader(_rows(task, samples), batch_size=32, collate_fn=task.collate)
+    if attack is not None:
+        batches = [task.attacked(model, attack, batch) if i % 2 else batch for i, batch in enumerate(batches)]
+    return Calibration(batches)
 
 
 def compressed(task: Task, dense: Any, method: Method, ratio: float, measured: Calibration, samples: int) -> Any:
@@ -69,6 +102,7 @@ def compressed(task: Task, dense: Any, method: Method, ratio: float, measured: C
         rank_allocation=method.allocation,
         init_weights="svd" if method.start == "fwsvd" else method.start,
         tau=method.tau,
+        tau_pattern=method.tau_pattern,
         sequential_calibration=method.sequential,
         conditioned_start=math.isfinite(method.tau),
     )
@@ -82,7 +116,17 @@ def compressed(task: Task, dense: Any, method: Method, ratio: float, measured: C
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.set_factors(*weighted_factors(dense.get_submodule(name).weight, information[name], layer.r))
+    if math.isfinite(method.cap):
+        for layer in factored_layers(model).values():
+            layer.set_factors(layer.U, capped(layer.S, method.cap), layer.V)
     return model
+
+
+@torch.no_grad()
+def capped(S: Tensor, cap: float) -> Tensor:  # (r, r) -> (r, r)
+    """The nearest S whose singular values are at most `cap` times the rms of those of the given one."""
+    P, sigma, Qt = torch.linalg.svd(S)
+    return P @ (sigma.clamp(max=cap * sigma.square().mean().sqrt())[:, None] * Qt)
 
 
 def _rows(task: Task, samples: int) -> Any:

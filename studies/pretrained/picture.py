@@ -37,6 +37,7 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
     tasks = list(dict.fromkeys(record["options"]["task"] for record in records))
     figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout="constrained")
     legend: dict[str, Any] = {}
+    methods = list(dict.fromkeys(row["method"] for record in records for row in record["rows"]))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         rows = [row for record in records if record["options"]["task"] == task for row in record["rows"]]
         columns = columns_of(rows[0])
@@ -53,7 +54,7 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
                 )
                 points.setdefault(group[0]["method"], []).append((x, y, bool(group[0]["steps"])))
         for method, found in points.items():
-            color = COLORS[list(METHODS).index(method)]
+            color = COLORS[methods.index(method) % len(COLORS)]
             axes.plot(*zip(*[(x, y) for x, y, _ in found], strict=True), color=color, lw=0.8)
             for x, y, recovered in found:
                 marker, size = ("*", 12) if method == "dense" else ("o", 6)

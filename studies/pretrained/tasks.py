@@ -23,6 +23,8 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
+from hf_condlr.robustness.attacks import Attack, PixelModel, TextModel
+
 PIXELS = 112  # a multiple of DINOv2's 14-pixel patches
 MAX_LENGTH = 64  # tokens of a sentence; the rest is cut off
 ENCODER = r".*encoder\.layer\..*"
@@ -56,11 +58,23 @@ class Task:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         return self.auto_class.from_pretrained(path, num_labels=len(names), **labels)
 
-    def attacked_test(self) -> Any:
-        """The test split as `evaluate_robustness` takes it: images or sentences, and labels."""
+    def attackable(self, rows: Any) -> Any:
+        """Rows as `evaluate_robustness` takes them: images or sentences, and labels."""
         if self.name == "imagenette":
-            return self.test.select_columns(["image", "label"]).cast_column("image", datasets.Image())
-        return self.test.select_columns(["sentence", "label"])
+            return rows.select_columns(["image", "label"]).cast_column("image", datasets.Image())
+        return rows.select_columns(["sentence", "label"])
+
+    def attacked(self, model: Any, attack: Attack, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of `collate` as an attack on the model leaves it; a text as embeddings in place of its tokens."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.name == "imagenette":
+            pixels = PixelModel.from_processor(model, self.processor)
+            found = attack(pixels, pixels.denormalize(inputs["pixel_values"]), batch["labels"])
+            return {"pixel_values": pixels.normalize(found).detach(), "labels": batch["labels"]}
+        texts = TextModel(model, self.processor)
+        tokens = attack(texts, inputs, batch["labels"])
+        embedded = texts.embed({"input_ids": tokens.pop("input_ids")}) + tokens.pop("perturbation")
+        return {"inputs_embeds": embedded.detach(), **tokens, "labels": batch["labels"]}
 
 
 def load_task(name: str, data: str | Path, model_path: str | Path, *, least_area: float = 0.5) -> Task:
