@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
 
+from benchmarks.memory import peak_of
 from hf_condlr import CondLRAdapterConfig, attach_manifold_step
 from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
@@ -83,13 +84,17 @@ class Experiment:
             scheduler = get_cosine_schedule_with_warmup(optimizer, o.steps // 10, o.steps)
             if method.tau is not None:
                 attach_manifold_step(optimizer, model)
+
+            def steps() -> None:
+                for ids in self.train_blocks.split(o.batch_size):
+                    model(input_ids=ids, labels=ids).loss.backward()
+                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+
             began = time.process_time()
-            for ids in self.train_blocks.split(o.batch_size):
-                model(input_ids=ids, labels=ids).loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+            peak = peak_of(steps, torch.device("cpu"))
             seconds = (time.process_time() - began) / o.steps
             loss = self.loss(model, self.validation)
             return {
@@ -101,6 +106,7 @@ class Experiment:
                 "kappa_of_updates": update_condition_numbers(model),
                 "parameters": sum(p.numel() for p in trained),
                 "cpu_seconds_a_step": round(seconds, 3),
+                "peak_bytes": peak,
             }
 
         key = facts | {name: getattr(o, name) for name in ("steps", "batch_size", "r", "held_out_blocks")}
@@ -114,14 +120,15 @@ class Experiment:
 
 def table(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
     """A line for each method."""
-    lines = [["not adapted", "", *(f"{value:.1f}" for value in dense.values()), "", "", "", ""]]
+    lines = [["not adapted", "", *(f"{value:.1f}" for value in dense.values()), "", "", "", "", ""]]
     for row in rows:
         kappas = [math.inf if value is None else value for value in row["kappa_of_updates"].values()]
         kappa = [f"{statistics.median(kappas):.4g}", f"{max(kappas):.4g}"]
         found = [f"{value:.1f}" for value in row["perplexity"].values()]
-        cost = [f"{row['cpu_seconds_a_step']:.2f}", f"{row['parameters']:,}"]
+        peak = f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else ""
+        cost = [f"{row['cpu_seconds_a_step']:.2f}", peak, f"{row['parameters']:,}"]
         lines.append([row["label"], f"{row['learning_rate']:g}", *found, *kappa, *cost])
-    header = ["method", "rate", *dense, "median κ(ΔW)", "largest κ(ΔW)", "CPU s a step", "trained"]
+    header = ["method", "rate", *dense, "median κ(ΔW)", "largest κ(ΔW)", "CPU s a step", "peak GB", "trained"]
     return markdown_table(header, lines, align="lr")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from studies.pretrained.methods import METHODS
-from studies.pretrained.report import COLORS, columns_of, groups, measured
+from studies.pretrained.report import COLORS, columns_of, groups, measured, strongest_of
 from studies.record import parse
 
 MODELS = {"imagenette": "DINOv2-small on Imagenette", "sst2": "a text encoder on SST-2"}
@@ -41,7 +41,7 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         rows = [row for record in records if record["options"]["task"] == task for row in record["rows"]]
         columns = columns_of(rows[0])
-        strongest = list(columns)[1]
+        strongest = strongest_of(columns)
         points: dict[str, list[tuple[float, float, bool]]] = {}
         for group in groups(rows):
             if group[0]["ratio"] in (0.0, ratio):

@@ -24,7 +24,7 @@ def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
     difference in points ± its standard error over the samples, clean and under the strongest attack.
     """
     columns = columns_of(rows[0])
-    strongest = list(columns)[1]
+    strongest = strongest_of(columns)
     lines = []
     for group in groups(rows):
         values = [[measured(row)[name] for row in group] for name in columns]
@@ -72,6 +72,11 @@ def columns_of(row: dict[str, Any]) -> dict[str, str]:
     return titles
 
 
+def strongest_of(columns: dict[str, str]) -> str:
+    """The attack of the largest budget, the last one."""
+    return [name for name in columns if name != "corruptions"][-1]
+
+
 def measured(row: dict[str, Any]) -> dict[str, float]:
     """Accuracy under each attack, and the mean over the corruptions."""
     shares = {name: flags.count("1") / len(flags) for name, flags in row["survived"].items()}
@@ -83,7 +88,9 @@ def measured(row: dict[str, Any]) -> dict[str, float]:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy over parameters, and accuracy under the strongest attack over accuracy; a colour a method."""
     rows = [row for row in rows if "right" in row]
-    strongest, title = list(columns_of(rows[0]).items())[1]
+    columns = columns_of(rows[0])
+    strongest = strongest_of(columns)
+    title = columns[strongest]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     labels = list(dict.fromkeys(row["label"] for row in rows))

@@ -1,6 +1,7 @@
 """The study of pretrained models on tiny ones: rows, resuming, the baseline FWSVD, crops."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from transformers.utils import logging as verbosity
 
 import studies.pretrained.__main__ as study
 from hf_condlr import condition_report
-from studies.pretrained import dense, experiment, picture, report
+from hf_condlr.robustness.attacks import EmbeddingPGD, TextModel
+from studies.pretrained import dense, experiment, methods, picture, report
 from studies.pretrained.fwsvd import input_information, weighted_factors
 from studies.pretrained.tasks import PIXELS, load_task, random_crop
 from tests.models import bert, tokens
 from tests.studies.conftest import pictures
 from tests.text_models import BAD, FILLER, GOOD, bert_for, reviews, word_tokenizer
+
+METHODS = ["dense", "svd", "fwsvd", "activation-aware", "activation-aware-sequential", "ours", "ours-4", "ours-1"]
+METHODS += ["ours-0.1"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +62,10 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     assert record["final"]["learning_rate"] == best["learning_rate"] and not list(tmp_path.glob("**/checkpoint-*"))
 
     options = sentences | {"model_path": tmp_path / "tuned", "output_dir": tmp_path / "out", "calibration": 32}
-    options |= {"clean": 32, "attacked": 8, "attack_steps": 2, "check": "ours-1", "bf16": False}
+    options |= {"clean": 32, "attacked": 8, "attack_steps": 2, "check": "ours-1", "bf16": False, "methods": METHODS}
     text = called(monkeypatch, capsys, study, options)
     rows = json.loads((tmp_path / "out" / "results-0.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == list(study.METHODS)
+    assert [row["method"] for row in rows] == list(METHODS)
     kappa = {row["method"]: max(row["condition_numbers"].values()) for row in rows}
     for method, bound in {"ours-4": 5, "ours-1": 2, "ours-0.1": 1.1}.items():
         assert kappa[method] <= bound * (1 + 1e-4)
@@ -77,12 +82,16 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     assert len(record["sweep"]) == len(record["rows"]) == 4
     assert all(max(row["condition_numbers"].values()) <= 2.001 for row in record["rows"] if row["method"] == "ours-1")
     options |= {"methods": ["dense", "ours-1"], "adversarial": 0.05, "learning_rates": [1e-3], "seeds": [0]}
+    options |= {"epsilons": ["0.01", "1/20"], "queries": 3}
     text = called(monkeypatch, capsys, study, options)
     assert "| dense, trained further, adversarially | — |" in text
     plain, adversarial = record, json.loads((tmp_path / "out" / "results-3-0.05.json").read_text())
     assert {row["training_loss"] for row in plain["rows"]}.isdisjoint(
         row["training_loss"] for row in adversarial["rows"]
     )
+    for row in adversarial["rows"]:
+        assert row["validation_accuracy"] == (row["validation_clean"] + row["validation_robust"]) / 2
+        assert set(row["survived"]) == {"embedding 0.01", "embedding 0.05"}
     records = sorted((tmp_path / "out").glob("results-*.json"))
     called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png"})
     assert len(records) == 3 and (tmp_path / "picture.png").exists()
@@ -90,6 +99,48 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     monkeypatch.setattr(experiment, "compressed", again.append)
     monkeypatch.setattr(experiment, "fitted", again.append)
     assert called(monkeypatch, capsys, study, options) == text and not again
+
+
+def test_candidates_for_robustness_differ_where_they_should(sentences, tmp_path):
+    task = load_task("sst2", sentences["data"], sentences["model_path"])
+    samples = experiment.Samples(calibration=64)
+    made = experiment.Experiment(task, sentences["model_path"], tmp_path / "rows", samples, bf16=False)
+
+    def kappa(method):
+        return made.start(experiment.Variant(method, 0.3))["condition_numbers"]
+
+    plain = kappa("ours-4-sequential")
+    assert max(plain.values()) > 2.01
+    for method, part in {
+        "ours-4-sequential-qk": r"query|key",
+        "ours-4-sequential-mlp": r"\d\.(intermediate|output)",
+    }.items():
+        found = kappa(method)
+        bounded = {name for name in found if re.search(part, name)}
+        assert bounded and max(found[name] for name in bounded) <= 2.001 < max(found.values())
+    assert kappa("ours-4-sequential-attacked") != plain
+
+
+def test_an_attacked_batch_is_what_the_attack_found(sentences):
+    task = load_task("sst2", sentences["data"], sentences["model_path"])
+    model, attack = task.model(sentences["model_path"]).eval(), EmbeddingPGD(0.5, steps=2)
+    batch = task.collate([task.train[i] for i in range(4)])
+    texts = TextModel(model, task.processor)
+    tokens = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        expected = texts(attack(texts, tokens, batch["labels"]))
+        torch.testing.assert_close(model(**task.attacked(model, attack, batch)).logits, expected)
+        assert not torch.allclose(texts(tokens), expected)
+
+
+def test_capped_is_the_nearest_with_bounded_singular_values():
+    S = torch.tensor(np.random.default_rng(0).normal(size=(6, 6)))
+    sigma = np.linalg.svd(S, compute_uv=False)
+    limit = 1.2 * np.sqrt((sigma**2).mean())
+    T = methods.capped(S, 1.2)
+    np.testing.assert_allclose(np.linalg.svd(T, compute_uv=False), np.minimum(sigma, limit), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(S - T), np.linalg.norm(np.maximum(sigma - limit, 0)), atol=1e-12)
+    np.testing.assert_allclose(methods.capped(S, 3.0), S, atol=1e-12)
 
 
 def test_photographs(tmp_path):
