@@ -69,9 +69,16 @@ def test_compress(dense, pictures, tmp_path, capsys):
     assert list(report.dense.robust) == ["pgd-linf, ε = 1/255"] and report.tau == 1
     assert condition_report(load(out)).max_condition_number <= 2 * (1 + 1e-4)
     assert len(condition_report(load(out)).layers) == 4
-    options = f"--max_drop 50 --form pivoted --output {out}2 --attack none"
+    options = f"--max_drop 50 --form pivoted --output {out}2 --attack none --sequential_calibration False"
     assert call("compress", dense, "--dataset", pictures, *options.split()) == 0
     assert CompressionReport.load(f"{out}2").max_drop == 50
+    settings = json.loads((tmp_path / "out2" / "stages" / "settings.json").read_text())
+    assert settings["sequential_calibration"] is False and settings["robust"] is False
+    options = f"--ratio 0.4 --output {out}3 --attack none --robust --recovery_steps 1"
+    assert call("compress", dense, "--dataset", pictures, *options.split()) == 0
+    assert CompressionReport.load(f"{out}3").recovery_steps == 1
+    settings = json.loads((tmp_path / "out3" / "stages" / "settings.json").read_text())
+    assert settings["robust"] is True and settings["adversarial_epsilon"] == pytest.approx(2 / 255)
 
 
 def test_convert_with_calibration_data(dense, pictures, tmp_path):

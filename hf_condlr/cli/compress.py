@@ -8,6 +8,8 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from transformers.hf_argparser import string_to_bool
+
 from hf_condlr.cli.models import attacks_of, load, processor_of, say, say_size
 from hf_condlr.compression import CompressionArguments, compress
 from hf_condlr.compression.arguments import InputArguments
@@ -26,7 +28,7 @@ def add_fields(option: Callable[..., Any], arguments: type, *, leave_out: Iterab
         if field.name in leave_out:
             continue
         if kinds == [bool]:
-            option(name, action="store_true", default=None, help=text)
+            option(name, type=string_to_bool, nargs="?", const=True, metavar="BOOL", help=text)
         else:
             kind = kinds[0] if len(kinds) == 1 and kinds[0] in (int, float) else str
             option(

@@ -22,6 +22,7 @@ class ImageClassification(Task):
     """Columns `image` and `labels`."""
 
     kind = "pixels"
+    robust_epsilon, robust_learning_rate = 2 / 255, 3e-5
 
     def _prepare(self, model: PreTrainedModel) -> None:
         self.processor = getattr(self.processor, "image_processor", self.processor)
@@ -45,6 +46,7 @@ class TextClassification(TextTask):
     """Columns `text`, perhaps `text_pair`, and `labels`."""
 
     kind = "texts"
+    robust_epsilon, robust_learning_rate = 0.05, 1e-4
 
     def _prepare(self, model: PreTrainedModel) -> None:
         super()._prepare(model)

@@ -62,8 +62,9 @@ class Run:
         dense = not compressed_layers(model)
         remedy = "Give the dense model, or train this one further with CondLRTrainer."
         check(dense, "the model must be dense", "one that is compressed already", remedy)
-        self.args, self.task = args, task_of(model, processor, args)
+        self.task = task_of(model, processor, args)
         _require_trainable(model, self.task, args)
+        self.args = args = _with_robust_defaults(args, self.task)
         loaded, self.dataset_name = load_data(data, args.dataset_config)
         self.attacks = self._attacks(attacks)
         is_used = args.attack_samples is None or len(self.attacks) > 0
@@ -280,17 +281,32 @@ class Run:
 
     def _attacks(self, attacks: Any) -> list[Attack]:
         if attacks is None:
-            return self.task.attacks()
+            found, radius = self.task.attacks(), self.args.adversarial_epsilon
+            if self.args.robust and radius != found[-1].epsilon:  # also where it trains
+                found.append(dataclasses.replace(found[-1], epsilon=radius))  # type: ignore[type-var]
+            return found
         chosen: list[Attack] = [attacks] if isinstance(attacks, Attack) else list(attacks)
         rule, remedy = f"{self.task.metric} of this model is not attacked", "Leave the attacks out."
         check(not chosen or self.task.kind is not None, rule, ", ".join(a.name for a in chosen), remedy)
         return chosen
 
 
+def _with_robust_defaults(args: CompressionArguments, task: Task) -> CompressionArguments:
+    """The arguments with the task's radius and learning rate of a robust recovery, where none are given."""
+    if not args.robust:
+        return args
+    epsilon = task.robust_epsilon if args.adversarial_epsilon is None else args.adversarial_epsilon
+    rate = args.learning_rate or task.robust_learning_rate
+    return dataclasses.replace(args, adversarial_epsilon=epsilon, learning_rate=rate)
+
+
 def _require_trainable(model: PreTrainedModel, task: Task, args: CompressionArguments) -> None:
     """Refuse, before anything is measured, a recovery that would be refused after it."""
-    radius, remedy = args.adversarial_epsilon, "Leave adversarial_epsilon out."
-    is_attacked = radius is None or task.kind is not None
-    check(is_attacked, "only classifiers of images and texts recover on adversarial samples", radius, remedy)
+    given = {name: value for name in ("robust", "adversarial_epsilon") if (value := getattr(args, name))}
+    rule, remedy = (
+        "only classifiers of images and texts recover on adversarial samples",
+        f"Leave {' and '.join(given)} out.",
+    )
+    check(not given or task.kind is not None, rule, ", ".join(f"{k}={v}" for k, v in given.items()), remedy)
     rule, remedy = "a recovery trains factors in float32", "Load the model with dtype=torch.float32."
     check(not args.recovery_steps or model.dtype in (torch.float32, torch.float64), rule, model.dtype, remedy)

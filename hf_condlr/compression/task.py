@@ -27,6 +27,8 @@ class Task:
         kind: Kind of the attacks' inputs, `pixels` or `texts`; None where nothing is attacked.
         batch_size, calibration_samples: Those of the arguments, or the task's own.
         tau, rank_multiple: Those of the conversion, where none are given.
+        robust_epsilon, robust_learning_rate: Those of a robust recovery, where none are given; None where nothing is
+            attacked.
     """
 
     metric = "accuracy"
@@ -35,6 +37,8 @@ class Task:
     calibration_samples = 1024
     tau = 4.0
     rank_multiple = 1
+    robust_epsilon: float | None = None
+    robust_learning_rate: float | None = None
 
     def __init__(self, model: PreTrainedModel, processor: Any, args: InputArguments) -> None:
         rule, remedy = "the model's inputs are made by its processor", "Pass processor=AutoProcessor.from_pretrained()."

@@ -272,6 +272,21 @@ def test_the_report_says_what_a_recovery_gave_and_a_loss_is_warned_of(out, caplo
     assert "the recovery made the model worse: accuracy 1 before it, 0." in caplog.text
 
 
+@pytest.mark.parametrize(("task", "radius", "rate"), [("image", 2 / 255, 3e-5), ("text", 0.05, 1e-4)])
+def test_a_robust_recovery_has_the_defaults_of_its_task(task, radius, rate, out, monkeypatch):
+    model, data, processor = case(task)
+    seen = []
+    monkeypatch.setattr(run, "recover", lambda model, teacher, task, train, args, folder: seen.append(args))
+    _, report = compress(model, data, ratio=0.4, output_dir=out, processor=processor, robust=True, **QUICK)
+    [args] = seen
+    assert (args.recovery_steps, args.adversarial_epsilon, args.learning_rate) == (200, radius, rate)
+    assert len(report.dense.robust) == len(report.factored.robust) == 2  # the default's radius, and the one above
+    given = {"recovery_steps": 5, "adversarial_epsilon": "0.01", "learning_rate": 1e-3}
+    other = out.with_name("given")
+    compress(model, data, ratio=0.4, output_dir=other, processor=processor, robust=True, attacks=(), **given, **QUICK)
+    assert (seen[1].recovery_steps, seen[1].adversarial_epsilon, seen[1].learning_rate) == (5, 0.01, 1e-3)
+
+
 def test_recovery_on_adversarial_samples_keeps_the_bound(out):
     model, data, processor = case("image")
     options = {"recovery_steps": 3, "adversarial_epsilon": "2/255", "learning_rate": 1e-2, "tau": 0.5}
