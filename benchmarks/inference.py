@@ -1,4 +1,4 @@
-"""Inference with factored layers: three factors, folded, folded and compiled, beside dense.
+"""Inference with factored layers: three factors, folded, pivoted, folded and compiled, beside dense.
 
 Per compression ratio and batch size, interleaved in one run, for the linear layers alone (each on random rows of its
 own width) and for the whole model:
@@ -6,6 +6,7 @@ own width) and for the whole model:
 - `dense`: the model before conversion;
 - `three factors`: as it is trained;
 - `folded`: `fold_model`, two matrix products a layer;
+- `pivoted`: of the same ranks, two smaller products, and outputs in another order;
 - `dense, compiled` and `folded, compiled`: the same under `torch.compile`, where a compiler works.
 
 The limit is the ratio of the operations that the linear layers of both take, as `FlopCounterMode` counts them: what a
@@ -22,7 +23,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel
 from benchmarks.models import CONFIGS, DTYPES, batch_for, build, factor, linear_names, tokens_of
 from benchmarks.timing import CommonOptions, interleaved, ratios, run, spread
 from hf_condlr import fold_model
+from hf_condlr.layers import InferenceForm
 from hf_condlr.options import option
 from hf_condlr.tables import markdown_table
 from studies.record import any_device
@@ -83,8 +85,8 @@ class Forms:
     def __init__(self, dense: PreTrainedModel, ratio: float, rank_multiple: int, with_compiler: bool) -> None:
         names = linear_names(dense)
         factored = factor(copy.deepcopy(dense), ratio, rank_multiple)
-        models: dict[str, Any] = {"dense": dense, "three factors": factored, "folded": copy.deepcopy(factored)}
-        fold_model(models["folded"])
+        models: dict[str, Any] = {"dense": dense, "three factors": factored}
+        models |= {form: fold_model(copy.deepcopy(factored), form) for form in get_args(InferenceForm)}
         self.linear: dict[str, Any] = {form: LinearLayers(model, names) for form, model in models.items()}
         self.whole: dict[str, Any] = dict(models)
         if with_compiler:
@@ -95,7 +97,7 @@ class Forms:
     def limits(self, inputs: dict[int, Tensor]) -> dict[str, float]:
         """Operations of the dense linear layers over those of each form."""
         counts = {}
-        for form in ("dense", "three factors", "folded"):
+        for form in self.linear:
             with FlopCounterMode(display=False) as counter:
                 self.linear[form](inputs)
             counts[form] = counter.get_total_flops()

@@ -118,7 +118,7 @@ def test_inference(run, monkeypatch, compiler):
         for part in ("linear layers", "whole model")
         for batch in ("1", "32")
         for removed in ("40%", "75%")
-        for form in ("three factors", "folded")
+        for form in ("three factors", "folded", "pivoted")
     ]
     assert [row[:4] for row in rows] == expected
     assert results["why_no_compiler"] == ("RuntimeError: no C++ compiler" if compiler == "broken" else "not asked for")
@@ -133,6 +133,8 @@ def test_inference_limit_is_that_of_the_formula():
     total = sum(m * n for m, n in (layer.shape for layer in converted))
     folded = sum(layer.r * sum(layer.shape) for layer in converted)
     assert limits["folded"] == pytest.approx(total / folded)
+    pivoted = folded - sum(layer.r**2 for layer in converted)
+    assert limits["pivoted"] == pytest.approx(total / pivoted)
     assert limits["three factors"] == pytest.approx(total / sum(layer.parameters for layer in converted))
 
 
