@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
 from studies.pretrained.experiment import Experiment, Samples, Variant
-from studies.pretrained.methods import METHODS
+from studies.pretrained.methods import COMPARED, METHODS
 from studies.pretrained.report import draw, table
 from studies.pretrained.tasks import load_task
 from studies.record import parse, set_up, write_record
@@ -31,7 +31,7 @@ class Options:
     model_path: str = field(metadata={"help": "Folder of the fine-tuned model."})
     data: str = field(metadata={"help": "Folder with the splits as parquet files."})
     output_dir: str = field(metadata={"help": "Rows, models, results.json and results.png go here."})
-    methods: list[str] = option(list(METHODS), f"What is compared: {', '.join(METHODS)}.")
+    methods: list[str] = option(list(COMPARED), f"What is compared: {', '.join(METHODS)}.")
     ratios: list[float] = option([0.6], "Shares of the weights of the encoder's linear layers that are removed.")
     recovery_steps: int = option(0, "Optimizer steps of distillation after compression; 0: none.")
     adversarial: float = option(

@@ -20,9 +20,6 @@ from tests.models import bert, tokens
 from tests.studies.conftest import pictures
 from tests.text_models import BAD, FILLER, GOOD, bert_for, reviews, word_tokenizer
 
-METHODS = ["dense", "svd", "fwsvd", "activation-aware", "activation-aware-sequential", "ours", "ours-4", "ours-1"]
-METHODS += ["ours-0.1"]
-
 
 @pytest.fixture(autouse=True)
 def as_it_was():
@@ -62,10 +59,10 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
     assert record["final"]["learning_rate"] == best["learning_rate"] and not list(tmp_path.glob("**/checkpoint-*"))
 
     options = sentences | {"model_path": tmp_path / "tuned", "output_dir": tmp_path / "out", "calibration": 32}
-    options |= {"clean": 32, "attacked": 8, "attack_steps": 2, "check": "ours-1", "bf16": False, "methods": METHODS}
+    options |= {"clean": 32, "attacked": 8, "attack_steps": 2, "check": "ours-1", "bf16": False}
     text = called(monkeypatch, capsys, study, options)
     rows = json.loads((tmp_path / "out" / "results-0.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == list(methods.COMPARED)
     kappa = {row["method"]: max(row["condition_numbers"].values()) for row in rows}
     for method, bound in {"ours-4": 5, "ours-1": 2, "ours-0.1": 1.1}.items():
         assert kappa[method] <= bound * (1 + 1e-4)
