@@ -302,11 +302,9 @@ def _with_robust_defaults(args: CompressionArguments, task: Task) -> Compression
 
 def _require_trainable(model: PreTrainedModel, task: Task, args: CompressionArguments) -> None:
     """Refuse, before anything is measured, a recovery that would be refused after it."""
-    given = {name: value for name in ("robust", "adversarial_epsilon") if (value := getattr(args, name))}
-    rule, remedy = (
-        "only classifiers of images and texts recover on adversarial samples",
-        f"Leave {' and '.join(given)} out.",
-    )
-    check(not given or task.kind is not None, rule, ", ".join(f"{k}={v}" for k, v in given.items()), remedy)
+    given = {"robust": args.robust or None, "adversarial_epsilon": args.adversarial_epsilon}
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    rule, remedy = "only classifiers of images and texts recover on adversarial samples", "Leave that out."
+    check(not named or task.kind is not None, rule, ", ".join(named), remedy)
     rule, remedy = "a recovery trains factors in float32", "Load the model with dtype=torch.float32."
     check(not args.recovery_steps or model.dtype in (torch.float32, torch.float64), rule, model.dtype, remedy)
