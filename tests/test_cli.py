@@ -175,7 +175,7 @@ def edit_config(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("architectures", [["pipeline"], ["AutoConfig"], ["Trainer"], [], ["A", "B"], None])
+@pytest.mark.parametrize("architectures", [["pipeline"], ["AutoConfig"], ["Trainer"], [], ["A", "B"], [3], None])
 def test_architectures_must_name_one_model_class(architectures, dense, capsys):
     edit_config(dense, architectures=architectures)
     assert call("report", dense) == 1

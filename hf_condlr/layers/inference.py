@@ -28,7 +28,7 @@ class InferenceLayer(nn.Module):
     """`down` and `up`, plain torch layers, applied one after the other; their rank is the number of outputs of `down`.
 
     Attributes:
-        form: Its name.
+        form: Name of the form, `folded` or `pivoted`.
         weight_shape: Shape of the dense layer's weight.
         build_dense: Builds the dense layer, without a bias.
     """
