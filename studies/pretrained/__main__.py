@@ -36,10 +36,9 @@ class Options:
     recovery_steps: int = option(0, "Optimizer steps of distillation after compression; 0: none.")
     adversarial: float = option(
         0.0,
-        "Recover on adversarial samples too, by one step of this ε (1/255 is 0.0039); 0: none. The rate is then chosen "
-        "by the mean of clean and robust accuracy.",
+        "Recover on adversarial samples too, half of each batch, by one step of this ε (1/255 is 0.0039); 0: none. The "
+        "rate is then chosen by the mean of clean and robust accuracy.",
     )
-    adversarial_share: float = option(0.5, "Share of each batch that is attacked then.")
     learning_rates: list[float] = option([1e-4], "Sweep of the recovery, the same for every method.")
     seeds: list[int] = option([0], "Of the recovery; the first one sweeps.")
     calibration: int = option(256, "Training samples that starts and ranks see.")
@@ -70,14 +69,7 @@ def main() -> None:
     numbers = (options.calibration, options.clean, options.attacked, options.attack_steps)
     samples = Samples(*numbers, epsilons, options.queries)
     output = Path(options.output_dir)
-    experiment = Experiment(
-        task,
-        options.model_path,
-        output / "rows",
-        samples,
-        bf16=options.bf16,
-        adversarial_share=options.adversarial_share,
-    )
+    experiment = Experiment(task, options.model_path, output / "rows", samples, bf16=options.bf16)
     variants = [
         Variant(method, 0.0 if method == "dense" else ratio, options.recovery_steps, options.adversarial)
         for ratio in options.ratios

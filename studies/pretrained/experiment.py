@@ -37,7 +37,7 @@ class Variant:
     ratio: float
     steps: int = 0
     adversarial: float = 0.0
-    """ε of the adversarial samples in each batch of that training."""
+    """ε of the adversarial samples that are half of each batch of that training."""
 
     @property
     def label(self) -> str:
@@ -69,21 +69,10 @@ class Experiment:
         root: Folder of the rows.
         samples: Numbers of rows.
         bf16: Recover in bfloat16.
-        adversarial_share: Of each batch, where a recovery is adversarial.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        dense_path: str,
-        root: Path,
-        samples: Samples,
-        *,
-        bf16: bool = True,
-        adversarial_share: float = 0.5,
-    ) -> None:
+    def __init__(self, task: Task, dense_path: str, root: Path, samples: Samples, *, bf16: bool = True) -> None:
         self.task, self.dense_path, self.samples, self.bf16 = task, dense_path, samples, bf16
-        self.adversarial_share = adversarial_share
         self.rows = Rows(root)
 
     @functools.cached_property
@@ -138,7 +127,7 @@ class Experiment:
             options |= {"free": method.free, "bf16": self.bf16}
             if variant.adversarial:
                 options |= {"adversarial_attack": "fgsm", "adversarial_epsilon": variant.adversarial}
-                options |= {"adversarial_share": self.adversarial_share, "adversarial_schedule": "constant"}
+                options |= {"adversarial_share": 0.5, "adversarial_schedule": "constant"}
             result = fitted(self.task, model, folder, rate=rate, steps=variant.steps, seed=seed, **options)
             if variant.adversarial:  # the mean of clean and robust accuracy chooses the rate
                 result["validation_clean"] = result["validation_accuracy"]
@@ -147,8 +136,7 @@ class Experiment:
             return {**result, **self._saved(model, folder)}
 
         key = {"start": start["key"], "steps": variant.steps, "rate": rate, "seed": seed, "bf16": self.bf16}
-        if variant.adversarial:
-            key |= {"adversarial": variant.adversarial, "adversarial_share": self.adversarial_share}
+        key |= {"adversarial": variant.adversarial} if variant.adversarial else {}
         name = f"{self.task.name} {variant.method} {variant.ratio:g} steps {variant.steps} lr {rate:g} seed {seed}"
         row = self.rows.row(name, key, make)
         return {**row, **facts, "diverged": not math.isfinite(row["training_loss"])}
