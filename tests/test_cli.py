@@ -175,11 +175,19 @@ def edit_config(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("architectures", [["pipeline"], ["AutoConfig"], ["Trainer"], [], ["A", "B"], [3], None])
+@pytest.mark.parametrize("architectures", [["pipeline"], ["AutoConfig"], ["Trainer"], [], ["A", "B"], None])
 def test_architectures_must_name_one_model_class(architectures, dense, capsys):
     edit_config(dense, architectures=architectures)
     assert call("report", dense) == 1
     assert "must name one model class of transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("architectures", [3]), ("hidden_size", "x"), ("num_hidden_layers", [1])])
+def test_a_config_with_a_value_of_another_type_is_refused(name, value, dense, capsys):
+    edit_config(dense, **{name: value})
+    assert call("report", dense) == 1
+    error = capsys.readouterr().err
+    assert "config.json must" in error and name in error
 
 
 def test_code_of_a_repository_runs_only_with_the_flag(dense, tmp_path, monkeypatch):

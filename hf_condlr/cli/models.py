@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from hf_condlr.checkpoints.card_header import is_hub_id
@@ -26,7 +27,11 @@ def load(args: argparse.Namespace, *, compressed: bool = False) -> PreTrainedMod
     exists = Path(args.model).is_dir() or is_hub_id(args.model)
     require(exists, rule, received=found, remedy="Check the path.", error=ConfigError)
     trust = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **trust)
+    try:
+        config = AutoConfig.from_pretrained(args.model, **trust)
+    except StrictDataclassError as error:  # no ValueError
+        rule, remedy = "values in config.json must have the types that transformers expects", "Correct the file."
+        raise ConfigError(rule, received=str(error), remedy=remedy) from error
     classes: Any = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     own = [name for name in getattr(config, "auto_map", ()) if name.startswith("AutoModel")]
     if args.trust_remote_code and classes == [None] and own:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hf_condlr.options import option
 from hf_condlr.robustness.attacks.registry import parse_epsilon
-from studies.pretrained.experiment import Experiment, Samples, Variant
+from studies.pretrained.experiment import ATTACKED_TRAINING, Experiment, Samples, Variant
 from studies.pretrained.methods import COMPARED, METHODS
 from studies.pretrained.report import draw, table
 from studies.pretrained.tasks import load_task
@@ -36,8 +36,13 @@ class Options:
     recovery_steps: int = option(0, "Optimizer steps of distillation after compression; 0: none.")
     adversarial: float = option(
         0.0,
-        "Recover on adversarial samples too, half of each batch, by one step of this ε (1/255 is 0.0039); 0: none. The "
-        "rate is then chosen by the mean of clean and robust accuracy.",
+        "Recover on adversarial samples of this ε too (1/255 is 0.0039); 0: none. The rate is then chosen by the mean "
+        "of clean and robust accuracy.",
+    )
+    attack: str = option(
+        "fgsm",
+        "How they are found: fgsm, half of each batch by one step; pgd, half by three; trades, all by three.",
+        choices=list(ATTACKED_TRAINING),
     )
     learning_rates: list[float] = option([1e-4], "Sweep of the recovery, the same for every method.")
     seeds: list[int] = option([0], "Of the recovery; the first one sweeps.")
@@ -58,6 +63,8 @@ class Options:
             raise ValueError(f"ratios must lie between 0 and 1; received {wrong}")
         if self.adversarial and not self.recovery_steps:
             raise ValueError("adversarial needs recovery_steps")
+        if self.attack != "fgsm" and not self.adversarial:
+            raise ValueError("attack needs adversarial, its ε")
 
 
 def main() -> None:
@@ -70,8 +77,9 @@ def main() -> None:
     samples = Samples(*numbers, epsilons, options.queries)
     output = Path(options.output_dir)
     experiment = Experiment(task, options.model_path, output / "rows", samples, bf16=options.bf16)
+    recovery = (options.recovery_steps, options.adversarial, options.attack)
     variants = [
-        Variant(method, 0.0 if method == "dense" else ratio, options.recovery_steps, options.adversarial)
+        Variant(method, 0.0 if method == "dense" else ratio, *recovery)
         for ratio in options.ratios
         for method in options.methods
         if method != "dense" or ratio == options.ratios[0]
@@ -88,6 +96,7 @@ def main() -> None:
     dense = experiment.test(Variant("dense", 0.0), 0.0, seeds[0])
     print(table(results["rows"], dense))
     name = f"results-{options.recovery_steps}" + (f"-{options.adversarial:g}" if options.adversarial else "")
+    name += f"-{options.attack}" if options.attack != "fgsm" else ""
     record, picture = write_record(output / f"{name}.json", results, options), output / f"{name}.png"
     start = [dense | experiment.train(Variant("dense", 0.0), 0.0, seeds[0])] if options.recovery_steps else []
     draw([*start, *results["rows"]], picture)

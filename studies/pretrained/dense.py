@@ -49,7 +49,7 @@ def main() -> None:
         set_seed(options.seed)
         model = task.model(options.model_path)
         if options.head_samples:
-            fit_head(task, model, options.head_samples)
+            fit_head(task, model, options.head_samples, bf16=options.bf16)
         result = fitted(task, model, folder, rate=rate, steps=steps, **same)
         if steps == options.steps:
             model.save_pretrained(output)

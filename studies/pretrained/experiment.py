@@ -26,6 +26,11 @@ from studies.rows import Rows
 BUDGETS = {"imagenette": (0.5 / 255, 1 / 255), "sst2": (0.02, 0.05)}
 CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast", "jpeg")  # of severity 3
 VALIDATED_UNDER_ATTACK = 200  # rows of the validation split
+ATTACKED_TRAINING = {  # arguments of the Trainer; TRADES compares each sample with its attacked one
+    "fgsm": {"adversarial_attack": "fgsm", "adversarial_share": 0.5},
+    "pgd": {"adversarial_attack": "pgd", "adversarial_share": 0.5, "adversarial_steps": 3},
+    "trades": {"adversarial_attack": "pgd", "adversarial_steps": 3, "trades_beta": 6.0},
+}
 DISTILLATION = 0.9  # weight of the dense model's outputs; 0.1 is that of the labels
 
 
@@ -37,13 +42,16 @@ class Variant:
     ratio: float
     steps: int = 0
     adversarial: float = 0.0
-    """ε of the adversarial samples that are half of each batch of that training."""
+    """ε of the adversarial samples of that training; 0: none."""
+    attack: str = "fgsm"
+    """How they are found, a key of `ATTACKED_TRAINING`."""
 
     @property
     def label(self) -> str:
         """In tables."""
         further = ", trained further" if self.method == "dense" and self.steps else ""
-        return METHODS[self.method].label + further + (", adversarially" if self.adversarial else "")
+        how = {"fgsm": ", adversarially", "pgd": ", by PGD", "trades": ", by TRADES"}[self.attack]
+        return METHODS[self.method].label + further + (how if self.adversarial else "")
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,8 @@ class Experiment:
             options = {"conditioning_warmup_ratio": 0.0, "distillation_weight": DISTILLATION, "teacher": self.dense}
             options |= {"free": method.free, "bf16": self.bf16}
             if variant.adversarial:
-                options |= {"adversarial_attack": "fgsm", "adversarial_epsilon": variant.adversarial}
-                options |= {"adversarial_share": 0.5, "adversarial_schedule": "constant"}
+                options |= ATTACKED_TRAINING[variant.attack]
+                options |= {"adversarial_epsilon": variant.adversarial, "adversarial_schedule": "constant"}
             result = fitted(self.task, model, folder, rate=rate, steps=variant.steps, seed=seed, **options)
             if variant.adversarial:  # the mean of clean and robust accuracy chooses the rate
                 result["validation_clean"] = result["validation_accuracy"]
@@ -137,6 +145,7 @@ class Experiment:
 
         key = {"start": start["key"], "steps": variant.steps, "rate": rate, "seed": seed, "bf16": self.bf16}
         key |= {"adversarial": variant.adversarial} if variant.adversarial else {}
+        key |= {"attack": variant.attack} if variant.attack != "fgsm" else {}
         name = f"{self.task.name} {variant.method} {variant.ratio:g} steps {variant.steps} lr {rate:g} seed {seed}"
         row = self.rows.row(name, key, make)
         return {**row, **facts, "diverged": not math.isfinite(row["training_loss"])}

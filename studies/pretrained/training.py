@@ -101,7 +101,7 @@ def hits(task: Task, model: Any, rows: Any) -> list[bool]:
     return right
 
 
-def fit_head(task: Task, model: Any, samples: int) -> float:
+def fit_head(task: Task, model: Any, samples: int, *, bf16: bool) -> float:
     """Train the classifier alone on features of the frozen encoder; returns the share of them that it gets right.
 
     A classifier drawn at random would first spoil the encoder (Kumar et al. 2022, linear probing, then fine-tuning).
@@ -110,7 +110,7 @@ def fit_head(task: Task, model: Any, samples: int) -> float:
     features, labels = [], []
     hook = model.classifier.register_forward_pre_hook(lambda _, args: features.append(args[0].float()))
     rows = task.train.shuffle(seed=0).select(range(min(samples, len(task.train))))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for start in range(0, len(rows), BATCH):
             batch = task.augment([rows[i] for i in range(start, min(start + BATCH, len(rows)))])
             labels.append(batch.pop("labels"))
