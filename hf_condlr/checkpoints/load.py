@@ -90,10 +90,6 @@ class FactoredCheckpointLoader(HfQuantizer):
         config.transformers_weights = self.manifest.weights
         return config
 
-    def update_tp_plan(self, config: Any) -> Any:
-        """The hook above does not exist in transformers 5.17, which calls this one at the same place."""
-        return self.update_attn_implementation(config)
-
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:

@@ -86,7 +86,7 @@ def test_gradient_checkpointing():
     model(**token_inputs()).logits.square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.activation_checkpointing_enable()
     model(**token_inputs()).logits.square().sum().backward()
     actual = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(actual) == len(expected) > 50
