@@ -80,7 +80,7 @@ def vectors(rows):
 
 
 def numbers(rows):
-    return [row | {"labels": float(torch.randn(()))} for row in rows]
+    return [row | {"labels": torch.randn(())} for row in rows]
 
 
 HEADS = {
