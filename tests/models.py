@@ -7,16 +7,25 @@ layer's dimensions agree without need. Building one leaves the global random sta
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import peft
+import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features, Image
+from packaging.version import Version
 from PIL import Image as Picture
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 
 VOCAB = 37
 LABELS = 5
 IMAGE = 16
+
+transformers_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),  # 5.24 came out before the version that it asks for
+    reason=f"add_adapter of this transformers needs PEFT {MIN_PEFT_VERSION}",
+)
 
 
 @dataclass(frozen=True)

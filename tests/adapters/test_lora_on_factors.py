@@ -17,7 +17,7 @@ from hf_condlr.errors import ConversionError
 from hf_condlr.layers import FoldedLayer, LowRankLinear, PivotedLayer, compressed_layers, factored_layers
 from tests.conversion.conversions import assert_same, convert
 from tests.manifold.nets import assert_guarantee
-from tests.models import MODELS, bert, gpt2, resnet
+from tests.models import MODELS, bert, gpt2, resnet, transformers_adapters
 from tests.paths import ROOT
 
 # PEFT asks every model for a property that transformers deprecated; the new names are younger than our oldest version.
@@ -123,6 +123,7 @@ def test_adapters_are_saved_and_loaded_by_peft(form, tmp_path):
     assert torch.equal(logits(loaded), logits(adapted))
 
 
+@transformers_adapters
 def test_a_model_that_was_saved_and_loaded_takes_adapters(tmp_path):
     model = small_bert("factored")
     model.save_pretrained(tmp_path)

@@ -134,6 +134,7 @@ def test_a_model_offloaded_to_the_disk_is_reported_on_and_saved(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
+@models.transformers_adapters
 def test_adapters_are_refused_by_name(tmp_path):
     model = factored_vit()
     model.add_adapter(LoraConfig(r=2, target_modules=["classifier"]))
