@@ -20,9 +20,6 @@ from tests.manifold.nets import assert_guarantee
 from tests.models import MODELS, bert, gpt2, resnet, transformers_adapters
 from tests.paths import ROOT
 
-# PEFT asks every model for a property that transformers deprecated; the new names are younger than our oldest version.
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
-
 FORMS = {"factored": LowRankLinear, "folded": FoldedLayer, "pivoted": PivotedLayer}
 INPUTS = MODELS["bert"].inputs()
 
@@ -95,7 +92,7 @@ def test_only_the_adapter_trains_and_it_learns(form):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name or "modules_to_save" in name for name in trained)
-    adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     adapted.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []

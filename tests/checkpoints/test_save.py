@@ -143,7 +143,6 @@ def test_adapters_are_refused_by_name(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT reads it
 def test_a_peft_model_with_factored_layers_does_not_save_its_adapter_alone(tmp_path):
     model = get_peft_model(models.vit(), LoraConfig(r=2, target_modules=["q_proj"]))
     get_robust_lowrank_model(model, CondLRConfig(target_modules=["fc1"], rank_ratio=0.5))

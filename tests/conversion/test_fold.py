@@ -121,7 +121,6 @@ def test_a_layer_cannot_replace_itself(back):
         back(LowRankLinear(6, 6, 2))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT
 @pytest.mark.parametrize("back", WAYS_BACK)
 def test_the_ways_back_of_a_model_with_an_adapter(back):
     """A PeftModel forwards attributes such as the record to the model inside."""

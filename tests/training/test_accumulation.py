@@ -121,7 +121,6 @@ def in_float64(rows):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's
 @pytest.mark.parametrize("head", HEADS)
 def test_4_by_2_is_1_by_8(head, tmp_path):
     """In float64 (measured: 3e-16); T5 computes its norms in float32 (1.2e-9)."""
