@@ -80,7 +80,7 @@ class CombinedLoss:
         """Find out, once, whether the loss follows `num_items_in_batch`, if batches come in parts."""
         trainer = self.trainer
         parts = trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
-        is_stated = getattr(trainer, "loss_is_scaled_for_ga", None) is not None
+        is_stated = trainer.loss_is_scaled_for_ga is not None
         if self.follows_item_count is not None or parts == 1 or is_stated:
             return
         follows = follows_item_count(self.plain, model, inputs, num_items)

@@ -50,7 +50,7 @@ class Variant:
     def label(self) -> str:
         """In tables."""
         further = ", trained further" if self.method == "dense" and self.steps else ""
-        how = {"fgsm": ", adversarially", "pgd": ", by PGD", "trades": ", by TRADES"}[self.attack]
+        how = ", adversarially" if self.attack == "fgsm" else f", by {self.attack.upper()}"
         return METHODS[self.method].label + further + (how if self.adversarial else "")
 
 

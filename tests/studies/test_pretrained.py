@@ -91,12 +91,12 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
         assert set(row["survived"]) == {"embedding 0.01", "embedding 0.05"}
     losses = {adversarial["rows"][0]["training_loss"]}
     for attack in ("pgd", "trades"):
-        text = called(monkeypatch, capsys, study, options | {"attack": attack})
+        options["attack"] = attack
+        text = called(monkeypatch, capsys, study, options)
         assert f"| dense, trained further, by {attack.upper()} | — |" in text
         record = json.loads((tmp_path / "out" / f"results-3-0.05-{attack}.json").read_text())
         losses.add(record["rows"][0]["training_loss"])
     assert len(losses) == 3
-    options["attack"] = attack
     records = sorted((tmp_path / "out").glob("results-*.json"))
     called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png"})
     assert len(records) == 5 and (tmp_path / "picture.png").exists()
