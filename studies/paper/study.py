@@ -13,8 +13,8 @@ from safetensors.torch import load_model, save_model
 from torch.optim.lr_scheduler import MultiStepLR
 
 from hf_condlr.options import option
+from hf_condlr.robustness.attacks import PGD
 from studies.data import Split, hold_out, load_images, pixel_model
-from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import Method, build_model, make_optimizer, prune
 from studies.paper.training import accuracy, fit, measure
 from studies.record import any_device
@@ -33,6 +33,16 @@ class TrainingOptions:
     gamma: float = option(0.3, "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate.")
     subset: int | None = option(None, "Number of training images, validation included; all if not given.")
     validation_fraction: float = option(0.25, "Share of the training images held out for the choice of the rate.")
+    adversarial: float = option(
+        0.0,
+        "Train on images that three steps of PGD attacked with this ε, and choose the rate by the mean of clean and "
+        "robust accuracy; 0: on the images as they are.",
+    )
+
+    @property
+    def attack(self) -> PGD | None:
+        """What finds the training images, ℓ∞."""
+        return PGD(self.adversarial, steps=3, early_stop=False) if self.adversarial else None
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class Study:
             batch_size=o.batch_size,
             seed=seed,
             folder=folder,
+            attack=o.attack,
         )
         return model, result
 
@@ -111,7 +122,7 @@ class Study:
         model = load_trained(row).to(self.device)
         if not result["diverged"]:
             model = prune(model, entry.rank_ratio)
-            result |= measure(pixel_model(model).to(self.device), self.data["validation"])
+            result |= measure(pixel_model(model).to(self.device), self.data["validation"], self.training.attack)
         return model, result
 
     def test(self, entry: Entry, learning_rate: float, seed: int) -> dict[str, Any]:
@@ -120,7 +131,7 @@ class Study:
         return attacked(
             Path(row["folder"]),
             entry.label,
-            ATTACKS,
+            self.options.attacks,
             self.options.attacked_images,
             build=lambda: pixel_model(load_trained(row)).to(self.device).eval(),
             data=self.data["test"].first,

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_condlr.files import replacing
 from hf_condlr.options import option
+from hf_condlr.robustness.attacks import Attack, AutoAttack
 from studies.paper.lenet5 import ATTACKS
 from studies.paper.methods import NAMES, Method
 from studies.paper.picture import draw
@@ -37,12 +38,18 @@ class Options:
     seeds: list[int] = option([0, 1, 2], "Seeds at the chosen learning rate; the first one sweeps.")
     data_dir: str | None = option(None, "Folder that holds mnist/ as parquet files; or CONDLR_DATA.")
     attacked_images: int | None = option(None, "Number of test images, drawn once, that are attacked; else all.")
+    autoattack: list[float] = option([], "Radii of AutoAttack, in addition to the other attacks.")
     check_samples: int = option(64, "Images of the first seed's checks; 0 for none.")
     threads: int | None = option(None, "Threads of torch; its own choice if not given.")
     output_dir: str = option("outputs/paper", "Where rows and tables go.")
 
     def __post_init__(self) -> None:
         self.entries()  # a wrong method is refused before anything is trained
+
+    @property
+    def attacks(self) -> list[Attack]:
+        """On the test images."""
+        return [*ATTACKS, *map(AutoAttack, self.autoattack)]
 
     def entries(self) -> list[Entry]:
         """The lines of the table."""
@@ -60,13 +67,13 @@ def main(options: Options, training: TrainingOptions) -> dict[str, Any]:
         write_record(folder / "results.json", results, options, training)
         with replacing(folder / "table.md") as temporary:
             temporary.write_text(
-                tables("LeNet5 on MNIST", results, ATTACKS, options.learning_rates) + "\n", encoding="utf-8"
+                tables("LeNet5 on MNIST", results, options.attacks, options.learning_rates) + "\n", encoding="utf-8"
             )
 
     rates, seeds = options.learning_rates, options.seeds
     results = sweep(options.entries(), rates, seeds, train=study.train, test=study.test, write=write)
     if any(not row["diverged"] for row in results["rows"]):
-        draw(ATTACKS, results["rows"], folder / "fgsm.png")
+        draw(options.attacks, results["rows"], folder / "fgsm.png")
     print((folder / "table.md").read_text(encoding="utf-8"))
     print("wrote", *sorted(path for path in folder.iterdir() if path.is_file()))
     return results

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hf_condlr import condition_report
 from hf_condlr.files import replacing
-from hf_condlr.robustness.attacks import PixelModel
+from hf_condlr.robustness.attacks import Attack, PixelModel
 from studies.data import Split
 from studies.paper.methods import condition_numbers
 from studies.rows import CHECKPOINT
@@ -34,6 +34,7 @@ def fit(
     batch_size: int,
     seed: int,
     folder: Path,
+    attack: Attack | None = None,
 ) -> dict[str, Any]:
     """Train, and measure the trained model on validation images.
 
@@ -47,6 +48,7 @@ def fit(
         batch_size: Images of one step.
         seed: Of the order of the images, which is the same for each method.
         folder: Where the checkpoint is kept.
+        attack: Finds the images of each step; None: they are as they are.
 
     Returns:
         `training_loss`, None for an epoch in which the loss was not finite, which ends the training; `diverged`,
@@ -61,33 +63,45 @@ def fit(
     while len(losses) < epochs and None not in losses:
         start = time.perf_counter()
         model.train()
-        losses.append(one_epoch(model, optimizer, data["train"], order, batch_size, schedule))
+        losses.append(one_epoch(model, optimizer, data["train"], order, batch_size, schedule, attack))
         seconds += time.perf_counter() - start
         logger.info("  epoch %d of %d: loss %s", len(losses), epochs, losses[-1])
         save_checkpoint(folder / CHECKPOINT, stateful, order, losses, seconds)
     result = {"training_loss": losses, "diverged": None in losses, "training_seconds": round(seconds, 1)}
     if handle:
         result["orthonormality_error"] = condition_report(model.model).max_orthonormality_error
-    return result | measure(model, data["validation"])
+    return result | measure(model, data["validation"], attack)
 
 
-def measure(model: PixelModel, validation: Split) -> dict[str, Any]:
-    """Validation accuracy, condition numbers and size of a trained model, which is left in evaluation mode."""
+def measure(model: PixelModel, validation: Split, attack: Attack | None = None) -> dict[str, Any]:
+    """Validation accuracy, condition numbers and size of a trained model, which is left in evaluation mode.
+
+    With `attack` the validation accuracy is the mean of the clean one and that under attack.
+    """
     model.eval()
+    clean = accuracy(model, validation)
     return {
-        "validation_accuracy": accuracy(model, validation),
+        "validation_accuracy": (clean + accuracy(model, validation, attack)) / 2 if attack else clean,
         "condition_numbers": condition_numbers(model.model),
         "parameters": sum(p.numel() for p in model.model.parameters()),
     }
 
 
 def one_epoch(
-    model: nn.Module, optimizer: Optimizer, data: Split, order: torch.Generator, batch_size: int, schedule: Any
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: Split,
+    order: torch.Generator,
+    batch_size: int,
+    schedule: Any,
+    attack: Attack | None = None,
 ) -> float | None:
     """Mean loss of one pass over the split; None, at once, when the loss is not finite or a core vanishes."""
     total, batches = 0.0, torch.randperm(len(data.labels), generator=order).split(batch_size)
-    for index in batches:
+    for number, index in enumerate(batches):
         pixels, labels = data.batch(index)
+        if attack:
+            pixels = attack.reseeded(number)(model, pixels, labels)
         loss = F.cross_entropy(model(pixels), labels)
         if not loss.isfinite():
             return None
@@ -103,11 +117,13 @@ def one_epoch(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of the split classified correctly, in the mode in which the model is."""
+def accuracy(model: nn.Module, split: Split, attack: Attack | None = None) -> float:
+    """Share of the split classified correctly, perhaps under attack, in the mode in which the model is."""
     correct = 0
     for index in torch.arange(len(split.labels)).split(500):
         pixels, labels = split.batch(index)
+        if attack:
+            pixels = attack(model, pixels, labels)
         correct += (model(pixels).argmax(-1) == labels).sum().item()
     return correct / len(split.labels)
 

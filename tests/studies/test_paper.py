@@ -36,13 +36,14 @@ ATTACKS = (FGSM(0.03), PGD(0.05, steps=2), PGD(0.05, steps=2, loss="margin"))
 @pytest.fixture
 def call(monkeypatch, data_dir, tmp_path):
     """Runs the study in this process, with few and short attacks."""
-    for module in (study, table):
-        monkeypatch.setattr(module, "ATTACKS", ATTACKS)
+    monkeypatch.setattr(table, "ATTACKS", ATTACKS)
 
-    def call(output_dir=tmp_path, epochs=1, subset=64, **options):
+    def call(output_dir=tmp_path, epochs=1, subset=64, adversarial=0.0, **options):
         options = {"rank_ratios": [0.2], "learning_rates": [0.1], "seeds": [0], "check_samples": 0, **options}
         arguments = table.Options(data_dir=data_dir, output_dir=str(output_dir), attacked_images=8, **options)
-        return table.main(arguments, study.TrainingOptions(epochs=epochs, batch_size=16, subset=subset))
+        return table.main(
+            arguments, study.TrainingOptions(epochs=epochs, batch_size=16, subset=subset, adversarial=adversarial)
+        )
 
     return call
 
@@ -129,6 +130,40 @@ def test_checks_run_for_the_first_seed_only(call, tmp_path):
     assert checks[1] == 0
 
 
+def test_adversarial_training_sees_attacked_images_and_is_chosen_by_clean_and_robust_accuracy(call, monkeypatch):
+    seen, measured = [], []
+    epoch, accuracy = training.one_epoch, training.accuracy
+
+    def watched_epoch(model, optimizer, split, *args):
+        pixels = split.batch(torch.arange(len(split.labels)))[0]
+        hook = model.register_forward_pre_hook(
+            lambda module, inputs: (
+                seen.append(torch.cdist(inputs[0].flatten(1), pixels.flatten(1), p=math.inf))
+                if module.training
+                else None
+            )
+        )
+        loss = epoch(model, optimizer, split, *args)
+        hook.remove()
+        return loss
+
+    def watched_accuracy(model, split, attack=None):
+        measured.append((attack, accuracy(model, split, attack)))
+        return measured[-1][1]
+
+    monkeypatch.setattr(training, "one_epoch", watched_epoch)
+    monkeypatch.setattr(training, "accuracy", watched_accuracy)
+    [row] = call(methods=["tau=0.1"], adversarial=0.1, autoattack=[0.1])["rows"]
+    nearest = torch.cat([distances.min(1).values for distances in seen])
+    assert len(nearest) == 48
+    assert nearest.max() <= 0.1 + 1e-6
+    assert nearest.median() == pytest.approx(0.1, abs=1e-3)  # an image that was not attacked has distance 0
+    (none, clean), (attack, robust) = measured
+    assert (none, attack.name, attack.epsilon, attack.steps) == (None, "pgd-linf", 0.1, 3)
+    assert row["validation_accuracy"] == pytest.approx((clean + robust) / 2)
+    assert row["robust_accuracy"]["worst linf 0.1"] <= row["robust_accuracy"]["autoattack-linf 0.1"]
+
+
 # -------------------------------------------------------------------------------------------------------------- kills
 
 
@@ -209,7 +244,7 @@ def test_a_kill_between_rows_repeats_nothing(call, monkeypatch, tmp_path):
 def test_the_rate_falls_where_it_was_published(call, monkeypatch, tmp_path, epochs, places):
     rates = []
 
-    def record(model, optimizer, data, order, batch_size, schedule):
+    def record(model, optimizer, data, order, batch_size, schedule, attack):
         for _ in range(math.ceil(len(data.labels) / batch_size)):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
