@@ -11,7 +11,7 @@ demo: $(STAMP) ## train, attack and compare on real digits; writes outputs/demo
 	@. $(BIN)/activate && python recipes/demo.py
 
 test: $(STAMP) ## run the whole test suite, on up to four cores at once
-	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## check format, lint, types and the documentation's links
 	@$(BIN)/ruff format --check .

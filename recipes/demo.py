@@ -83,9 +83,11 @@ def write_digits(folder: str | Path) -> DatasetDict:
     return data
 
 
-def normalized(images: Dataset, processor: Any) -> Dataset:
-    """Rows as inputs of the model."""
-    return images.with_transform(lambda rows: processor(rows["image"], return_tensors="pt") | {"labels": rows["label"]})
+def normalized(images: Dataset, processor: Any) -> list[dict[str, Any]]:
+    """Rows as inputs of the model, read once: there are few, and every method passes over them many times."""
+    rows = images[:]
+    pixels = processor(rows["image"], return_tensors="pt")["pixel_values"]
+    return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, rows["label"], strict=True)]
 
 
 def train(

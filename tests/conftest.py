@@ -15,6 +15,12 @@ import transformers
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Files that start processes first: they take longest, and each core works on a whole file at a time."""
+    slow = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     transformers.set_seed(0)
