@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads would spin against torch's
 
+import gc
 import socket
 
 import pytest
@@ -13,6 +14,11 @@ import transformers
 
 # Fixed, so that sums are split alike on every machine; small matrices gain nothing from more.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collections of garbage of the tests, one a training at least, need not look at it."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -73,8 +73,7 @@ def test_vit_small_and_its_robustness(run, monkeypatch, tmp_path):
 
 
 def test_robustness_of_the_published_network(run, monkeypatch, tmp_path):
-    for module in (table, study):
-        monkeypatch.setattr(module, "ATTACKS", (FGSM(0.05),))
+    monkeypatch.setattr(table, "ATTACKS", (FGSM(0.05),))
     options = ["--methods", "tau=0.1", "svd_prune", "--rank_ratios", "0.2"]
     options += ["--learning_rates", "0.1", "--seeds", "0", "--epochs", "1", "--batch_size", "16", "--gamma", "1"]
     monkeypatch.setattr("sys.argv", ["table", *options, "--output_dir", str(tmp_path), "--check_samples", "0"])
