@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    """What was imported stays: the collections of garbage of the tests, one a training at least, need not look at it."""
+    """What was imported stays: collections of garbage, one a training at least, need not look at it again."""
     gc.freeze()
 
 

@@ -3,7 +3,8 @@ r"""One picture of several tables: accuracy under the strongest attack over clea
     python -m studies.pretrained.picture --records outputs/dinov2/results-0.json outputs/dinov2/results-120.json \
         outputs/minilm/results-0.json --output docs/results_pretrained.png
 
-Filled points are models as they were compressed, rings those with a recovery; a line joins the two.
+Filled points are models as they were compressed, rings those with a recovery; a line joins a method's points in the
+order of the records.
 """
 
 from __future__ import annotations
@@ -30,20 +31,31 @@ class Options:
     records: list[str] = field(metadata={"help": "Files results-*.json of the study."})
     output: str = field(metadata={"help": "The picture."})
     ratio: float = field(default=0.6, metadata={"help": "Share removed of the models that are drawn, and dense."})
+    names: list[str] | None = field(default=None, metadata={"help": "One for each record, written at its points."})
+
+    def __post_init__(self) -> None:
+        if self.names is not None and len(self.names) != len(self.records):
+            raise ValueError(f"names must be one for each record; received {len(self.names)} for {len(self.records)}")
 
 
-def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
-    """A panel for each task of the records, in their order."""
+def draw(records: list[dict[str, Any]], ratio: float, path: Path, names: list[str] | None = None) -> None:
+    """A panel for each task of the records, in their order; `names` are those of the records."""
+    names = names or [""] * len(records)
     tasks = list(dict.fromkeys(record["options"]["task"] for record in records))
     figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout="constrained")
     legend: dict[str, Any] = {}
     methods = list(dict.fromkeys(row["method"] for record in records for row in record["rows"]))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        rows = [row for record in records if record["options"]["task"] == task for row in record["rows"]]
-        columns = columns_of(rows[0])
+        found = [
+            (name, group)
+            for name, record in zip(names, records, strict=True)
+            if record["options"]["task"] == task
+            for group in groups(record["rows"])
+        ]
+        columns = columns_of(found[0][1][0])
         strongest = strongest_of(columns)
         points: dict[str, list[tuple[float, float, bool]]] = {}
-        for group in groups(rows):
+        for name, group in found:
             if group[0]["ratio"] in (0.0, ratio):
                 x, y = (
                     100 * statistics.mean(values)
@@ -53,10 +65,11 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
                     )
                 )
                 points.setdefault(group[0]["method"], []).append((x, y, bool(group[0]["steps"])))
-        for method, found in points.items():
+                axes.annotate(name, (x, y), (6, -3), textcoords="offset points", fontsize=8)
+        for method, way in points.items():
             color = COLORS[methods.index(method) % len(COLORS)]
-            axes.plot(*zip(*[(x, y) for x, y, _ in found], strict=True), color=color, lw=0.8)
-            for x, y, recovered in found:
+            axes.plot(*zip(*[(x, y) for x, y, _ in way], strict=True), color=color, lw=0.8)
+            for x, y, recovered in way:
                 marker, size = ("*", 12) if method == "dense" else ("o", 6)
                 face = "white" if recovered else color
                 axes.plot(x, y, marker, color=color, ms=size, mfc=face)
@@ -72,7 +85,8 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path) -> None:
 def main() -> None:
     """Read the records, draw."""
     [options] = parse(Options)
-    draw([json.loads(Path(record).read_text()) for record in options.records], options.ratio, Path(options.output))
+    records = [json.loads(Path(record).read_text()) for record in options.records]
+    draw(records, options.ratio, Path(options.output), options.names)
     print("wrote", options.output)
 
 

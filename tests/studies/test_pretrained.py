@@ -98,8 +98,13 @@ def test_a_table_of_sentences(monkeypatch, capsys, tmp_path, sentences):
         losses.add(record["rows"][0]["training_loss"])
     assert len(losses) == 3
     records = sorted((tmp_path / "out").glob("results-*.json"))
-    called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png"})
-    assert len(records) == 5 and (tmp_path / "picture.png").exists()
+    sizes = []
+    for names in ({}, {"names": ["plain", "b", "c", "d", "robust"]}):
+        called(monkeypatch, capsys, picture, {"records": records, "output": tmp_path / "picture.png", **names})
+        sizes.append((tmp_path / "picture.png").stat().st_size)
+    assert len(records) == 5 and sizes[0] != sizes[1]  # the names are drawn
+    with pytest.raises(ValueError, match="one for each record; received 1 for 2"):
+        picture.Options(["a.json", "b.json"], "picture.png", names=["a"])
     again = []
     monkeypatch.setattr(experiment, "compressed", again.append)
     monkeypatch.setattr(experiment, "fitted", again.append)

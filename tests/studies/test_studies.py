@@ -8,7 +8,7 @@ from transformers.utils import logging as verbosity
 
 from hf_condlr.robustness.attacks import FGSM, PGD, Corruption
 from studies import adapters, robustness_study, rows, text_study, vit_small
-from studies.paper import study, table
+from studies.paper import table
 from tests.text_models import BAD, FILLER, GOOD, bert_for, word_tokenizer
 
 
