@@ -1,6 +1,7 @@
 """The methods that are compared: how each makes its model and its optimizer from the same dense start."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,21 +75,25 @@ class Method:
         return self.kind in ("tau", "penalty")
 
 
-def build_model(method: Method, seed: int, rank_ratio: float | None) -> nn.Module:
+def build_model(
+    method: Method, seed: int, rank_ratio: float | None, ranks: Mapping[str, float] | None = None
+) -> nn.Module:
     """A fresh model: for one seed the same dense weights, and the same random factors for all factored methods."""
     torch.manual_seed(seed)
     model = LeNet5()
     if method.kind in FULL_RANK or method.kind == "svd_prune":
         return model
-    return factor(model, method, rank_ratio, "orthogonal")
+    return factor(model, method, rank_ratio, "orthogonal", ranks)
 
 
-def factor(model: nn.Module, method: Method, rank_ratio: float | None, start: str) -> nn.Module:
-    """Every convolution and linear layer at `rank_ratio`, the last one at its full rank."""
+def factor(
+    model: nn.Module, method: Method, rank_ratio: float | None, start: str, ranks: Mapping[str, float] | None = None
+) -> nn.Module:
+    """Every convolution and linear layer at `rank_ratio` or its own of `ranks`, the last one at its full rank."""
     config = CondLRConfig(
         target_modules=["conv1", "conv2", "fc1", "fc2"],
         rank_ratio=rank_ratio,
-        rank_pattern={LAST_LAYER: 1.0},
+        rank_pattern={LAST_LAYER: 1.0, **(ranks or {})},
         tau=method.tau,
         center=method.center,
         init_weights=start,
@@ -96,9 +101,9 @@ def factor(model: nn.Module, method: Method, rank_ratio: float | None, start: st
     return get_robust_lowrank_model(model, config)
 
 
-def prune(model: nn.Module, rank_ratio: float | None) -> nn.Module:
+def prune(model: nn.Module, rank_ratio: float | None, ranks: Mapping[str, float] | None = None) -> nn.Module:
     """A trained dense model truncated to its largest singular values, without training after it."""
-    return factor(model, Method("svd_prune"), rank_ratio, "svd")
+    return factor(model, Method("svd_prune"), rank_ratio, "svd", ranks)
 
 
 def make_optimizer(method: Method, model: nn.Module, learning_rate: float) -> tuple[Optimizer, Any]:

@@ -33,11 +33,15 @@ class TrainingOptions:
     gamma: float = option(0.3, "Factor of the learning rate after 58 and 83 % of the steps; 1: constant rate.")
     subset: int | None = option(None, "Number of training images, validation included; all if not given.")
     validation_fraction: float = option(0.25, "Share of the training images held out for the choice of the rate.")
+    ranks: list[str] = option([], "Layers with a rank ratio of their own, such as conv2=0.5.")
     adversarial: float = option(
         0.0,
         "Train on images that three steps of PGD attacked with this ε, and choose the rate by the mean of clean and "
         "robust accuracy; 0: on the images as they are.",
     )
+
+    def __post_init__(self) -> None:
+        ratios_of(self.ranks)
 
     @property
     def attack(self) -> PGD | None:
@@ -97,7 +101,7 @@ class Study:
 
     def _trained(self, entry: Entry, learning_rate: float, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         method, o = Method.parse(entry.method), self.training
-        model = build_model(method, seed, entry.rank_ratio).to(self.device)
+        model = build_model(method, seed, entry.rank_ratio, ratios_of(o.ranks)).to(self.device)
         optimizer, handle = make_optimizer(method, model, learning_rate)
         steps = o.epochs * math.ceil(len(self.data["train"].labels) / o.batch_size)
         schedule = MultiStepLR(optimizer, [round(share * steps) for share in MILESTONES], o.gamma)
@@ -121,7 +125,7 @@ class Study:
         result = {name: row[name] for name in ("training_loss", "diverged", "training_seconds")}
         model = load_trained(row).to(self.device)
         if not result["diverged"]:
-            model = prune(model, entry.rank_ratio)
+            model = prune(model, entry.rank_ratio, ratios_of(self.training.ranks))
             result |= measure(pixel_model(model).to(self.device), self.data["validation"], self.training.attack)
         return model, result
 
@@ -142,11 +146,19 @@ class Study:
         )
 
 
+def ratios_of(ranks: list[str]) -> dict[str, float]:
+    """{layer: rank ratio} of words such as `conv2=0.5`."""
+    try:
+        return {layer: float(ratio) for layer, _, ratio in (word.partition("=") for word in ranks)}
+    except ValueError:
+        raise ValueError(f"ranks must be words such as conv2=0.5; received {', '.join(ranks)}") from None
+
+
 def load_trained(row: dict[str, Any]) -> torch.nn.Module:
     """The model of a row, on the CPU, in evaluation mode."""
-    method = Method.parse(row["method"])
-    model = build_model(method, row["seed"], row["rank_ratio"])
+    method, ranks = Method.parse(row["method"]), ratios_of(row["key"]["ranks"])
+    model = build_model(method, row["seed"], row["rank_ratio"], ranks)
     if method.kind == "svd_prune":
-        model = prune(model, row["rank_ratio"])
+        model = prune(model, row["rank_ratio"], ranks)
     load_model(model, str(Path(row["folder"]) / WEIGHTS))
     return model.eval()

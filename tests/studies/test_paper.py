@@ -38,12 +38,11 @@ def call(monkeypatch, data_dir, tmp_path):
     """Runs the study in this process, with few and short attacks."""
     monkeypatch.setattr(table, "ATTACKS", ATTACKS)
 
-    def call(output_dir=tmp_path, epochs=1, subset=64, adversarial=0.0, **options):
+    def call(output_dir=tmp_path, epochs=1, subset=64, adversarial=0.0, ranks=(), **options):
         options = {"rank_ratios": [0.2], "learning_rates": [0.1], "seeds": [0], "check_samples": 0, **options}
         arguments = table.Options(data_dir=data_dir, output_dir=str(output_dir), attacked_images=8, **options)
-        return table.main(
-            arguments, study.TrainingOptions(epochs=epochs, batch_size=16, subset=subset, adversarial=adversarial)
-        )
+        shared = {"epochs": epochs, "subset": subset, "adversarial": adversarial, "ranks": [*ranks]}
+        return table.main(arguments, study.TrainingOptions(batch_size=16, **shared))
 
     return call
 
@@ -97,6 +96,17 @@ def test_svd_prune_is_the_truncated_dense_network(call, tmp_path):
         U, S, V = (pruned[f"{name}.{factor}"].double() for factor in "USV")
         P, sigma, Qh = torch.linalg.svd(W, full_matrices=False)
         torch.testing.assert_close(U @ S @ V.mT, P[:, :rank] * sigma[:rank] @ Qh[:rank], rtol=0, atol=1e-5)
+
+
+def test_layers_may_have_a_rank_ratio_of_their_own(call):
+    results = call(methods=["tau=0.1", "svd_prune"], ranks=["conv2=1.0", "fc1=0.1"])
+    for row in results["rows"]:
+        weights = load_file(Path(row["folder"]) / study.WEIGHTS)
+        ranks = {name: len(value) for name, value in weights.items() if name.endswith(".S")}
+        assert ranks == {"conv1.S": 4, "conv2.S": 50, "fc1.S": 50, "fc2.S": 10}
+        assert study.load_trained(row)  # what is saved fits the model that is built again
+    with pytest.raises(ValueError, match=r"such as conv2=0\.5; received conv2"):
+        study.TrainingOptions(ranks=["conv2"])
 
 
 def test_validation_chooses_and_the_other_seeds_train_at_the_choice(call, tmp_path):
