@@ -62,7 +62,7 @@ class Arguments:
         default_factory=lambda: [0], metadata={"help": "One comparison for each; several give mean ± spread."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], metadata={"help": "Tried by every method."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], metadata={"help": "Tried by every method."}
     )
     epochs: int = field(default=15, metadata={"help": "Of each method, for each learning rate."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of the images, all results, demo.png."})

@@ -14,7 +14,7 @@ from studies.record import mean_and_spread
 def tables(title: str, results: dict[str, Any], attacks: Sequence[Attack], rates: Sequence[float]) -> str:
     """Results over the seeds; a table for each attack with its budgets; the sweep; reasons for doubt."""
     rows = [row for row in results["rows"] if not row["diverged"]]
-    parts = [f"# {title}", "Learning rate of each method by clean validation accuracy; mean ± standard deviation."]
+    parts = [f"# {title}", "Learning rate of each method by validation accuracy; mean ± standard deviation."]
     if rows:
         parts.append(summary_table(rows))
         for name, keys in columns(attacks).items():
