@@ -61,7 +61,8 @@ class Decoding:
         """Decode greedily."""
         for _ in range(self.new_tokens):
             token = self.state.logits[:, -1:].argmax(-1)
-            self.state = self.model(input_ids=token, past_key_values=self.state.past_key_values, use_cache=True)
+            name = "cache" if "cache" in self.state else "past_key_values"  # until transformers 5.23
+            self.state = self.model(input_ids=token, use_cache=True, **{name: self.state[name]})
 
 
 def folded(dense: nn.Module, ratio: float, rank_multiple: int) -> nn.Module:
