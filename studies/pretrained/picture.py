@@ -31,7 +31,7 @@ class Options:
     records: list[str] = field(metadata={"help": "Files results-*.json of the study."})
     output: str = field(metadata={"help": "The picture."})
     ratio: float = field(default=0.6, metadata={"help": "Share removed of the models that are drawn, and dense."})
-    names: list[str] | None = field(default=None, metadata={"help": "One for each record, written at its points."})
+    names: list[str] | None = field(default=None, metadata={"help": "One for each record, written at its first point."})
 
     def __post_init__(self) -> None:
         if self.names is not None and len(self.names) != len(self.records):
@@ -55,6 +55,7 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path, names: list[st
         columns = columns_of(found[0][1][0])
         strongest = strongest_of(columns)
         points: dict[str, list[tuple[float, float, bool]]] = {}
+        named = ""
         for name, group in found:
             if group[0]["ratio"] in (0.0, ratio):
                 x, y = (
@@ -65,7 +66,9 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path, names: list[st
                     )
                 )
                 points.setdefault(group[0]["method"], []).append((x, y, bool(group[0]["steps"])))
-                axes.annotate(name, (x, y), (6, -3), textcoords="offset points", fontsize=8)
+                if named != name:  # at the first of its points
+                    axes.annotate(name, (x, y), (9, 3), textcoords="offset points", fontsize=8)
+                named = name
         for method, way in points.items():
             color = COLORS[methods.index(method) % len(COLORS)]
             axes.plot(*zip(*[(x, y) for x, y, _ in way], strict=True), color=color, lw=0.8)
@@ -77,7 +80,7 @@ def draw(records: list[dict[str, Any]], ratio: float, path: Path, names: list[st
         axes.set(xlabel="test accuracy, %", ylabel=f"accuracy under {columns[strongest]}, %")
         axes.set_title(f"{MODELS[task]}, {100 * ratio:.0f} % of the encoder's weights removed", fontsize=9)
         axes.grid(alpha=0.25)
-        axes.margins(x=0.1)
+        axes.margins(x=0.25 if any(names) else 0.1)
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
 

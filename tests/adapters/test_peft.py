@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from hf_condlr import CondLRAdapterConfig, condition_report, is_factored
 from hf_condlr.errors import ConversionError
 from tests.adapters.tiny import ARCHITECTURES, adapted, assert_within_bounds, base, loss_of, outputs, trained
-from tests.models import MODELS
+from tests.models import MODELS, transformers_adapters
 
 TOLERANCE = 1e-5  # float32 logits of size 1; measured: 1e-6
 
@@ -255,6 +255,7 @@ class TestFiles:
         text = (tmp_path / "README.md").read_text()
         assert "library_name: peft" in text
 
+    @transformers_adapters
     def test_transformers_own_loading(self, tmp_path):
         model = trained(adapted())
         model.save_pretrained(tmp_path)
